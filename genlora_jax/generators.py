@@ -1,0 +1,220 @@
+"""From a latent to basis vectors: normalise, evaluate basis functions, combine.
+
+Everything here is one side of one layer: a latent `z: [n]` in, a basis `[n, r]` out. Sides, layers
+and targets are mapped over by `genlora_jax.adapter`. All arithmetic is float32 at the highest
+precision, for a basis that differs between training and merging is a bug nobody finds.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from genlora_jax.config import GenLoRAConfig
+
+Generator = dict[str, jax.Array]
+GRID = 2.0  # normalised latents are about N(0, 1): the scalar families cover [-GRID, GRID]
+
+
+def seeded_normal(seed: int, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Float32 N(0, 1) numbers that depend on `seed` and `name` alone.
+
+    The key's implementation and bit layout are pinned, so the numbers are the same in every
+    process whatever `jax_default_prng_impl` or `jax_threefry_partitionable` say: they are rebuilt
+    from the seed and never stored.
+    """
+    with jax.threefry_partitionable(True):
+        key = jax.random.key(seed, impl="threefry2x32")
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return jax.random.normal(key, shape, jnp.float32)
+
+
+def group_count(cfg: GenLoRAConfig, n: int) -> int:
+    """Number J of groups of a latent of length n; the last one may be padded."""
+    return -(-n // cfg.group_size)
+
+
+def normalize_latent(cfg: GenLoRAConfig, z: jax.Array) -> jax.Array:
+    """Normalises a latent and cuts it into groups: `[n]` -> `[J, g]`.
+
+    The padding of the last group is zero and takes no part in the statistics.
+    """
+    n, groups, g = z.shape[0], group_count(cfg, z.shape[0]), cfg.group_size
+    z = z.astype(jnp.float32)
+    if cfg.normalize == "latent":
+        z = (z - z.mean()) * jax.lax.rsqrt(z.var() + cfg.eps)
+    t = jnp.pad(z, (0, groups * g - n)).reshape(groups, g)
+    if cfg.normalize == "group":
+        inside = (jnp.arange(groups * g) < n).reshape(groups, g)
+        mean = t.mean(axis=1, keepdims=True, where=inside)
+        var = t.var(axis=1, keepdims=True, where=inside)
+        # A lone element in the last group is its own mean; without eps it would be 0 / 0.
+        t = jnp.where(inside & (var + cfg.eps > 0), t - mean, 0.0)
+        t = t * jax.lax.rsqrt(jnp.where(var + cfg.eps > 0, var + cfg.eps, 1.0))
+    return t
+
+
+def gaussian_rbf(t: jax.Array, centers: jax.Array, width: jax.Array) -> jax.Array:
+    """Gaussian RBFs on R^g: `[..., g]`, centres `[K, g]`, widths `[K]` -> `[..., K]`.
+
+    `phi_k(t) = exp(-|t - c_k|^2 / (g h_k^2))`, so `0 < phi <= 1` and its gradient is at most
+    `sqrt(2 / (e g)) / h_k` (Prop. 3.2).
+    """
+    distance = jnp.square(t[..., None, :] - centers).sum(-1)
+    return jnp.exp(-distance / (t.shape[-1] * jnp.square(width)))
+
+
+def _grid(kernels: int) -> tuple[jax.Array, float]:
+    """K points on [-GRID, GRID] and their spacing (the point 0 and 1 when K = 1)."""
+    if kernels == 1:
+        return jnp.zeros(1), 1.0
+    return jnp.linspace(-GRID, GRID, kernels), 2 * GRID / (kernels - 1)
+
+
+def _rbf_grid(t: jax.Array, kernels: int, bandwidth: float | None) -> jax.Array:
+    centers, spacing = _grid(kernels)
+    return jnp.exp(-jnp.square((t[..., None] - centers) / (bandwidth or spacing)))
+
+
+def _bspline(t: jax.Array, kernels: int, bandwidth: float | None) -> jax.Array:
+    """Uniform cubic B-splines, one on each point of the grid, four spacings wide."""
+    centers, spacing = _grid(kernels)
+    u = jnp.abs(t[..., None] - centers) / (bandwidth or spacing)
+    inner = 2 / 3 - jnp.square(u) + u**3 / 2
+    outer = jnp.maximum(2 - u, 0.0) ** 3 / 6
+    return jnp.where(u < 1, inner, outer)
+
+
+def _fourier(t: jax.Array, kernels: int, bandwidth: float | None) -> jax.Array:
+    """sin, cos of one, two, ... half periods on [-GRID, GRID]."""
+    k = jnp.arange(kernels)
+    phase = (k // 2 + 1) * (math.pi / (2 * GRID)) * t[..., None]
+    return jnp.where(k % 2 == 0, jnp.sin(phase), jnp.cos(phase))
+
+
+def _chebyshev(t: jax.Array, kernels: int, bandwidth: float | None) -> jax.Array:
+    """T_1 ... T_K of tanh(t), which lies in the interval that they are made for."""
+    x = jnp.tanh(t)
+    values = [jnp.ones_like(x), x]
+    while len(values) <= kernels:
+        values.append(2 * x * values[-1] - values[-2])
+    return jnp.stack(values[1:], axis=-1)
+
+
+# Scalar families: (t [...], K, bandwidth) -> [..., K]. A new family is one function and one line
+# here, and its name in `config.BASES`. "rbf" is here for the elementwise generator.
+SCALAR_BASES: dict[str, Callable[[jax.Array, int, float | None], jax.Array]] = {
+    "rbf": _rbf_grid,
+    "rbf_grid": _rbf_grid,
+    "fourier": _fourier,
+    "chebyshev": _chebyshev,
+    "bspline": _bspline,
+}
+
+
+def basis_features(cfg: GenLoRAConfig, t: jax.Array, generator: Generator) -> jax.Array | None:
+    """Values of the basis functions at normalised groups `t: [J, g]`.
+
+    Returns:
+        `[J, K]` for RBFs on R^g, `[J, g, K]` for scalar families, None for `basis=None`.
+    """
+    if cfg.basis is None:
+        return None
+    if cfg.joint:
+        centers = generator["centers"]
+        width = cfg.bandwidth or math.sqrt(2)
+        return gaussian_rbf(t, centers, width * jnp.exp(generator["log_width"]))
+    return SCALAR_BASES[cfg.basis](t, cfg.kernels, cfg.bandwidth)
+
+
+def generate(cfg: GenLoRAConfig, z: jax.Array, generator: Generator) -> jax.Array:
+    """The basis that the generators make of one latent (DESIGN: steps 1-4).
+
+    Args:
+        cfg: Settings of the generator.
+        z: Latent `[n]`.
+        generator: `weights` `[r, F, g]` (`[r, J, K]` elementwise), `residual` `[r, g, g]`
+            (`[r, J]` elementwise), `centers` `[K, g]` and `log_width` `[K]`; those that `cfg`
+            asks for.
+
+    Returns:
+        Float32 basis `[n, r]`: column i is generator i's output over all groups.
+    """
+    t = normalize_latent(cfg, z)
+    phi = basis_features(cfg, t, generator)
+    features, weights = [], []
+    if phi is not None:
+        groupwise = cfg.generator == "groupwise"
+        features.append(phi.reshape(t.shape[0], -1) if groupwise else phi)
+        weights.append(generator["weights"])
+    if cfg.residual:
+        elementwise = cfg.generator == "elementwise"
+        features.append(t[..., None] if elementwise else t)
+        weights.append(generator["residual"][..., None] if elementwise else generator["residual"])
+    # All generators and both parts in one product: [W; V] applied to [phi(t), t].
+    if cfg.generator == "groupwise":
+        product, axis = "jf,rfm->jmr", 1
+    else:
+        product, axis = "jmf,rjf->jmr", 2
+    basis = jnp.einsum(
+        product,
+        jnp.concatenate(features, axis=-1),
+        jnp.concatenate(weights, axis=axis),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    basis = basis.reshape(-1, cfg.rank)[: z.shape[0]]
+    return basis - basis.mean(axis=0) if cfg.center_basis else basis
+
+
+def fixed_centers(cfg: GenLoRAConfig, seed: int, name: str) -> Generator:
+    """Centres `[K, g]` drawn from N(0, 1) and log-widths of 0, from the adapter's seed."""
+    return {
+        "centers": seeded_normal(seed, f"{name}/centers", (cfg.kernels, cfg.group_size)),
+        "log_width": jnp.zeros(cfg.kernels),
+    }
+
+
+def init_generator(
+    cfg: GenLoRAConfig, key: jax.Array, z: jax.Array, centers: Generator, *, zero: bool
+) -> Generator:
+    """Initial weights of the generators of one side.
+
+    Args:
+        cfg: Settings of the generator.
+        key: PRNG key.
+        z: Latents `[L, n]` that these generators will serve.
+        centers: `fixed_centers(...)`.
+        zero: Zero weights (side B), rather than random ones with which every element of the
+            basis has variance `1 / n` (side A).
+
+    Returns:
+        The trained weights: `centers` and `log_width` are among them if `cfg` trains them.
+    """
+    (count, n), g, r = z.shape, cfg.group_size, cfg.rank
+    t = jax.vmap(lambda row: normalize_latent(cfg, row))(z)
+    phi = jax.vmap(lambda row: basis_features(cfg, row, centers))(t)
+    share = 0.0 if phi is None else cfg.rbf_init if cfg.residual else 1.0
+    parts = {"weights": (phi, share), "residual": (t if cfg.residual else None, 1.0 - share)}
+
+    generator = dict(centers) if cfg.joint and cfg.trainable_centers else {}
+    for part, key_part in zip(parts, jax.random.split(key), strict=True):
+        values, variance = parts[part]
+        if values is None:
+            continue
+        if cfg.generator == "groupwise":
+            values = values.reshape(count, t.shape[1], -1)
+            shape: tuple[int, ...] = (r, values.shape[-1], g)
+        else:
+            values = values.reshape(count, t.shape[1] * g, -1)[:, :n]
+            shape = (r, t.shape[1], cfg.kernels) if part == "weights" else (r, t.shape[1])
+        if zero:
+            generator[part] = jnp.zeros(shape)
+            continue
+        # An element is a sum of features times independent weights, so its variance is the
+        # weights' variance times the sum of the squared features.
+        power = jnp.square(values).sum(-1).mean()
+        std = jnp.sqrt(variance / (n * jnp.maximum(power, 1e-12)))
+        generator[part] = std * jax.random.normal(key_part, shape, jnp.float32)
+    return generator

@@ -1,0 +1,125 @@
+"""Export: parameters to a directory that `transformers` and vLLM load."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from genlora_jax.hf.checkpoint import (
+    INDEX,
+    SINGLE,
+    TOKENIZER_FILES,
+    locate,
+    model_config,
+    read_json,
+)
+from genlora_jax.hf.names import Tensor, natural_order, tensors
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from genlora_jax.storage import new_directory
+
+
+def export_hf(
+    out_dir: str | Path,
+    params: Mapping[str, Any],
+    *,
+    base: str | Path,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Writes parameters as a Hugging Face checkpoint.
+
+    Config, tokenizer and generation config are those of the base; those that it has. The
+    directory appears whole or not at all. No more than a shard is held in host memory.
+
+    Args:
+        out_dir: The directory to make.
+        params: Parameters, merged usually; scanned or unrolled.
+        base: The checkpoint (directory or hub id) that they come from.
+        dtype: Of the tensors written; by default that of `params`.
+        max_shard_bytes: Largest size of one safetensors file.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        FileExistsError: If the directory exists and is not to be overwritten.
+        ValueError: If the parameters are not those of the base's architecture.
+    """
+    source = locate(base)
+    flat = flatten_dict(dict(params))
+    _check_shapes(source, params, flat)
+    kind = np.dtype(dtype) if dtype is not None else next(iter(flat.values())).dtype
+    shards = _shards(
+        sorted(tensors(params), key=lambda t: natural_order(t.name)), flat, kind, max_shard_bytes
+    )
+    with new_directory(out_dir, overwrite=overwrite) as directory:
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        )
+        for name, shard in zip(names, shards, strict=True):
+            arrays = {tensor.name: _to_host(tensor, flat, kind) for tensor in shard}
+            save_file(arrays, directory / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            where = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+            size = sum(_bytes(t, flat, kind) for shard in shards for t in shard)
+            index = {"metadata": {"total_size": size}, "weight_map": where}
+            (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        _copy_companions(source, directory, kind)
+
+
+def _check_shapes(source: Path, params: Mapping[str, Any], flat: Mapping[Any, Any]) -> None:
+    scan = not any(part.isdecimal() for path in flat for part in path)
+    expected = flatten_dict(parameter_shapes(LlamaForCausalLM(model_config(source), scan=scan)))
+    ours = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    theirs = {path: tuple(leaf.shape) for path, leaf in expected.items()}
+    for path in sorted(set(ours) | set(theirs)):
+        if ours.get(path) != theirs.get(path):
+            raise ValueError(
+                f"{'.'.join(path)} has shape {ours.get(path)}; the base {source} has "
+                f"{theirs.get(path)}"
+            )
+
+
+def _bytes(tensor: Tensor, flat: Mapping[Any, Any], kind: np.dtype) -> int:
+    leaf = flat[tensor.path]
+    size = leaf.size if tensor.index is None else leaf.size // leaf.shape[0]
+    return size * kind.itemsize
+
+
+def _shards(
+    order: list[Tensor], flat: Mapping[Any, Any], kind: np.dtype, limit: int
+) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    room = limit
+    for tensor in order:
+        size = _bytes(tensor, flat, kind)
+        if shards[-1] and size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _to_host(tensor: Tensor, flat: Mapping[Any, Any], kind: np.dtype) -> np.ndarray:
+    leaf = flat[tensor.path]
+    value = np.asarray(leaf if tensor.index is None else leaf[tensor.index])
+    value = value.T if tensor.transposed else value
+    return np.ascontiguousarray(value.astype(kind))
+
+
+def _copy_companions(source: Path, directory: Path, kind: np.dtype) -> None:
+    config = read_json(source / "config.json")
+    field = "dtype" if "dtype" in config else "torch_dtype"
+    config[field] = jnp.dtype(kind).name
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

@@ -1,0 +1,56 @@
+"""Names of Hugging Face's tensors, as data used in both directions.
+
+Modules of `genlora_jax.models` bear Hugging Face's names, so a table of leaves is all it takes.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+# Our leaf -> (their leaf, whether theirs is the transpose of ours).
+LEAVES = {
+    "kernel": ("weight", True),  # Linen: [in, out]; PyTorch: [out, in]
+    "embedding": ("weight", False),
+    "scale": ("weight", False),
+    "bias": ("bias", False),
+}
+LAYERS = "layers"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint and its place in the tree of parameters.
+
+    Attributes:
+        name: Hugging Face's name.
+        path: Path of the leaf.
+        index: Position in a stacked leaf, or None if the leaf is the tensor.
+        transposed: Whether the checkpoint holds the transpose.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    index: int | None
+    transposed: bool
+
+
+def tensors(params: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Every tensor of a tree of parameters, scanned or unrolled, in the tree's order."""
+    for path, leaf in flatten_dict(dict(params)).items():
+        *modules, kind = path
+        their_kind, transposed = LEAVES[kind]
+        if LAYERS not in modules or modules[modules.index(LAYERS) + 1].isdecimal():
+            yield Tensor(".".join([*modules, their_kind]), path, None, transposed)
+            continue
+        at = modules.index(LAYERS) + 1
+        for i in range(leaf.shape[0]):
+            name = ".".join([*modules[:at], str(i), *modules[at:], their_kind])
+            yield Tensor(name, path, i, transposed)
+
+
+def natural_order(name: str) -> list[int | str]:
+    """Sort key under which layer 10 follows layer 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,114 @@
+"""Merging: adds the delta `A @ B` to the base's kernels, in float32, cast last."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Path = tuple[str, ...]
+
+
+def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
+    """The base's parameters with the factors' deltas added to their kernels.
+
+    Args:
+        params: The base's parameters, of any float dtype.
+        factors: Tree that mirrors `params`, with `a` `[..., d_in, r]` and `b` `[..., r, d_out]`
+            at adapted modules.
+        donate: Reuse the memory of the adapted kernels: `params` is unusable afterwards.
+
+    Returns:
+        A new tree. Kernels without factors are those of `params`, not copies.
+
+    Raises:
+        ValueError: If the factors do not fit the base's kernels.
+    """
+    return _add(params, factors, 1.0, donate)
+
+
+def unmerge(merged: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
+    """Inverse of `merge`, up to rounding.
+
+    A float32 base comes back to float32 rounding; a bfloat16 one to one rounding of the merged
+    kernel, half of 2^-7 of its magnitude at most, since the merge itself was rounded to that.
+
+    Args:
+        merged: Result of `merge`.
+        factors: The factors that were merged.
+        donate: As for `merge`.
+
+    Returns:
+        The base's parameters.
+    """
+    return _add(merged, factors, -1.0, donate)
+
+
+def _add(params: Mapping[str, Any], factors: Mapping[str, Any], sign: float, donate: bool) -> Any:
+    flat = flatten_dict(dict(params))
+    kernels, sides = pair_kernels(flat, factors)
+    # Only adapted kernels pass through the program: the others are neither copied nor donated.
+    merged = (_merge_donating if donate else _merge_copying)(kernels, sides, sign)
+    return unflatten_dict(flat | merged)
+
+
+def pair_kernels(
+    flat: Mapping[Path, Any], factors: Mapping[str, Any]
+) -> tuple[dict[Path, Any], dict[Path, tuple[Any, Any]]]:
+    """Matches factors with the kernels that they belong to.
+
+    Args:
+        flat: Flattened parameters.
+        factors: Tree of factors.
+
+    Returns:
+        Kernels and (a, b), both by the kernels' paths.
+
+    Raises:
+        ValueError: If a kernel is missing or of another shape.
+    """
+    sides: dict[Path, dict[str, Any]] = {}
+    for path, leaf in flatten_dict(dict(factors)).items():
+        sides.setdefault((*path[:-1], "kernel"), {})[path[-1]] = leaf
+    kernels, pairs = {}, {}
+    for path, pair in sides.items():
+        name = ".".join(path[:-1])
+        if path not in flat:
+            raise ValueError(f"factors for {name}, which has no kernel in these parameters")
+        if set(pair) != {"a", "b"}:
+            raise ValueError(f"factors of {name} hold {sorted(pair)}, not a and b")
+        a, b = pair["a"], pair["b"]
+        shape = (*a.shape[:-1], b.shape[-1])
+        if shape != flat[path].shape or a.shape[-1] != b.shape[-2]:
+            raise ValueError(
+                f"factors of {name} have shapes {a.shape} and {b.shape}; "
+                f"the kernel has {flat[path].shape}"
+            )
+        kernels[path], pairs[path] = flat[path], (a, b)
+    return kernels, pairs
+
+
+def _merge(
+    kernels: dict[Path, jax.Array], sides: dict[Path, tuple[jax.Array, jax.Array]], sign: float
+) -> dict[Path, jax.Array]:
+    def one(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        delta = jnp.matmul(
+            a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+        return (kernel.astype(jnp.float32) + sign * delta).astype(kernel.dtype)
+
+    def stacked(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        # A layer at a time: the float32 delta of a whole stack would outweigh the model.
+        return (
+            one(kernel, a, b)
+            if kernel.ndim == 2
+            else jax.lax.map(lambda x: one(*x), (kernel, a, b))
+        )
+
+    return {path: stacked(kernel, *sides[path]) for path, kernel in kernels.items()}
+
+
+_merge_copying = functools.partial(jax.jit, static_argnames=("sign",))(_merge)
+_merge_donating = functools.partial(jax.jit, static_argnames=("sign",), donate_argnums=0)(_merge)

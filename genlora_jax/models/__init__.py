@@ -1,0 +1,1 @@
+"""Linen models; they know nothing of adapters."""

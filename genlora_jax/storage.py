@@ -1,0 +1,190 @@
+"""Adapters on disk, and directories that appear whole or not at all."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from genlora_jax.adapter import Adapter, AdapterSpec, adapter_spec, base_fingerprint, init_from_spec
+from genlora_jax.config import AdapterConfig, config_from_json, config_to_json
+from genlora_jax.targets import Kernel, Target
+
+FORMAT = 1
+TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends well, and else is removed.
+
+    Args:
+        path: The directory to make.
+        overwrite: Replace what is there; it stays until the new one is complete.
+
+    Raises:
+        FileExistsError: If `path` exists and is not to be overwritten.
+        PermissionError: If its parent cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        raise PermissionError(f"cannot write to {path.parent}: {error.strerror}") from error
+    temporary.chmod(0o755)  # mkdtemp's 0700 would lock out whoever is to serve the result
+    try:
+        yield temporary
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+            path.rename(old / path.name)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def config_fingerprint(model: nn.Module | None) -> str | None:
+    """Digest of the base's config: what it says beyond its defaults."""
+    if model is None:
+        return None
+    said = {
+        field.name: getattr(model.config, field.name)
+        for field in dataclasses.fields(model.config)
+        if getattr(model.config, field.name) != field.default
+    }
+    return hashlib.sha256(repr(sorted(said.items())).encode()).hexdigest()[:16]
+
+
+def save_adapter(
+    path: str | Path,
+    cfg: AdapterConfig,
+    adapter: Adapter,
+    *,
+    model: nn.Module | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes an adapter as a directory of `adapter.safetensors` and `adapter.json`.
+
+    What is rebuilt from the seed is not stored.
+
+    Args:
+        path: The directory to make.
+        cfg: The adapter's config.
+        adapter: The adapter.
+        model: The base's model; with it the file can tell bases apart that differ only in their
+            config (`rope_theta`, say), not just in their shapes.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        FileExistsError: If the directory exists and is not to be overwritten.
+    """
+    flat = flatten_dict({"trainable": adapter.trainable, "frozen": adapter.frozen}, sep="/")
+    arrays = {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
+    settings = {
+        "format": FORMAT,
+        "config": config_to_json(cfg),
+        "base": {"shapes": adapter.spec.fingerprint, "config": config_fingerprint(model)},
+        "targets": [dataclasses.asdict(target) for target in adapter.spec.targets],
+    }
+    with new_directory(path, overwrite=overwrite) as directory:
+        save_file(arrays, directory / TENSORS, metadata={"format": "genlora"})
+        (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def load_adapter(
+    path: str | Path,
+    params: Mapping[str, Any] | None = None,
+    *,
+    model: nn.Module | None = None,
+) -> tuple[AdapterConfig, Adapter]:
+    """Reads what `save_adapter` wrote.
+
+    Args:
+        path: The adapter's directory.
+        params: The base that it is to serve: checked against the adapter's fingerprint, and
+            scanned or unrolled as it pleases. Without it the adapter fits a base laid out like
+            the one that it was made on.
+        model: The base's model: checks its config, too.
+
+    Returns:
+        The config and the adapter.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, or the adapter was made for another base.
+    """
+    path = Path(path)
+    for name in (SETTINGS, TENSORS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} holds no adapter: {name} is missing")
+    try:
+        settings = json.loads((path / SETTINGS).read_text())
+        if settings["format"] != FORMAT:
+            raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
+        cfg = config_from_json(settings["config"])
+        spec = AdapterSpec(
+            targets=tuple(_target(entry) for entry in settings["targets"]),
+            seed=cfg.seed,
+            fingerprint=settings["base"]["shapes"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / SETTINGS}: {error}") from error
+
+    config = settings["base"]["config"]
+    if params is not None:
+        if base_fingerprint(params) != spec.fingerprint:
+            raise ValueError(
+                f"{path} was made for another base: its names or shapes differ from these "
+                f"parameters' (fingerprint {spec.fingerprint}, not {base_fingerprint(params)})"
+            )
+        spec = adapter_spec(cfg, params)
+    if model is not None and config not in (None, config_fingerprint(model)):
+        raise ValueError(
+            f"{path} was made for another base: shapes agree, but not the rest of config.json"
+        )
+    try:
+        arrays = load_file(path / TENSORS)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
+    expected = jax.eval_shape(lambda: init_from_spec(cfg, jax.random.key(0), spec))
+    _check_shapes(path / TENSORS, arrays, expected)
+    tree = unflatten_dict({tuple(name.split("/")): value for name, value in arrays.items()})
+    tree = jax.tree.map(jax.numpy.asarray, tree)
+    trainable, frozen = tree.get("trainable", {}), tree.get("frozen", {})
+    return cfg, Adapter(trainable=trainable, frozen=frozen, spec=spec)
+
+
+def _target(entry: dict[str, Any]) -> Target:
+    kernels = tuple(
+        Kernel(path=tuple(k["path"]), stack=k["stack"], layers=tuple(k["layers"]))
+        for k in entry["kernels"]
+    )
+    return Target(name=entry["name"], d_in=entry["d_in"], d_out=entry["d_out"], kernels=kernels)
+
+
+def _check_shapes(file: Path, arrays: Mapping[str, np.ndarray], expected: Adapter) -> None:
+    trees = {"trainable": expected.trainable, "frozen": expected.frozen}
+    shapes = {name: leaf.shape for name, leaf in flatten_dict(trees, sep="/").items()}
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise ValueError(f"{file}: tensor {name} is missing")
+        if arrays[name].shape != shape:
+            raise ValueError(f"{file}: tensor {name} has shape {arrays[name].shape}, not {shape}")
+    if unknown := sorted(set(arrays) - set(shapes)):
+        raise ValueError(f"{file}: unknown tensor {unknown[0]}")

@@ -1,0 +1,1 @@
+"""The pieces that the scripts in train/ wire together."""
