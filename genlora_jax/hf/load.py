@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from genlora_jax.hf.checkpoint import Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
-from genlora_jax.models.llama import Attention, LlamaForCausalLM, Remat, parameter_shapes
+from genlora_jax.models.attention import Attention
+from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
 
 
 def load_llama(

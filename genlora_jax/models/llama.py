@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-Attention = Literal["auto", "xla", "rows", "cudnn"]
+from genlora_jax.models.attention import Attention, attend
+
 Remat = Literal["none", "full", "dots"]
 Cache = Any  # per layer {"k", "v": [..., batch, slots, kv_heads, head_dim]}
 Array = jax.Array
@@ -84,37 +85,6 @@ def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def attend(q: Array, k: Array, v: Array, mask: Array | None, implementation: Attention) -> Array:
-    """Softmax attention with grouped key-value heads.
-
-    Args:
-        q: `[batch, length, heads, head_dim]`.
-        k: `[batch, slots, kv_heads, head_dim]`.
-        v: As k.
-        mask: Bool `[batch, 1, length, slots]`, True where a query sees a key; None for causal.
-        implementation: `"xla"`, `"cudnn"`, or `"rows"`: XLA one row of the batch at a time,
-            recomputed in the backward pass, so that scores stay in a CPU's cache.
-
-    Returns:
-        `[batch, length, heads, head_dim]`.
-    """
-    if implementation == "auto":
-        implementation = "rows" if jax.default_backend() == "cpu" else "xla"
-    if implementation != "rows" or q.shape[1] == 1:
-        kind: Any = "cudnn" if implementation == "cudnn" and q.shape[1] > 1 else "xla"
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=mask is None, implementation=kind
-        )
-
-    def row(inputs: tuple[Array, Array, Array, Array | None]) -> Array:
-        q, k, v, mask = inputs
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, is_causal=mask is None, implementation="xla"
-        )
-
-    return jax.lax.map(jax.checkpoint(row), (q, k, v, mask))
 
 
 class RMSNorm(nn.Module):
@@ -285,7 +255,7 @@ class LlamaForCausalLM(nn.Module):
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
         remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
             outputs of matrix products (`"dots"`).
-        attention: `"auto"`, `"xla"`, `"rows"` or `"cudnn"`; see `attend`.
+        attention: `"auto"`, `"xla"`, `"cudnn"` or `"blocks"`; see `attend`.
     """
 
     config: LlamaConfig

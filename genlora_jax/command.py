@@ -1,0 +1,43 @@
+"""Command lines: typed settings from YAML and flags, errors in one line."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import jsonargparse
+
+from genlora_jax.config import AdapterConfig
+
+T = TypeVar("T")
+
+# `adapter:` in a recipe takes the fields of GenLoRAConfig, or class_path and init_args.
+jsonargparse.set_parsing_settings(subclasses_enabled=[AdapterConfig])
+
+
+def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
+    """A dataclass from `--config FILE.yaml` and `--field.subfield value`, in that order.
+
+    `--print_config` prints the result as YAML and exits; errors name the field.
+    """
+    parser = jsonargparse.ArgumentParser(description=kind.__doc__)
+    parser.add_argument("--config", action="config", help="recipe in YAML")
+    parser.add_class_arguments(kind)
+    fields = parser.instantiate(parser.parse_args(args))
+    return kind(**{name: value for name, value in vars(fields).items() if name != "config"})
+
+
+@contextlib.contextmanager
+def report_errors() -> Iterator[None]:
+    """Turns an error that is the user's to mend into one line on stderr and exit status 1.
+
+    With `GENLORA_TRACEBACK=1` the traceback is shown as well.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("GENLORA_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,146 @@
+"""Decoding: greedy or sampled continuation of prompts, with a key-value cache."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from genlora_jax.inject import apply
+from genlora_jax.models.llama import LlamaForCausalLM
+
+WIDTH = 16  # prompts are padded to a multiple, so that few lengths are compiled
+
+
+def decode(
+    model: LlamaForCausalLM,
+    params: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    factors: Mapping[str, Any] | None = None,
+    max_new_tokens: int = 128,
+    stop: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+) -> list[list[int]]:
+    """Continues prompts, all in one batch.
+
+    Args:
+        model: The model.
+        params: Its parameters, base or merged.
+        prompts: Token ids, at least one a prompt.
+        factors: An adapter's factors to inject.
+        max_new_tokens: Longest continuation.
+        stop: Token ids that end one; they are not returned.
+        temperature: 0 for greedy, else softmax temperature.
+        top_p: Sample from the most likely tokens of this total probability.
+        key: PRNG key; needed to sample.
+
+    Returns:
+        The continuations' token ids.
+
+    Raises:
+        ValueError: If a prompt is empty, or sampling has no key.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("decoding needs prompts of at least one token each")
+    if temperature > 0 and key is None:
+        raise ValueError("sampling (temperature > 0) needs a key")
+    width = -(-max(map(len, prompts)) // WIDTH) * WIDTH
+    ids = np.zeros((len(prompts), width), np.int32)
+    real = np.zeros((len(prompts), width), bool)
+    for row, prompt in enumerate(prompts):  # on the left, so that all end at the same slot
+        ids[row, width - len(prompt) :] = prompt
+        real[row, width - len(prompt) :] = True
+    new = np.asarray(
+        _decode(
+            model,
+            params,
+            factors or {},
+            ids,
+            real,
+            jnp.array(list(stop) or [-1]),
+            key if key is not None else jax.random.key(0),
+            temperature,
+            top_p,
+            max_new_tokens=max_new_tokens,
+            sampled=temperature > 0,
+        )
+    )
+    return [_until(row.tolist(), set(stop)) for row in new]
+
+
+def _until(ids: list[int], stop: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
+    return ids[:end]
+
+
+def _pick(
+    logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, sampled: bool
+) -> jax.Array:
+    """The next token of each row: `[batch, vocab]` -> `[batch]`."""
+    if not sampled:
+        return logits.argmax(axis=-1)
+    logits = logits.astype(jnp.float32) / temperature
+    order = jnp.argsort(-logits, axis=-1)
+    probability = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
+    outside = probability.cumsum(axis=-1) - probability >= top_p  # the first one always stays
+    ranked = jnp.where(outside, -jnp.inf, jnp.take_along_axis(logits, order, axis=-1))
+    chosen = jax.random.categorical(key, ranked)
+    return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampled"))
+def _decode(
+    model: LlamaForCausalLM,
+    params: Any,
+    factors: Any,
+    ids: jax.Array,
+    real: jax.Array,
+    stop: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    *,
+    max_new_tokens: int,
+    sampled: bool,
+) -> jax.Array:
+    """Prefill, then a loop that ends when every row has stopped; `[batch, max_new_tokens]`."""
+    batch, width = ids.shape
+    visible = jnp.concatenate([real, jnp.ones((batch, max_new_tokens), bool)], axis=1)
+    lengths = real.sum(axis=1)
+    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+
+    def forward(tokens: Any, positions: Any, start: Any, cache: Any) -> tuple[Any, Any]:
+        logits, cache = apply(
+            model, params, factors, tokens, positions, visible, start, cache, method="decode"
+        )
+        return logits[:, -1], cache
+
+    def choose(logits: jax.Array, index: Any) -> jax.Array:
+        picked = _pick(logits, jax.random.fold_in(key, index), temperature, top_p, sampled)
+        return picked.astype(jnp.int32)
+
+    cache = model.init_cache(batch, width + max_new_tokens)
+    logits, cache = forward(ids, positions, 0, cache)
+    first = choose(logits, 0)
+    out = jnp.full((batch, max_new_tokens), stop[0], jnp.int32).at[:, 0].set(first)
+
+    def unfinished(carry: Any) -> jax.Array:
+        index, _, done, _, _ = carry
+        return (index < max_new_tokens) & ~done.all()
+
+    def advance(carry: Any) -> Any:
+        index, token, done, out, cache = carry
+        place = (lengths + index - 1)[:, None]
+        logits, cache = forward(token[:, None], place, width + index - 1, cache)
+        token = jnp.where(done, stop[0], choose(logits, index))
+        out = lax.dynamic_update_slice_in_dim(out, token[:, None], index, axis=1)
+        return index + 1, token, done | jnp.isin(token, stop), out, cache
+
+    carry = (1, first, jnp.isin(first, stop), out, cache)
+    return lax.while_loop(unfinished, advance, carry)[3]

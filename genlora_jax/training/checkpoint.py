@@ -1,0 +1,94 @@
+"""Checkpoints: adapter, optimizer, step, random state and place in the data; never the base."""
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from genlora_jax.training.step import TrainState
+
+STATE, DATA = "state", "data"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last k and the best.
+
+    A checkpoint is written beside its place and renamed, so that a killed process leaves the
+    last complete one.
+
+    Args:
+        directory: Where they lie.
+        keep: How many of the latest to keep.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep),
+                    policies.BestN(get_metric_fn=lambda m: -m["eval_loss"], n=1),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._checkpointer.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint; None if there is none."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(
+        self, state: TrainState, data: grain.DatasetIterator, eval_loss: float | None = None
+    ) -> None:
+        """Saves the state and the place in the data; returns when it is on disk."""
+        step = int(state.step)
+        if self.latest() == step:
+            return
+        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        self._checkpointer.save_checkpointables(
+            step, {STATE: _plain(state), DATA: data}, metrics=metrics
+        )
+
+    def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+        """The newest checkpoint: returns its state, and sets `data` to its place.
+
+        Args:
+            state: A state of the same shapes.
+            data: The iterator of the same data set, which is moved.
+
+        Raises:
+            ValueError: If the checkpoint is of another adapter.
+        """
+        step = self.latest()
+        try:
+            loaded = self._checkpointer.load_checkpointables(
+                step, {STATE: jax.tree.map(_abstract, _plain(state)), DATA: data}
+            )
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"{self._checkpointer.directory}: checkpoint {step} does not fit this recipe's "
+                f"adapter or optimizer: {error}"
+            ) from error
+        leaves = jax.tree.leaves(loaded[STATE])
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+    """The state as nested containers that Orbax knows, leaves in the same order."""
+    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _abstract(leaf: Any) -> Any:
+    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))

@@ -1,0 +1,99 @@
+"""The loss: cross-entropy of trained tokens, in chunks, so that the logits never exist whole."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from genlora_jax.inject import apply
+
+HEAD = "lm_head"
+Batch = Mapping[str, jax.Array]
+
+
+def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Targets and their weights, aligned with the positions that predict them.
+
+    A token is a target if `loss_mask` has it and the token before it is of its segment.
+
+    Args:
+        batch: As `train_batches` makes it, `[..., length]`.
+
+    Returns:
+        Targets int32 and weights float32, `[..., length]`; the last position has weight 0.
+    """
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+
+    def following(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
+
+    trained = following(batch["loss_mask"]) & (following(segments) == segments) & (segments != 0)
+    return following(ids), trained.astype(jnp.float32)
+
+
+def summed_loss(
+    model: nn.Module,
+    params: Mapping[str, Any],
+    factors: Mapping[str, Any],
+    batch: Batch,
+    *,
+    chunk: int = 1024,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Sum of the cross-entropies (nats) of a batch's trained tokens, float32.
+
+    The model's `hidden_states` are computed whole, its `head` a chunk of tokens at a time, and
+    again in the backward pass: `[chunk, vocab]` logits are all that ever exists.
+
+    Args:
+        model: A model with methods `hidden_states` and `head`.
+        params: The base's parameters.
+        factors: The adapter's factors.
+        batch: `input_ids`, `loss_mask`, `segment_ids`, `positions`: `[rows, length]`.
+        chunk: Tokens a chunk.
+        dropout: Rate on the adapter's inputs.
+        key: PRNG key of the dropout.
+
+    Returns:
+        The sum; divide by that of the weights of `next_token_targets`.
+    """
+    body = {name: value for name, value in factors.items() if name != HEAD}
+    head = {name: value for name, value in factors.items() if name == HEAD}
+    keys = (None, None) if key is None else jax.random.split(key)
+    hidden = apply(
+        model,
+        params,
+        body,
+        batch["input_ids"],
+        method="hidden_states",
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        dropout=dropout,
+        rngs=None if key is None else {"dropout": keys[0]},
+    )
+    targets, weights = next_token_targets(batch)
+    tokens = weights.size
+    chunk = min(chunk, tokens)
+    chunks = -(-tokens // chunk)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(tokens, *x.shape[2:])
+        x = jnp.pad(x, [(0, chunks * chunk - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, chunk, *x.shape[1:])
+
+    @jax.checkpoint
+    def chunk_loss(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        index, states, target, weight = part
+        rngs = None if key is None else {"dropout": jax.random.fold_in(keys[1], index)}
+        logits = apply(model, params, head, states, method="head", dropout=dropout, rngs=rngs)
+        logits = logits.astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        losses = jax.nn.logsumexp(logits, axis=-1) - picked
+        return total + jnp.vdot(losses, weight), None
+
+    parts = (jnp.arange(chunks), cut(hidden), cut(targets), cut(weights))
+    total, _ = jax.lax.scan(chunk_loss, jnp.zeros(()), parts)
+    return total

@@ -1,0 +1,91 @@
+"""Metrics: a JSON line a record, TensorBoard, Weights & Biases if asked for, a progress bar."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Writes records of `{"step": n, name: value, ...}` under a run's directory.
+
+    Args:
+        directory: The run's directory: `metrics.jsonl` and `tensorboard/` lie there.
+        steps: Length of the run.
+        start: Step that the run resumes from; later records of an earlier process are dropped.
+        wandb: Project at Weights & Biases, or None.
+        settings: The recipe, for Weights & Biases.
+        progress: Whether to show a progress bar.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        steps: int,
+        start: int = 0,
+        wandb: str | None = None,
+        settings: dict[str, Any] | None = None,
+        progress: bool = True,
+    ):
+        self._path = directory / "metrics.jsonl"
+        _drop_after(self._path, start)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not progress)
+        self._run = _wandb_run(wandb, directory, settings) if wandb else None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+        if self._run is not None:
+            self._run.finish()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records values; on disk when it returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._run is not None:
+            self._run.log(values, step=step)
+
+    def advance(self, **shown: str) -> None:
+        """Moves the progress bar on by a step and shows values beside it."""
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        self._bar.write(text)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes records later than a step, and a last line that a kill left half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _wandb_run(project: str, directory: Path, settings: dict[str, Any] | None) -> Any:
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError('train.wandb needs Weights & Biases: pip install "genlora_jax[wandb]"')
+    import wandb
+
+    return wandb.init(project=project, dir=str(directory), config=settings, resume="allow")

@@ -1,0 +1,82 @@
+"""The optimizer: AdamW with warm-up and cosine decay, a rate of its own for the generators."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Settings of the optimizer.
+
+    Attributes:
+        learning_rate: Peak rate of the latents (GenLoRA) or the factors (LoRA).
+        generator_ratio: The generators' rate over the latents'.
+        warmup: Share of the steps in which the rate rises from 0.
+        final_ratio: The last step's rate over the peak.
+        weight_decay: Decoupled weight decay.
+        clip: Largest global norm of the gradient; None for no limit.
+        b1: Adam's decay of the first moment.
+        b2: Adam's decay of the second moment.
+        eps: Added to the root of Adam's second moment.
+    """
+
+    learning_rate: float = 2e-3
+    generator_ratio: float = 0.3
+    warmup: float = 0.05
+    final_ratio: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        for field in ("learning_rate", "generator_ratio", "eps"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"optim.{field} must be positive, got {getattr(self, field)}")
+        for field in ("warmup", "final_ratio"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"optim.{field} must lie in [0, 1], got {getattr(self, field)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"optim.clip must be positive, got {self.clip}")
+
+
+def learning_rate_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine to `final_ratio` of the peak at the last step."""
+    warmup = round(cfg.warmup * steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else cfg.learning_rate,
+        peak_value=cfg.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=cfg.final_ratio * cfg.learning_rate,
+    )
+
+
+def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of an adapter's `trainable` tree, whose top level names the groups.
+
+    Args:
+        cfg: Settings.
+        steps: Length of the run, for the schedule.
+    """
+    clip = optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip)
+
+    def groups(trainable: dict[str, Any]) -> dict[str, str]:
+        return {group: group for group in trainable}
+
+    rates = {
+        "latents": optax.identity(),
+        "factors": optax.identity(),
+        "generators": optax.scale(cfg.generator_ratio),
+    }
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(cfg, steps)),
+        optax.partition(rates, groups),
+    )

@@ -1,0 +1,283 @@
+"""Fine-tunes a LLaMA with an adapter: `python train/finetune.py --config train/recipes/NAME.yaml`.
+
+Any field of the recipe can be given on the command line (`--adapter.rank 16`); `--print_config`
+shows what would run. The run's directory then holds `adapter/` (for `genlora merge`), the best one
+by evaluation in `adapter-best/`, `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from transformers import AutoTokenizer
+
+import genlora_jax as gl
+from genlora_jax.command import parse, report_errors
+from genlora_jax.hf.checkpoint import locate
+from genlora_jax.models.attention import Attention
+from genlora_jax.models.llama import Remat
+from genlora_jax.training.checkpoint import Checkpoints
+from genlora_jax.training.data import DataConfig, eval_batches, load_examples, train_batches
+from genlora_jax.training.interrupt import Interruption
+from genlora_jax.training.metrics import MetricsLog
+from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from genlora_jax.training.step import (
+    TrainState,
+    evaluate,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base, and how it is computed.
+
+    Attributes:
+        path: Local directory or hub id.
+        dtype: Of the computation.
+        param_dtype: Of the base's parameters.
+        revision: Branch, tag or commit on the hub.
+        scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
+        remat: `none`, `full` or `dots`: what the backward pass recomputes.
+        attention: `auto`, `xla`, `cudnn` or `blocks`.
+    """
+
+    path: str
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    revision: str | None = None
+    scan: bool = True
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run.
+
+    Attributes:
+        output: The run's directory.
+        steps: Length of the run; None to go by `epochs`.
+        epochs: Passes over the data, if `steps` is None.
+        accumulate: Parts into which a batch is cut to save memory.
+        eval_every: Steps between evaluations; None for one at the end only.
+        save_every: Steps between checkpoints; None for one at the end only.
+        keep: Latest checkpoints to keep, beside the best.
+        chunk: Tokens a chunk of the loss.
+        seed: Seed of the adapter's initial values and of dropout.
+        init_from: An adapter directory to start from; its config must be the recipe's.
+        resume: Go on from the newest checkpoint in `output`.
+        wandb: Project at Weights & Biases; needs the extra of that name.
+        progress: Whether to show a progress bar.
+    """
+
+    output: str
+    steps: int | None = None
+    epochs: int = 1
+    accumulate: int = 1
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    chunk: int = 1024
+    seed: int = 0
+    init_from: str | None = None
+    resume: bool = False
+    wandb: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        for name in ("steps", "epochs", "accumulate", "eval_every", "save_every", "keep", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run; the fields of a recipe's YAML."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    adapter: gl.AdapterConfig = field(default_factory=gl.GenLoRAConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the fields at fault."""
+        if self.data.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"data.batch_size ({self.data.batch_size}) is no multiple of "
+                f"train.accumulate ({self.train.accumulate})"
+            )
+
+
+def prepare_output(recipe: Recipe) -> Path:
+    """The run's directory: a new one, or that of the run to resume."""
+    output = Path(recipe.train.output)
+    if recipe.train.resume and not (output / "checkpoints").is_dir():
+        raise FileNotFoundError(f"nothing to resume in {output}: it has no checkpoints")
+    if not recipe.train.resume and output.exists() and any(output.iterdir()):
+        raise FileExistsError(
+            f"{output} is not empty: give another train.output, or train.resume to go on there"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"cannot make train.output {output}: {error.strerror}") from error
+    return output
+
+
+def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
+    """A new adapter, or the one to start from."""
+    if recipe.train.init_from is None:
+        return gl.init_adapter(recipe.adapter, jax.random.key(recipe.train.seed), params)
+    cfg, adapter = gl.load_adapter(recipe.train.init_from, params, model=model)
+    if dataclasses.replace(cfg, dropout=recipe.adapter.dropout) != recipe.adapter:
+        raise ValueError(
+            f"train.init_from: {recipe.train.init_from} was made with other settings than the "
+            f"recipe's adapter: {cfg}"
+        )
+    return adapter
+
+
+def finetune(recipe: Recipe) -> int | None:
+    """Runs a recipe.
+
+    Returns:
+        The signal that ended the run early, or None.
+
+    Raises:
+        FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
+    """
+    output = prepare_output(recipe)
+    source = locate(recipe.model.path, revision=recipe.model.revision)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    examples, report = load_examples(recipe.data.train, tokenizer, recipe.data)
+    print(report)
+    held_out = []
+    if recipe.data.eval:
+        eval_examples, report = load_examples(recipe.data.eval, tokenizer, recipe.data)
+        print(report)
+        held_out = eval_batches(eval_examples, recipe.data)
+
+    options = dataclasses.asdict(recipe.model)
+    model, params = gl.load_llama(source, **{k: v for k, v in options.items() if k != "path"})
+    adapter = initial_adapter(recipe, params, model)
+    print(f"{gl.count_parameters(adapter):,} parameters to train")
+
+    steps = recipe.train.steps
+    if steps is None:
+        steps = sum(1 for _ in train_batches(examples, recipe.data, epochs=recipe.train.epochs))
+    optimizer = make_optimizer(recipe.optim, steps)
+    schedule = learning_rate_schedule(recipe.optim, steps)
+    train_step = make_train_step(
+        model,
+        recipe.adapter,
+        optimizer,
+        accumulate=recipe.train.accumulate,
+        chunk=recipe.train.chunk,
+    )
+    eval_step = make_eval_step(model, chunk=recipe.train.chunk)
+    generate = jax.jit(lambda adapter: gl.generate_factors(recipe.adapter, adapter))
+    state = init_state(adapter, optimizer, recipe.train.seed)
+    batches = iter(train_batches(examples, recipe.data))
+
+    with (
+        Checkpoints(output / "checkpoints", keep=recipe.train.keep) as checkpoints,
+        Interruption() as interruption,
+    ):
+        if recipe.train.resume:
+            state = checkpoints.restore(state, batches)
+            print(f"resumed at step {int(state.step)}")
+        start = int(state.step)
+        best = math.inf
+        with MetricsLog(
+            output,
+            steps=steps,
+            start=start,
+            wandb=recipe.train.wandb,
+            settings=dataclasses.asdict(recipe),
+            progress=recipe.train.progress,
+        ) as log:
+            clock = time.monotonic()
+
+            def record(step: int, metrics: dict[str, jax.Array]) -> None:
+                """Waits for a step's metrics, checks and writes them."""
+                nonlocal clock
+                values = {name: float(value) for name, value in metrics.items()}
+                now = time.monotonic()
+                values["tokens_per_second"] = values["tokens"] / (now - clock)
+                values["learning_rate"] = float(schedule(step - 1))
+                clock = now
+                if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+                    raise FloatingPointError(
+                        f"the loss is {values['loss']} (gradient norm {values['grad_norm']}) at "
+                        f"step {step}; the last good checkpoint is that of step "
+                        f"{checkpoints.latest()}. Lower optim.learning_rate, then resume or restart"
+                    )
+                log.write(step, values)
+                log.advance(
+                    loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
+                )
+
+            pending: dict[str, jax.Array] | None = None
+            for step in range(start + 1, steps + 1):
+                state, metrics = train_step(state, params, next(batches))
+                # The metrics of the step before: the device never waits for the host to look.
+                if pending is not None:
+                    record(step - 1, pending)
+                pending = metrics
+                last = step == steps or interruption.signal is not None
+                due = {
+                    "eval": bool(held_out)
+                    and (step == steps or _due(step, recipe.train.eval_every)),
+                    "save": last or _due(step, recipe.train.save_every),
+                }
+                if any(due.values()):
+                    record(step, pending)
+                    pending = None
+                    loss = None
+                    if due["eval"]:
+                        loss = evaluate(eval_step, params, generate(state.adapter), held_out)
+                        log.write(step, {"eval_loss": loss})
+                        log.say(f"step {step}: eval loss {loss:.4f}")
+                        if loss < best:
+                            best = loss
+                            _save(output / "adapter-best", recipe, state, model)
+                    checkpoints.save(state, batches, loss)
+                    clock = time.monotonic()
+                if interruption.signal is not None and step < steps:
+                    log.say(f"stopped at step {step}, saved; go on with --train.resume true")
+                    return interruption.signal
+    _save(output / "adapter", recipe, state, model)
+    print(f"adapter: {output / 'adapter'}")
+    return None
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _save(path: Path, recipe: Recipe, state: TrainState, model: Any) -> None:
+    gl.save_adapter(path, recipe.adapter, state.adapter, model=model, overwrite=True)
+
+
+def main() -> None:
+    """Command line; exits with 128 + the signal's number if a signal ended the run."""
+    with report_errors():
+        recipe = parse(Recipe)
+        number = finetune(recipe)
+    if number is not None:
+        sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
