@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ CONFIG = {
 
 def token_stream(seed: int, count: int) -> np.ndarray:
     """Tokens of `count` stories one after another, each with its begin and end."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
     tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     texts = list(itertools.islice(stories(seed), count))
     ids = tokenizer(texts)["input_ids"]
@@ -89,8 +91,8 @@ def loss_of(model: LlamaForCausalLM, params: Any, ids: jax.Array) -> jax.Array:
 def main() -> None:
     """Pretrains and writes config and weights beside the tokenizer."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--stories", type=int, default=4_000_000)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--stories", type=int, default=1_500_000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=512, help="rows of a step")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
@@ -123,7 +125,7 @@ def main() -> None:
     for i in range(args.steps):
         ids = data[order.integers(0, len(data), args.batch)].astype(np.int32)
         params, opt_state, loss = step(params, opt_state, ids)
-        if i % 500 == 0 or i == args.steps - 1:
+        if i % 250 == 0 or i == args.steps - 1:
             print(f"step {i}: loss {loss:.4f}, {time.monotonic() - began:.0f} s", flush=True)
 
     flat = flatten_dict(params)
