@@ -25,6 +25,12 @@ FORMAT = 1
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 
+def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if `path` exists and is not to be overwritten."""
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+
+
 @contextlib.contextmanager
 def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends well, and else is removed.
@@ -38,8 +44,7 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         PermissionError: If its parent cannot be written.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+    refuse_existing(path, overwrite=overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))

@@ -225,7 +225,7 @@ def finetune(recipe: Recipe) -> int | None:
                     )
                 log.write(step, values)
                 log.advance(
-                    loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
+                    step, loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
                 )
 
             pending: dict[str, jax.Array] | None = None

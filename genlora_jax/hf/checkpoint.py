@@ -102,6 +102,22 @@ def model_config(directory: Path) -> LlamaConfig:
     return config
 
 
+def checkpoint_dtype(directory: Path) -> str:
+    """The dtype that `config.json` names, such as `bfloat16`; `float32` if it names none."""
+    config = read_json(directory / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def stop_tokens(directory: Path) -> list[int]:
+    """Ids of the tokens that end a text, as generation config or else config has them."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            ids = read_json(directory / name).get("eos_token_id")
+            if ids is not None:
+                return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

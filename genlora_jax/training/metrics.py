@@ -8,6 +8,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+PLAIN_LINES = 20  # of progress in a run whose output is no terminal
+
 
 class MetricsLog:
     """Writes records of `{"step": n, name: value, ...}` under a run's directory.
@@ -35,7 +37,11 @@ class MetricsLog:
         _drop_after(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not progress)
+        # None: only where stderr is a terminal. A log file gets a line now and then instead.
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", disable=None if progress else True
+        )
+        self._plain_every = max(steps // PLAIN_LINES, 1) if progress and self._bar.disable else 0
         self._run = _wandb_run(wandb, directory, settings) if wandb else None
 
     def __enter__(self) -> "MetricsLog":
@@ -57,10 +63,12 @@ class MetricsLog:
         if self._run is not None:
             self._run.log(values, step=step)
 
-    def advance(self, **shown: str) -> None:
-        """Moves the progress bar on by a step and shows values beside it."""
+    def advance(self, step: int, **shown: str) -> None:
+        """Moves the progress bar on to a step and shows values beside it."""
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
+        if self._plain_every and step % self._plain_every == 0:
+            print(f"step {step}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""

@@ -45,13 +45,13 @@ class OptimConfig:
 
 
 def learning_rate_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `final_ratio` of the peak at the last step."""
-    warmup = round(cfg.warmup * steps)
+    """Linear warm-up, then a cosine towards `final_ratio` of the peak; no step is at rate 0."""
+    warmup = max(round(cfg.warmup * steps), 1)
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else cfg.learning_rate,
+        init_value=cfg.learning_rate / warmup,
         peak_value=cfg.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
+        warmup_steps=warmup - 1,
+        decay_steps=max(steps, warmup),
         end_value=cfg.final_ratio * cfg.learning_rate,
     )
 

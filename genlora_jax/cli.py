@@ -1,0 +1,185 @@
+"""The `genlora` command: merge, export, inspect and try an adapter."""
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+
+import jax
+import jax.numpy as jnp
+import jsonargparse
+import numpy as np
+from flax.traverse_util import flatten_dict
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from genlora_jax.adapter import Adapter, count_parameters, generate_factors
+from genlora_jax.analysis import effective_rank, singular_values
+from genlora_jax.command import report_errors
+from genlora_jax.config import AdapterConfig
+from genlora_jax.decoding import decode
+from genlora_jax.hf.checkpoint import checkpoint_dtype, locate, stop_tokens
+from genlora_jax.hf.export import export_hf
+from genlora_jax.hf.load import load_llama
+from genlora_jax.hf.peft import export_peft
+from genlora_jax.merge import merge as merge_factors
+from genlora_jax.storage import load_adapter, refuse_existing
+
+
+def merge(
+    base: str, adapter: str, out: str, dtype: str | None = None, overwrite: bool = False
+) -> None:
+    """Merges an adapter into its base and writes a Hugging Face checkpoint.
+
+    Args:
+        base: The base: local directory or hub id.
+        adapter: The adapter's directory.
+        out: The directory to make.
+        dtype: Of the tensors written; by default the base's.
+        overwrite: Replace an existing directory.
+    """
+    refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
+    source = locate(base)
+    stored = checkpoint_dtype(source)
+    written = jnp.dtype(dtype or stored)
+    # No narrower than either end, so that the merged kernel is rounded once.
+    held = jnp.promote_types(stored, written)
+    model, params = load_llama(source, dtype=held, param_dtype=held)
+    cfg, loaded = load_adapter(adapter, params, model=model)
+    merged = merge_factors(params, generate_factors(cfg, loaded), donate=True)
+    export_hf(out, merged, base=source, dtype=written, overwrite=overwrite)
+    print(f"merged model: {out}")
+
+
+def export_peft_adapter(
+    adapter: str, out: str, base: str | None = None, overwrite: bool = False
+) -> None:
+    """Writes an adapter as a plain PEFT LoRA adapter, for `peft` and vLLM.
+
+    Args:
+        adapter: The adapter's directory.
+        out: The directory to make.
+        base: Name or path of the base, noted in the adapter's config.
+        overwrite: Replace an existing directory.
+    """
+    cfg, loaded = load_adapter(adapter)
+    export_peft(out, cfg, generate_factors(cfg, loaded), base=base or "", overwrite=overwrite)
+    print(f"PEFT adapter: {out}")
+
+
+def inspect(adapter: str) -> None:
+    """Prints what an adapter adapts, what it costs and how much of its rank it uses.
+
+    Args:
+        adapter: The adapter's directory.
+    """
+    cfg, loaded = load_adapter(adapter)
+    console = Console()
+    console.print(_inspection(cfg, loaded))
+    lora = sum(cfg.rank * t.depth * (t.d_in + t.d_out) for t in loaded.spec.targets)
+    count = count_parameters(loaded)
+    console.print(
+        f"{type(cfg).__name__}, rank {cfg.rank}, scale {cfg.scale:g}: {count:,} parameters; "
+        f"LoRA of this rank has {lora:,} ({lora / count:.1f} x)"
+    )
+
+
+def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
+    table = Table("target", "layers", "shape", "parameters", "LoRA", "effective rank")
+    table.columns[0].overflow = "fold"  # a name cut short names nothing
+    for column in table.columns[1:]:
+        column.justify = "right"
+    flat = flatten_dict(generate_factors(cfg, adapter))
+    for target in adapter.spec.targets:
+        own = [tree[target.name] for tree in adapter.trainable.values() if target.name in tree]
+        ranks = []
+        for kernel in target.kernels:
+            values = singular_values(flat[(*kernel.path, "a")], flat[(*kernel.path, "b")])
+            rank = effective_rank(values)
+            ranks += [float(rank[i]) for i in kernel.layers] if kernel.stack else [float(rank)]
+        table.add_row(
+            target.name,
+            str(target.depth),
+            f"{target.d_in} x {target.d_out}",
+            f"{sum(leaf.size for leaf in jax.tree.leaves(own)):,}",
+            f"{cfg.rank * target.depth * (target.d_in + target.d_out):,}",
+            f"{np.mean(ranks):.1f}",
+        )
+    return table
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    adapter: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+) -> None:
+    """Continues a prompt with a base, a merged model, or a base and an adapter.
+
+    Args:
+        model: Local directory or hub id.
+        prompt: The text to continue.
+        adapter: An adapter's directory.
+        max_new_tokens: Longest continuation.
+        temperature: 0 for greedy, else softmax temperature.
+        top_p: Sample from the most likely tokens of this total probability.
+        seed: Seed of the sampling.
+        dtype: Of parameters and computation.
+    """
+    source = locate(model)
+    llama, params = load_llama(source, dtype=dtype, param_dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    factors = None
+    if adapter is not None:
+        cfg, loaded = load_adapter(adapter, params, model=llama)
+        factors = generate_factors(cfg, loaded)
+    ids = tokenizer(prompt)["input_ids"]
+    limit = llama.config.max_position_embeddings
+    if len(ids) + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
+            f"model's {limit} positions"
+        )
+    (new,) = decode(
+        llama,
+        params,
+        [ids],
+        factors=factors,
+        max_new_tokens=max_new_tokens,
+        stop=stop_tokens(source),
+        temperature=temperature,
+        top_p=top_p,
+        key=jax.random.key(seed),
+    )
+    print(prompt + tokenizer.decode(new))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "merge": merge,
+    "export-peft": export_peft_adapter,
+    "inspect": inspect,
+    "generate": generate,
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the installed `genlora` command."""
+    parser = jsonargparse.ArgumentParser(prog="genlora", description=__doc__)
+    subcommands = parser.add_subcommands()
+    for name, function in COMMANDS.items():
+        command = jsonargparse.ArgumentParser(description=function.__doc__.splitlines()[0])
+        command.add_function_arguments(function, skip={"overwrite"})
+        if "overwrite" in signature(function).parameters:
+            command.add_argument("--overwrite", action="store_true", help="replace what is there")
+        subcommands.add_subcommand(name, command)
+    chosen = parser.parse_args(args)
+    with report_errors():
+        COMMANDS[chosen.subcommand](**vars(chosen[chosen.subcommand]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""Latents to basis vectors, against a reference in NumPy float64 written on its own."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import genlora_jax as gl
+from genlora_jax import generators
+
+few = settings(max_examples=15, deadline=None)
+
+
+def scalar_features(family, x, count, bandwidth):
+    """The values at x of `count` scalar basis functions of a family, by textbook formulas."""
+    points = [0.0] if count == 1 else [-2 + 4 * k / (count - 1) for k in range(count)]
+    width = bandwidth or (1.0 if count == 1 else 4 / (count - 1))
+    if family in ("rbf", "rbf_grid"):
+        return [math.exp(-(((x - point) / width) ** 2)) for point in points]
+    if family == "fourier":
+        waves = [math.sin, math.cos]
+        return [waves[k % 2]((k // 2 + 1) * math.pi * x / 4) for k in range(count)]
+    if family == "chebyshev":
+        return [math.cos(k * math.acos(math.tanh(x))) for k in range(1, count + 1)]
+    # The cubic B-spline as a sum of truncated powers.
+    return [
+        sum(
+            (-1) ** i * math.comb(4, i) * max((x - point) / width + 2 - i, 0.0) ** 3
+            for i in range(5)
+        )
+        / 6
+        for point in points
+    ]
+
+
+def reference_groups(cfg, z):
+    """Normalised groups, the last one padded with zeros."""
+    z, g = np.asarray(z, np.float64), cfg.group_size
+    if cfg.normalize == "latent":
+        z = (z - z.mean()) / np.sqrt(z.var() + cfg.eps)
+    groups = []
+    for start in range(0, len(z), g):
+        part = z[start : start + g]
+        if cfg.normalize == "group":
+            part = (part - part.mean()) / np.sqrt(part.var() + cfg.eps)
+        groups.append(np.concatenate([part, np.zeros(g - len(part))]))
+    return groups
+
+
+def reference(cfg, z, generator):
+    """The basis `[n, r]`, a generator and a group at a time."""
+    own = {name: np.asarray(leaf, np.float64) for name, leaf in generator.items()}
+    g, count, columns = cfg.group_size, cfg.kernels, []
+    for i in range(cfg.rank):
+        column = []
+        for j, t in enumerate(reference_groups(cfg, z)):
+            out = np.zeros(g)
+            if cfg.generator == "groupwise":
+                phi = []
+                if cfg.basis == "rbf":
+                    for k in range(count):
+                        h = (cfg.bandwidth or 2**0.5) * np.exp(own["log_width"][k])
+                        distance = ((t - own["centers"][k]) ** 2).sum()
+                        phi.append(np.exp(-distance / (g * h**2)))
+                elif cfg.basis is not None:
+                    for x in t:
+                        phi += scalar_features(cfg.basis, x, count, cfg.bandwidth)
+                for f, value in enumerate(phi):
+                    out += value * own["weights"][i, f]
+                if cfg.residual:
+                    for m in range(g):
+                        out += t[m] * own["residual"][i, m]
+            else:
+                for m, x in enumerate(t):
+                    if cfg.basis is not None:
+                        phi = scalar_features(cfg.basis, x, count, cfg.bandwidth)
+                        out[m] += np.dot(phi, own["weights"][i, j])
+                    if cfg.residual:
+                        out[m] += x * own["residual"][i, j]
+            column.append(out)
+        column = np.concatenate(column)[: len(z)]
+        columns.append(column - column.mean() if cfg.center_basis else column)
+    return np.stack(columns, axis=1)
+
+
+def random_generator(cfg, n, seed=0):
+    """A latent, and weights of the shapes that `init_generator` gives, all random."""
+    rng = np.random.default_rng(seed)
+    z = jnp.asarray(rng.standard_normal(n) + 0.3, jnp.float32)
+    centers = generators.fixed_centers(cfg, 0, "test")
+    init = generators.init_generator(cfg, jax.random.key(0), z[None], centers, zero=False)
+    own = {
+        name: jnp.asarray(rng.standard_normal(leaf.shape) * 0.5, jnp.float32)
+        for name, leaf in init.items()
+    }
+    return z, own
+
+
+def check_against_reference(cfg, n=13):
+    z, own = random_generator(cfg, n)
+    ours = generators.generate(cfg, z, own)
+    theirs = reference(cfg, z, own)
+    assert ours.dtype == jnp.float32
+    assert ours.shape == (n, cfg.rank)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+FAMILIES = ["rbf", "rbf_grid", "fourier", "chebyshev", "bspline", None]
+
+
+@pytest.mark.parametrize("form", ["groupwise", "elementwise"])
+@pytest.mark.parametrize("normalize", ["latent", "group", "none"])
+@pytest.mark.parametrize(
+    ("basis", "residual"),
+    [(family, True) for family in FAMILIES] + [(family, False) for family in FAMILIES if family],
+)
+def test_generate_equals_the_reference(form, normalize, basis, residual):
+    check_against_reference(
+        gl.GenLoRAConfig(
+            rank=3,
+            group_size=4,
+            kernels=3,
+            generator=form,
+            normalize=normalize,
+            basis=basis,
+            residual=residual,
+        )
+    )
+
+
+@pytest.mark.parametrize("form", ["groupwise", "elementwise"])
+@pytest.mark.parametrize("group_size", [1, 2, 5, 13, 16])
+@pytest.mark.parametrize("kernels", [1, 4])
+def test_generate_equals_the_reference_at_any_group_size(form, group_size, kernels):
+    check_against_reference(
+        gl.GenLoRAConfig(rank=2, group_size=group_size, kernels=kernels, generator=form)
+    )
+
+
+@pytest.mark.parametrize("form", ["groupwise", "elementwise"])
+@pytest.mark.parametrize("changes", [{"bandwidth": 0.7}, {"center_basis": True}, {"eps": 0.5}])
+@pytest.mark.parametrize("basis", ["rbf", "rbf_grid", "bspline"])
+def test_generate_equals_the_reference_with_other_settings(form, changes, basis):
+    check_against_reference(
+        gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, generator=form, basis=basis, **changes)
+    )
+
+
+def test_group_normalisation_of_a_lone_last_element_is_zero():
+    cfg = gl.GenLoRAConfig(rank=1, group_size=4, normalize="group", eps=0.0)
+    t = generators.normalize_latent(cfg, jnp.arange(5.0))
+    np.testing.assert_array_equal(t[1], np.zeros(4))
+    assert float(jnp.abs(t[0]).min()) > 0
+
+
+@few
+@given(
+    g=st.integers(1, 8),
+    width=st.floats(0.2, 3.0),
+    distance=st.floats(0.0, 4.0),
+    seed=st.integers(0, 10_000),
+)
+def test_gaussian_rbf_and_its_gradient_are_bounded(g, width, distance, seed):
+    rng = np.random.default_rng(seed)
+    center, direction = rng.standard_normal((2, g))
+    # Distances in units of the width: at 1 / sqrt(2) of them the gradient is at its bound.
+    reach = distance * width * math.sqrt(g) * direction / np.linalg.norm(direction)
+    t = jnp.asarray(center + reach, jnp.float32)
+    centers = jnp.asarray(center[None], jnp.float32)
+
+    def phi(t):
+        return generators.gaussian_rbf(t, centers, jnp.array([width], jnp.float32))
+
+    assert 0 <= float(phi(t)[0]) <= 1
+    bound = math.sqrt(2 / (math.e * g)) / width
+    assert np.linalg.norm(jax.jacobian(phi)(t)) <= bound * (1 + 1e-5)
+
+
+def test_the_gradient_bound_of_gaussian_rbf_is_attained():
+    g, width = 4, 0.8
+    t = jnp.full(g, width / math.sqrt(2), jnp.float32)
+    grad = jax.jacobian(
+        lambda t: generators.gaussian_rbf(t, jnp.zeros((1, g)), jnp.array([width]))
+    )(t)
+    np.testing.assert_allclose(np.linalg.norm(grad), math.sqrt(2 / (math.e * g)) / width, rtol=1e-5)
+
+
+@few
+@given(
+    shift=st.floats(-4, 4), seed=st.integers(0, 1000), scope=st.sampled_from(["latent", "group"])
+)
+def test_a_basis_does_not_change_with_a_shift_of_the_latent(shift, seed, scope):
+    cfg = gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, normalize=scope)
+    z, own = random_generator(cfg, 12, seed)
+    before, after = (np.asarray(generators.generate(cfg, row, own)) for row in (z, z + shift))
+    np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
+
+
+@few
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 1000))
+def test_a_basis_does_not_change_with_the_scale_of_the_latent_without_eps(scale, seed):
+    cfg = gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, eps=0.0)
+    z, own = random_generator(cfg, 12, seed)
+    before, after = (np.asarray(generators.generate(cfg, row, own)) for row in (z, scale * z))
+    np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
+
+
+@pytest.mark.parametrize(
+    ("form", "rank", "n", "group_size", "kernels", "expected"),
+    [
+        ("groupwise", 20, 256, 4, 3, 20),  # r
+        ("groupwise", 40, 18, 4, 3, 18),  # n
+        ("groupwise", 40, 256, 4, 3, 4 * (4 + 3)),
+        ("groupwise", 12, 256, 2, 2, 2 * (2 + 2)),
+        ("elementwise", 6, 128, 32, 3, 6),  # r
+        ("elementwise", 30, 10, 2, 3, 10),  # n
+        ("elementwise", 24, 256, 64, 3, 4 * (3 + 1)),
+        ("elementwise", 24, 256, 128, 2, 2 * (2 + 1)),
+    ],
+)
+def test_rank_of_a_side_is_the_attainable_one(form, rank, n, group_size, kernels, expected):
+    cfg = gl.GenLoRAConfig(
+        rank=rank, group_size=group_size, kernels=kernels, generator=form, rbf_init=0.5
+    )
+    z = jax.random.normal(jax.random.key(1), (1, n))
+    own = generators.init_generator(
+        cfg, jax.random.key(2), z, generators.fixed_centers(cfg, 0, "x"), zero=False
+    )
+    if cfg.joint:
+        own = generators.fixed_centers(cfg, 0, "x") | own
+    basis = np.asarray(generators.generate(cfg, z[0], own), np.float64)
+    values = np.linalg.svd(basis, compute_uv=False)
+    # Float32 rounding leaves about 1e-7 of the largest value where there is nothing.
+    assert int((values > 3e-6 * values[0]).sum()) == expected
+
+
+@pytest.mark.parametrize("form", ["groupwise", "elementwise"])
+@pytest.mark.parametrize("normalize", ["latent", "group", "none"])
+@pytest.mark.parametrize("rbf_init", [0.0, 0.5, 1.0])
+def test_side_a_starts_with_variance_one_over_d_in_and_side_b_at_zero(form, normalize, rbf_init):
+    n, layers = 256, 3
+    cfg = gl.GenLoRAConfig(
+        rank=64,
+        group_size=8,
+        kernels=4,
+        generator=form,
+        normalize=normalize,
+        rbf_init=rbf_init,
+    )
+    base = {"layers": {"proj": {"kernel": jnp.zeros((layers, n, 80))}}}
+    factors = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(3), base))
+    side_a, side_b = (np.asarray(factors["layers"]["proj"][side]) for side in "ab")
+    # 64 independent generators: a relative standard deviation near 1 / sqrt(64 * 4) at worst.
+    assert n * np.square(side_a).mean() == pytest.approx(1.0, rel=0.25)
+    assert not side_b.any()
+
+
+def test_basis_functions_carry_their_share_of_the_initial_variance():
+    z = jax.random.normal(jax.random.key(0), (1, 512))
+    powers = []
+    for part in ("weights", "residual"):
+        cfg = gl.GenLoRAConfig(rank=256, group_size=8, kernels=4, rbf_init=0.25)
+        centers = generators.fixed_centers(cfg, 0, "x")
+        own = generators.init_generator(cfg, jax.random.key(1), z, centers, zero=False)
+        own[part] = jnp.zeros_like(own[part])
+        powers.append(512 * float(jnp.square(generators.generate(cfg, z[0], own)).mean()))
+    assert powers == pytest.approx([0.75, 0.25], rel=0.15)
+
+
+# What is rebuilt from the seed must be the same bits in every process. The script is run in this
+# process's settings and in others; it prints digests of the bits.
+REBUILT = """
+import hashlib, json
+import jax, numpy as np
+import genlora_jax as gl
+from genlora_jax.generators import seeded_normal
+
+digest = lambda x: [str(x.dtype), hashlib.sha256(np.asarray(x).tobytes()).hexdigest()]
+base = {"layers": {"proj": {"kernel": jax.ShapeDtypeStruct((2, 12, 20), np.float32)}}}
+out = {"normal": digest(seeded_normal(7, "name", (5, 9)))}
+for form in ("groupwise", "elementwise"):
+    cfg = gl.GenLoRAConfig(
+        rank=4, group_size=4, kernels=3, generator=form, latents="seeded",
+        trainable_centers=False, seed=11,
+    )
+    adapter = gl.init_adapter(cfg, jax.random.key(0), base)
+    out[form + " leaves"] = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(adapter)})
+    filled = jax.tree.map(
+        lambda leaf: np.sin(np.arange(leaf.size)).reshape(leaf.shape).astype(np.float32), adapter
+    )
+    for side, value in gl.generate_factors(cfg, filled)["layers"]["proj"].items():
+        out[form + " " + side] = digest(value)
+print(json.dumps(out))
+"""
+
+
+def rebuilt_in_another_process(**environment):
+    script = subprocess.run(
+        [sys.executable, "-c", REBUILT],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(script.stdout)
+
+
+@pytest.fixture(scope="module")
+def rebuilt_by_default():
+    return rebuilt_in_another_process()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_PRNG_IMPL": "rbg"},
+        {"JAX_ENABLE_X64": "1"},
+    ],
+    ids=["random_bits", "x64"],
+)
+def test_what_is_rebuilt_from_the_seed_does_not_depend_on_settings(rebuilt_by_default, environment):
+    assert rebuilt_in_another_process(**environment) == rebuilt_by_default
+
+
+def test_seeded_numbers_are_those_of_this_process_too(rebuilt_by_default):
+    here = np.asarray(generators.seeded_normal(7, "name", (5, 9)))
+    assert rebuilt_by_default["normal"][1] == hashlib.sha256(here.tobytes()).hexdigest()
+    assert not np.array_equal(here, generators.seeded_normal(8, "name", (5, 9)))
+    assert not np.array_equal(here, generators.seeded_normal(7, "other", (5, 9)))
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of inner ones as well."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def factor_equations(cfg, base):
+    adapter = gl.init_adapter(cfg, jax.random.key(0), base)
+    traced = jax.make_jaxpr(lambda adapter: gl.generate_factors(cfg, adapter))(adapter)
+    return list(equations(traced.jaxpr))
+
+
+@pytest.mark.parametrize("form", ["groupwise", "elementwise"])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_side_of_a_target_is_one_product_for_all_layers(form, share):
+    cfg = gl.GenLoRAConfig(
+        rank=3, group_size=4, kernels=3, generator=form, rbf_init=0.5, share_generators=share
+    )
+    found = factor_equations(cfg, {"layers": {"proj": {"kernel": jnp.zeros((5, 12, 20))}}})
+    assert sum(e.primitive.name == "dot_general" for e in found) == 2
+
+
+def test_features_of_shared_latents_are_computed_once_for_all_layers():
+    cfg = gl.GenLoRAConfig(
+        rank=3,
+        group_size=4,
+        kernels=3,
+        generator="elementwise",
+        share_generators=False,
+        share_latents=True,
+    )
+    found = factor_equations(cfg, {"layers": {"proj": {"kernel": jnp.zeros((5, 12, 20))}}})
+    exponentials = sum(e.outvars[0].aval.size for e in found if e.primitive.name == "exp")
+    assert exponentials == (12 + 20) * cfg.kernels
+
+
+@pytest.mark.parametrize("form", ["groupwise", "elementwise"])
+@pytest.mark.parametrize("normalize", ["latent", "group", "none"])
+@pytest.mark.parametrize("basis", FAMILIES)
+def test_gradients_are_finite_even_where_a_latent_is_constant(form, normalize, basis):
+    cfg = gl.GenLoRAConfig(
+        rank=2, group_size=4, kernels=3, generator=form, normalize=normalize, basis=basis
+    )
+    z, own = random_generator(cfg, 13)
+
+    @jax.jit
+    def grads(z, own):
+        return jax.grad(
+            lambda z, own: jnp.square(generators.generate(cfg, z, own) - 1).sum(), (0, 1)
+        )(z, own)
+
+    for latent in (z, jnp.zeros(13), jnp.full(13, 0.7), z.at[4:8].set(0.5)):
+        for leaf in jax.tree.leaves(grads(latent, own)):
+            assert np.isfinite(leaf).all()
+    assert float(jnp.abs(grads(z, own)[0]).max()) > 0

@@ -1,0 +1,85 @@
+"""The direction in which modules import one another."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "genlora_jax"
+MODULES = sorted(LIBRARY.rglob("*.py"))
+
+
+def imported(file):
+    """Full names of all that a module imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import, which these tests do not follow"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def below(names, *packages):
+    return {n for n in names if any(n == p or n.startswith(p + ".") for p in packages)}
+
+
+def own_imports(*parts):
+    return below(imported(LIBRARY.joinpath(*parts)), "genlora_jax")
+
+
+def test_there_are_modules_to_look_at():
+    assert {"generators.py", "adapter.py", "inject.py"} <= {file.name for file in MODULES}
+    assert below(imported(LIBRARY / "adapter.py"), "flax", "genlora_jax.generators")
+
+
+def test_config_imports_nothing_of_ours_and_no_jax():
+    names = imported(LIBRARY / "config.py")
+    assert not below(names, "genlora_jax", "jax", "flax")
+
+
+def test_generators_import_no_flax_and_of_ours_only_config():
+    assert not below(imported(LIBRARY / "generators.py"), "flax")
+    own = own_imports("generators.py")
+    assert own
+    assert own == below(own, "genlora_jax.config")
+
+
+@pytest.mark.parametrize("file", sorted((LIBRARY / "models").glob("*.py")), ids=lambda f: f.name)
+def test_models_import_nothing_of_ours_but_models(file):
+    own = below(imported(file), "genlora_jax")
+    assert own == below(own, "genlora_jax.models")
+
+
+@pytest.mark.parametrize("name", ["adapter.py", "targets.py", "merge.py", "inject.py"])
+def test_adapters_know_no_model(name):
+    above = ("models", "hf", "training", "storage", "decoding", "cli", "command")
+    assert not below(own_imports(name), *(f"genlora_jax.{part}" for part in above))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(LIBRARY)))
+def test_the_library_imports_nothing_of_train(file):
+    assert not below(imported(file), "train")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        file
+        for file in MODULES
+        if "training" not in file.parts and file.stem not in ("cli", "command")
+    ],
+    ids=lambda f: str(f.relative_to(LIBRARY)),
+)
+def test_only_training_and_commands_import_training(file):
+    assert not below(imported(file), "genlora_jax.training")
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(LIBRARY)))
+def test_modules_are_short_and_named_for_what_they_hold(file):
+    assert len(file.read_text().splitlines()) <= 400
+    assert not {"utils", "util", "helpers", "misc"} & {
+        part.lower() for part in (file.stem, *file.parts)
+    }
