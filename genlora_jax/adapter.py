@@ -198,7 +198,8 @@ def _(cfg: LoRAConfig, key: jax.Array, target: Target) -> dict[str, Sides]:
     shape = (target.depth, target.d_in, cfg.rank)
     bound = target.d_in**-0.5  # as PEFT: Kaiming-uniform with a = sqrt(5)
     a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    return {"factors": {"a": a, "b": jnp.zeros((target.depth, cfg.rank, target.d_out))}}
+    b = jnp.zeros((target.depth, cfg.rank, target.d_out), jnp.float32)
+    return {"factors": {"a": a, "b": b}}
 
 
 @_target_factors.register

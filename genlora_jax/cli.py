@@ -10,14 +10,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.analysis import effective_rank, singular_values
 from genlora_jax.command import report_errors
 from genlora_jax.config import AdapterConfig
 from genlora_jax.decoding import decode
-from genlora_jax.hf.checkpoint import checkpoint_dtype, locate, stop_tokens
+from genlora_jax.hf.checkpoint import checkpoint_dtype, load_tokenizer, locate, stop_tokens
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.peft import export_peft
@@ -132,7 +131,7 @@ def generate(
     """
     source = locate(model)
     llama, params = load_llama(source, dtype=dtype, param_dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     factors = None
     if adapter is not None:
         cfg, loaded = load_adapter(adapter, params, model=llama)
@@ -155,7 +154,7 @@ def generate(
         top_p=top_p,
         key=jax.random.key(seed),
     )
-    print(prompt + tokenizer.decode(new))
+    print(f"{prompt}{tokenizer.decode(new)}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -171,7 +170,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = jsonargparse.ArgumentParser(prog="genlora", description=__doc__)
     subcommands = parser.add_subcommands()
     for name, function in COMMANDS.items():
-        command = jsonargparse.ArgumentParser(description=function.__doc__.splitlines()[0])
+        command = jsonargparse.ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
         command.add_function_arguments(function, skip={"overwrite"})
         if "overwrite" in signature(function).parameters:
             command.add_argument("--overwrite", action="store_true", help="replace what is there")

@@ -72,14 +72,16 @@ class AdapterConfig:
         _require_int("rank", self.rank, 1)
         _require_float("alpha", self.alpha, 0.0, above=True)
         _require_choice("scaling", self.scaling, ("lora", "rslora"))
-        _require(len(self.targets) > 0, "targets is empty: name at least one module")
         for field in ("targets", "exclude"):
             value = getattr(self, field)
+            listed = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
             _require(
-                isinstance(value, str) or all(isinstance(pattern, str) for pattern in value),
-                f"{field} must hold names or regular expressions, got {value!r}",
+                listed or value == "all-linear",
+                f"{field} must be a list of names or regular expressions, got {value!r}",
             )
+        _require(len(self.targets) > 0, "targets is empty: name at least one module")
         if self.layers is not None:
+            _require(isinstance(self.layers, tuple), f"layers must be a list, got {self.layers!r}")
             _require(len(self.layers) > 0, "layers is empty: leave it out to adapt every layer")
             for layer in self.layers:
                 _require_int("layers", layer, 0)

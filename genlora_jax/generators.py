@@ -42,18 +42,17 @@ def normalize_latent(cfg: GenLoRAConfig, z: jax.Array) -> jax.Array:
     The padding of the last group is zero and takes no part in the statistics.
     """
     n, groups, g = z.shape[0], group_count(cfg, z.shape[0]), cfg.group_size
-    z = z.astype(jnp.float32)
-    if cfg.normalize == "latent":
-        z = (z - z.mean()) * jax.lax.rsqrt(z.var() + cfg.eps)
-    t = jnp.pad(z, (0, groups * g - n)).reshape(groups, g)
-    if cfg.normalize == "group":
-        inside = (jnp.arange(groups * g) < n).reshape(groups, g)
-        mean = t.mean(axis=1, keepdims=True, where=inside)
-        var = t.var(axis=1, keepdims=True, where=inside)
-        # A lone element in the last group is its own mean; without eps it would be 0 / 0.
-        t = jnp.where(inside & (var + cfg.eps > 0), t - mean, 0.0)
-        t = t * jax.lax.rsqrt(jnp.where(var + cfg.eps > 0, var + cfg.eps, 1.0))
-    return t
+    t = jnp.pad(z.astype(jnp.float32), (0, groups * g - n)).reshape(groups, g)
+    if cfg.normalize == "none":
+        return t
+    axis = 1 if cfg.normalize == "group" else None
+    inside = (jnp.arange(groups * g) < n).reshape(groups, g)
+    mean = t.mean(axis=axis, keepdims=True, where=inside)
+    power = t.var(axis=axis, keepdims=True, where=inside) + cfg.eps
+    # With eps = 0, equal elements (a lone one in the last group, say) would be 0 / 0.
+    varied = power > 0
+    t = (t - mean) * jax.lax.rsqrt(jnp.where(varied, power, 1.0))
+    return jnp.where(inside & varied, t, 0.0)
 
 
 def gaussian_rbf(t: jax.Array, centers: jax.Array, width: jax.Array) -> jax.Array:
@@ -69,8 +68,8 @@ def gaussian_rbf(t: jax.Array, centers: jax.Array, width: jax.Array) -> jax.Arra
 def _grid(kernels: int) -> tuple[jax.Array, float]:
     """K points on [-GRID, GRID] and their spacing (the point 0 and 1 when K = 1)."""
     if kernels == 1:
-        return jnp.zeros(1), 1.0
-    return jnp.linspace(-GRID, GRID, kernels), 2 * GRID / (kernels - 1)
+        return jnp.zeros(1, jnp.float32), 1.0
+    return jnp.linspace(-GRID, GRID, kernels, dtype=jnp.float32), 2 * GRID / (kernels - 1)
 
 
 def _rbf_grid(t: jax.Array, kernels: int, bandwidth: float | None) -> jax.Array:
@@ -90,7 +89,7 @@ def _bspline(t: jax.Array, kernels: int, bandwidth: float | None) -> jax.Array:
 def _fourier(t: jax.Array, kernels: int, bandwidth: float | None) -> jax.Array:
     """sin, cos of one, two, ... half periods on [-GRID, GRID]."""
     k = jnp.arange(kernels)
-    phase = (k // 2 + 1) * (math.pi / (2 * GRID)) * t[..., None]
+    phase = (k // 2 + 1).astype(jnp.float32) * (math.pi / (2 * GRID)) * t[..., None]
     return jnp.where(k % 2 == 0, jnp.sin(phase), jnp.cos(phase))
 
 
@@ -172,7 +171,7 @@ def fixed_centers(cfg: GenLoRAConfig, seed: int, name: str) -> Generator:
     """Centres `[K, g]` drawn from N(0, 1) and log-widths of 0, from the adapter's seed."""
     return {
         "centers": seeded_normal(seed, f"{name}/centers", (cfg.kernels, cfg.group_size)),
-        "log_width": jnp.zeros(cfg.kernels),
+        "log_width": jnp.zeros(cfg.kernels, jnp.float32),
     }
 
 
@@ -210,7 +209,7 @@ def init_generator(
             values = values.reshape(count, t.shape[1] * g, -1)[:, :n]
             shape = (r, t.shape[1], cfg.kernels) if part == "weights" else (r, t.shape[1])
         if zero:
-            generator[part] = jnp.zeros(shape)
+            generator[part] = jnp.zeros(shape, jnp.float32)
             continue
         # An element is a sum of features times independent weights, so its variance is the
         # weights' variance times the sum of the squared features.

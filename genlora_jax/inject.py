@@ -28,8 +28,8 @@ def _interceptor(dropout: float, used: set[tuple[str, ...]]) -> Callable[..., An
             return y
         used.add(module.path)
         x = args[0] if args else kwargs["inputs"]
-        a = module.get_variable(COLLECTION, "a").astype(y.dtype)
-        b = module.get_variable(COLLECTION, "b").astype(y.dtype)
+        a: jax.Array = module.get_variable(COLLECTION, "a").astype(y.dtype)
+        b: jax.Array = module.get_variable(COLLECTION, "b").astype(y.dtype)
         if (*a.shape[:-1], *b.shape[1:]) != (x.shape[-1], y.shape[-1]):
             raise ValueError(
                 f"factors of {'.'.join(module.path)} have shapes {a.shape} and {b.shape}; "

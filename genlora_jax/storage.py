@@ -151,7 +151,7 @@ def load_adapter(
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / SETTINGS}: {error}") from error
 
-    config = settings["base"]["config"]
+    config = settings["base"].get("config")
     if params is not None:
         if base_fingerprint(params) != spec.fingerprint:
             raise ValueError(

@@ -107,7 +107,7 @@ def random_generator(cfg, n, seed=0):
 
 def check_against_reference(cfg, n=13):
     z, own = random_generator(cfg, n)
-    ours = generators.generate(cfg, z, own)
+    ours = jax.jit(generators.generate, static_argnums=0)(cfg, z, own)
     theirs = reference(cfg, z, own)
     assert ours.dtype == jnp.float32
     assert ours.shape == (n, cfg.rank)
@@ -249,7 +249,7 @@ def test_rank_of_a_side_is_the_attainable_one(form, rank, n, group_size, kernels
 def test_side_a_starts_with_variance_one_over_d_in_and_side_b_at_zero(form, normalize, rbf_init):
     n, layers = 256, 3
     cfg = gl.GenLoRAConfig(
-        rank=64,
+        rank=32,
         group_size=8,
         kernels=4,
         generator=form,
@@ -257,9 +257,14 @@ def test_side_a_starts_with_variance_one_over_d_in_and_side_b_at_zero(form, norm
         rbf_init=rbf_init,
     )
     base = {"layers": {"proj": {"kernel": jnp.zeros((layers, n, 80))}}}
-    factors = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(3), base))
+
+    @jax.jit
+    def init(key):
+        return gl.generate_factors(cfg, gl.init_adapter(cfg, key, base))
+
+    factors = init(jax.random.key(3))
     side_a, side_b = (np.asarray(factors["layers"]["proj"][side]) for side in "ab")
-    # 64 independent generators: a relative standard deviation near 1 / sqrt(64 * 4) at worst.
+    # 32 generators of some 32 groups each (or 8 x 8 weights): a standard deviation of 5 % or so.
     assert n * np.square(side_a).mean() == pytest.approx(1.0, rel=0.25)
     assert not side_b.any()
 
@@ -349,7 +354,7 @@ def equations(jaxpr):
 
 
 def factor_equations(cfg, base):
-    adapter = gl.init_adapter(cfg, jax.random.key(0), base)
+    adapter = jax.eval_shape(lambda: gl.init_adapter(cfg, jax.random.key(0), base))
     traced = jax.make_jaxpr(lambda adapter: gl.generate_factors(cfg, adapter))(adapter)
     return list(equations(traced.jaxpr))
 

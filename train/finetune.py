@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from transformers import AutoTokenizer
 
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
-from genlora_jax.hf.checkpoint import locate
+from genlora_jax.hf.checkpoint import load_tokenizer, locate
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.llama import Remat
 from genlora_jax.training.checkpoint import Checkpoints
@@ -159,7 +158,7 @@ def finetune(recipe: Recipe) -> int | None:
     """
     output = prepare_output(recipe)
     source = locate(recipe.model.path, revision=recipe.model.revision)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     examples, report = load_examples(recipe.data.train, tokenizer, recipe.data)
     print(report)
     held_out = []

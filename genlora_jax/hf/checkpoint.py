@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors
 from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genlora_jax.models.llama import LlamaConfig, RopeScaling
 
@@ -102,6 +103,21 @@ def model_config(directory: Path) -> LlamaConfig:
     return config
 
 
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ValueError: If there is none, or none that knows where in the text its tokens lie.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} has no usable tokenizer: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{directory}: the tokenizer is no fast one; it needs a tokenizer.json")
+    return tokenizer
+
+
 def checkpoint_dtype(directory: Path) -> str:
     """The dtype that `config.json` names, such as `bfloat16`; `float32` if it names none."""
     config = read_json(directory / "config.json")
@@ -144,7 +160,7 @@ class Checkpoint:
         self.directory = directory
         self._stack = contextlib.ExitStack()
         if (directory / INDEX).is_file():
-            weight_map = read_json(directory / INDEX)["weight_map"]
+            weight_map = read_json(directory / INDEX).get("weight_map", {})
             files = {name: self._open(name) for name in sorted(set(weight_map.values()))}
             self._where = {tensor: files[name] for tensor, name in weight_map.items()}
         elif (directory / SINGLE).is_file():

@@ -56,6 +56,9 @@ def export_peft(
         FileExistsError: If the directory exists and is not to be overwritten.
     """
     modules = _modules(factors)
+    names = list(modules)
+    if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
+        names = sorted({name.rsplit(".", 1)[-1] for name in modules})
     rank = max(a.shape[1] for a, _ in modules.values())
     tensors = {}
     for name, (a, b) in modules.items():
@@ -68,7 +71,7 @@ def export_peft(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": cfg.dropout if cfg else 0.0,
-        "target_modules": _target_modules(modules, factors),
+        "target_modules": names,
         "use_rslora": False,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -79,14 +82,9 @@ def export_peft(
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _target_modules(modules: Mapping[str, Any], factors: Mapping[str, Any]) -> list[str]:
-    """Names such as `q_proj`, as servers expect; full ones where not every layer is adapted."""
-    adapted = {path[:-1] for path in flatten_dict(dict(factors))}
-    stacks = {
-        ".".join(path): leaf.shape[0]
-        for path, leaf in flatten_dict(dict(factors)).items()
-        if path[-1] == "a" and leaf.ndim == 3
-    }
-    if sum(stacks.values()) + len(adapted) - len(stacks) != len(modules):
-        return list(modules)
-    return sorted({name.rsplit(".", 1)[-1] for name in modules})
+def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: int) -> bool:
+    """Whether each target is adapted in every layer of the base, as far as can be told."""
+    if cfg is not None:
+        return cfg.layers is None
+    flat = flatten_dict(dict(factors))
+    return count == sum(leaf.shape[0] for path, leaf in flat.items() if path[-1] == "a")

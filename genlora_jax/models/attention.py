@@ -106,7 +106,7 @@ def _row_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, No
     q, k, v, mask, out, norm = residuals
     dot = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     scale = q.shape[-1] ** -0.5
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_qs, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _blocks(q.shape[2]):
         within = functools.partial(
             jax.lax.slice_in_dim, start_index=start, limit_index=stop, axis=2
@@ -117,10 +117,10 @@ def _row_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, No
         )
         d_weights = _product("grtd,gsd->grts", within(d_out), v[:, :stop])
         d_scores = (weights * (d_weights - within(dot)) * scale).astype(q.dtype)
-        d_q.append(_product("grts,gsd->grtd", d_scores, k[:, :stop]))
+        d_qs.append(_product("grts,gsd->grtd", d_scores, k[:, :stop]))
         d_k = d_k.at[:, :stop].add(_product("grts,grtd->gsd", d_scores, within(q)))
-    d_q = jnp.concatenate(d_q, axis=2)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    d_q = jnp.concatenate(d_qs, axis=2).astype(q.dtype)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _row.defvjp(_row_forward, _row_backward)

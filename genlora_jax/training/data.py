@@ -174,7 +174,7 @@ def _chat_spans(
     def render(count: int, cue: bool) -> str:
         return str(
             tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=cue
+                list(messages[:count]), tokenize=False, add_generation_prompt=cue
             )
         )
 
@@ -213,7 +213,10 @@ def encode(
         text, spans, ends = text_spans(row, tokenizer, place)
         # A chat template writes its own begin-of-sequence token.
         encoded = tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens="messages" not in row
+            text,
+            return_offsets_mapping=True,
+            add_special_tokens="messages" not in row,
+            verbose=False,  # what is too long is counted below
         )
         ids = encoded["input_ids"]
         mask = [

@@ -62,7 +62,7 @@ def summed_loss(
     """
     body = {name: value for name, value in factors.items() if name != HEAD}
     head = {name: value for name, value in factors.items() if name == HEAD}
-    keys = (None, None) if key is None else jax.random.split(key)
+    body_key, head_key = (None, None) if key is None else jax.random.split(key)
     hidden = apply(
         model,
         params,
@@ -72,7 +72,7 @@ def summed_loss(
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         dropout=dropout,
-        rngs=None if key is None else {"dropout": keys[0]},
+        rngs=None if body_key is None else {"dropout": body_key},
     )
     targets, weights = next_token_targets(batch)
     tokens = weights.size
@@ -87,7 +87,7 @@ def summed_loss(
     @jax.checkpoint
     def chunk_loss(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         index, states, target, weight = part
-        rngs = None if key is None else {"dropout": jax.random.fold_in(keys[1], index)}
+        rngs = None if head_key is None else {"dropout": jax.random.fold_in(head_key, index)}
         logits = apply(model, params, head, states, method="head", dropout=dropout, rngs=rngs)
         logits = logits.astype(jnp.float32)
         picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]

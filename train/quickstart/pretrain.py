@@ -78,7 +78,9 @@ def loss_of(model: LlamaForCausalLM, params: Any, ids: jax.Array) -> jax.Array:
     segments = jnp.cumsum(begins, axis=1)
     index = jnp.arange(ids.shape[1])
     start = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-    logits = model.apply({"params": params}, ids, segment_ids=segments, positions=index - start)
+    logits: Any = model.apply(
+        {"params": params}, ids, segment_ids=segments, positions=index - start
+    )
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits[:, :-1].astype(jnp.float32), ids[:, 1:]
     )
@@ -126,11 +128,11 @@ def main() -> None:
         if i % 250 == 0 or i == args.steps - 1:
             print(f"step {i}: loss {loss:.4f}, {time.monotonic() - began:.0f} s", flush=True)
 
-    flat = flatten_dict(params)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     arrays = {}
     for tensor in tensors(params):
-        value = np.asarray(flat[tensor.path].astype(jnp.bfloat16))
-        value = value if tensor.index is None else value[tensor.index]
+        leaf = np.asarray(jnp.asarray(flat[tensor.path], jnp.bfloat16))
+        value = leaf if tensor.index is None else leaf[tensor.index]
         arrays[tensor.name] = np.ascontiguousarray(value.T if tensor.transposed else value)
     save_file(arrays, args.out / SINGLE, metadata={"format": "pt"})
     print(f"wrote {args.out / SINGLE}")

@@ -18,13 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 import genlora_jax as gl
 from genlora_jax.analysis import singular_values
 from genlora_jax.command import parse
 from genlora_jax.decoding import decode
-from genlora_jax.hf.checkpoint import stop_tokens
+from genlora_jax.hf.checkpoint import load_tokenizer, stop_tokens
 from train.finetune import Recipe, finetune
 
 mpl.use("Agg")
@@ -97,7 +96,7 @@ def main() -> None:
             return
 
     console.rule("before and after")
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load_tokenizer(BASE)
     rows = [json.loads(line) for line in (HERE / "data" / "test.jsonl").read_text().splitlines()]
     model, params = gl.load_llama(BASE, dtype=jnp.float32, param_dtype=jnp.float32)
     said = {"base": answers(model, params, tokenizer, rows)}

@@ -157,11 +157,6 @@ QUESTIONS = {
         "How many {s} does {A} still have?",
         "How many {s} does {A} keep?",
     ),
-    "receive": (
-        "How many {s} does {B} have now?",
-        "How many {s} does {B} have in all?",
-        "How many {s} does {B} have after that?",
-    ),
     "total": (
         "How many {s} do they have together?",
         "How many {s} do they have in all?",
@@ -173,7 +168,7 @@ QUESTIONS = {
         "By how many {s} is {A} ahead of {B}?",
     ),
 }
-ADDS = ("gain", "receive", "total")
+ADDS = ("gain", "total")
 
 
 class Tale:
@@ -227,6 +222,8 @@ class Tale:
 
     def act(self, kind: str, k: int) -> str:
         """Says what A does with k things, without its subject."""
+        verbs: tuple[str, ...]
+        forms: tuple[str, ...]
         if kind == "gain":
             verbs, forms = GAINS, (self.amount(k), self.amount(k, "more"), f"{k} more")
         else:
@@ -418,14 +415,7 @@ def _pairs(kind: str) -> list[tuple[int, int]]:
 
 def _setting(tale: Tale, kind: str, a: int, b: int) -> str:
     """Tells what a problem asks about, in the words of the stories."""
-    rng = tale.rng
-    if kind in ("total", "difference"):
-        return tale.pair(a, b)
-    if kind == "receive":  # B has a and gets b of what A has
-        return f"{tale.pair(rng.randint(b, MOST), a)} {tale.give(b)}"
-    if kind == "give" and rng.random() < 0.5:
-        return f"{tale.pair(a, rng.randint(1, MOST - b))} {tale.give(b)}"
-    return tale.alone(a, kind, b)
+    return tale.pair(a, b) if kind in ("total", "difference") else tale.alone(a, kind, b)
 
 
 def write_data(folder: Path) -> None:
