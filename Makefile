@@ -9,7 +9,7 @@ quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
 
 test: $(VENV)/ready check
-	$(BIN)/python -m pytest -m "not shared"
+	$(BIN)/python -m pytest -n 2 -m "not shared"
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -16,8 +16,9 @@ from genlora_jax.generators import (
     basis_features,
     fixed_centers,
     generate,
-    init_generator,
+    init_weights,
     normalize_latent,
+    weight_shapes,
 )
 
 mpl.use("Agg")
@@ -40,7 +41,9 @@ def main() -> None:
     key = jax.random.key(3)
     z = cfg.latent_std * jax.random.normal(key, (n,))
     centers = fixed_centers(cfg, 0, "picture")
-    generator = init_generator(cfg, key, z[None], centers, zero=False)
+    shapes = weight_shapes(cfg, n)
+    normals = {part: jax.random.normal(key, shape) for part, shape in shapes.items()}
+    generator = centers | init_weights(cfg, normals, z[None], centers)
     groups = normalize_latent(cfg, z)
     features = basis_features(cfg, groups, generator)
     basis = generate(cfg, z, generator)

@@ -5,6 +5,7 @@
 
 import functools
 import hashlib
+import math
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -101,6 +102,7 @@ def init_adapter(cfg: AdapterConfig, key: jax.Array, params: Mapping[str, Any]) 
     return init_from_spec(cfg, key, spec)
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "spec"))
 def init_from_spec(cfg: AdapterConfig, key: jax.Array, spec: AdapterSpec) -> Adapter:
     """`init_adapter` for targets that are known already."""
     trainable: Tree = {}
@@ -111,6 +113,7 @@ def init_from_spec(cfg: AdapterConfig, key: jax.Array, spec: AdapterSpec) -> Ada
     return Adapter(trainable=trainable, frozen={}, spec=spec)
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
 def generate_factors(cfg: AdapterConfig, adapter: Adapter) -> Tree:
     """The low-rank factors of every adapted kernel.
 
@@ -216,26 +219,48 @@ def _seeded_latents(cfg: GenLoRAConfig, target: Target, side: str, seed: int) ->
 
 @_init_target.register
 def _(cfg: GenLoRAConfig, key: jax.Array, target: Target) -> dict[str, Sides]:
+    lengths = {"a": target.d_in, "b": target.d_out}
+    rows = 1 if cfg.share_latents else target.depth
+    sets = 1 if cfg.share_generators else target.depth
+    shapes: dict[Any, tuple[int, ...]] = {}
+    if cfg.latents == "trained":
+        shapes |= {("latents", side): (rows, n) for side, n in lengths.items()}
+    for part, shape in generators.weight_shapes(cfg, target.d_in).items():
+        if generators.init_shares(cfg)[part] > 0:
+            shapes[part] = (sets, *shape)
+    normals = _normals(key, shapes)
+
     latents, weights = {}, {}
-    for side, n, side_key in zip(
-        "ab", (target.d_in, target.d_out), jax.random.split(key), strict=True
-    ):
-        latent_key, weight_key = jax.random.split(side_key)
+    for side, n in lengths.items():
+        weights[side] = {
+            part: jnp.zeros((sets, *shape), jnp.float32)
+            for part, shape in generators.weight_shapes(cfg, n).items()
+        }
+        centers = generators.fixed_centers(cfg, cfg.seed, f"{target.name}/{side}")
+        if cfg.joint and cfg.trainable_centers:
+            for name, value in centers.items():
+                weights[side][name] = jnp.broadcast_to(value, (sets, *value.shape))
         if cfg.latents == "seeded":
             z = _seeded_latents(cfg, target, side, cfg.seed)
         else:
-            count = 1 if cfg.share_latents else target.depth
-            z = cfg.latent_std * jax.random.normal(latent_key, (count, n), jnp.float32)
-            latents[side] = z
-        centers = generators.fixed_centers(cfg, cfg.seed, f"{target.name}/{side}")
-        sets = 1 if cfg.share_generators else target.depth
-        # A set serves one layer, or all of them; with shared latents the only row serves all.
-        served = z[None] if cfg.share_generators else jnp.broadcast_to(z, (sets, n))[:, None]
-        init = functools.partial(generators.init_generator, cfg, centers=centers, zero=side == "b")
-        weights[side] = jax.vmap(lambda k, rows, init=init: init(k, rows))(
-            jax.random.split(weight_key, sets), served
-        )
+            z = latents[side] = cfg.latent_std * normals.pop(("latents", side))
+        if side == "a":  # side B stays zero, so that the delta is
+            # A set serves all layers, or one; the only row of shared latents serves every set.
+            served = z[None] if cfg.share_generators else jnp.broadcast_to(z, (sets, n))[:, None]
+            own = {part: normal for part, normal in normals.items() if isinstance(part, str)}
+            scale = functools.partial(generators.init_weights, cfg, centers=centers)
+            weights[side] |= jax.vmap(lambda noise, z, scale=scale: scale(noise, z))(own, served)
     return {"generators": weights} | ({"latents": latents} if latents else {})
+
+
+def _normals(key: jax.Array, shapes: dict[Any, tuple[int, ...]]) -> dict[Any, jax.Array]:
+    """N(0, 1) numbers in several shapes, drawn at once: one sampler is one to compile."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    flat = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    parts = jnp.split(flat, np.cumsum(sizes)[:-1])
+    return {
+        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
 
 
 @_target_factors.register

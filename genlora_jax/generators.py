@@ -8,6 +8,7 @@ precision, for a basis that differs between training and merging is a bug nobody
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -175,45 +176,51 @@ def fixed_centers(cfg: GenLoRAConfig, seed: int, name: str) -> Generator:
     }
 
 
-def init_generator(
-    cfg: GenLoRAConfig, key: jax.Array, z: jax.Array, centers: Generator, *, zero: bool
+def weight_shapes(cfg: GenLoRAConfig, n: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the generators' weights of one side of length n; see `generate`."""
+    g, k, groups = cfg.group_size, cfg.kernels, group_count(cfg, n)
+    shapes: dict[str, tuple[int, ...]]
+    if cfg.generator == "groupwise":
+        shapes = {"weights": (cfg.rank, k if cfg.joint else g * k, g), "residual": (cfg.rank, g, g)}
+    else:
+        shapes = {"weights": (cfg.rank, groups, k), "residual": (cfg.rank, groups)}
+    used = {"weights": cfg.basis is not None, "residual": cfg.residual}
+    return {part: shape for part, shape in shapes.items() if used[part]}
+
+
+def init_shares(cfg: GenLoRAConfig) -> dict[str, float]:
+    """Share of side A's initial variance that each part of the generators carries."""
+    basis = 0.0 if cfg.basis is None else cfg.rbf_init if cfg.residual else 1.0
+    return {"weights": basis, "residual": 1.0 - basis}
+
+
+def init_weights(
+    cfg: GenLoRAConfig, normals: Generator, z: jax.Array, centers: Generator
 ) -> Generator:
-    """Initial weights of the generators of one side.
+    """Scales random weights so that every element of the basis has variance `1 / n`.
 
     Args:
         cfg: Settings of the generator.
-        key: PRNG key.
+        normals: N(0, 1) numbers in the weights' shapes, for the parts that have a share.
         z: Latents `[L, n]` that these generators will serve.
         centers: `fixed_centers(...)`.
-        zero: Zero weights (side B), rather than random ones with which every element of the
-            basis has variance `1 / n` (side A).
 
     Returns:
-        The trained weights: `centers` and `log_width` are among them if `cfg` trains them.
+        The weights.
     """
-    (count, n), g, r = z.shape, cfg.group_size, cfg.rank
+    (count, n), g = z.shape, cfg.group_size
     t = jax.vmap(lambda row: normalize_latent(cfg, row))(z)
-    phi = jax.vmap(lambda row: basis_features(cfg, row, centers))(t)
-    share = 0.0 if phi is None else cfg.rbf_init if cfg.residual else 1.0
-    parts = {"weights": (phi, share), "residual": (t if cfg.residual else None, 1.0 - share)}
-
-    generator = dict(centers) if cfg.joint and cfg.trainable_centers else {}
-    for part, key_part in zip(parts, jax.random.split(key), strict=True):
-        values, variance = parts[part]
-        if values is None:
-            continue
+    scaled = {}
+    for part, normal in normals.items():
+        values: Any = t
+        if part == "weights":
+            values = jax.vmap(lambda row: basis_features(cfg, row, centers))(t)
         if cfg.generator == "groupwise":
             values = values.reshape(count, t.shape[1], -1)
-            shape: tuple[int, ...] = (r, values.shape[-1], g)
         else:
             values = values.reshape(count, t.shape[1] * g, -1)[:, :n]
-            shape = (r, t.shape[1], cfg.kernels) if part == "weights" else (r, t.shape[1])
-        if zero:
-            generator[part] = jnp.zeros(shape, jnp.float32)
-            continue
         # An element is a sum of features times independent weights, so its variance is the
         # weights' variance times the sum of the squared features.
         power = jnp.square(values).sum(-1).mean()
-        std = jnp.sqrt(variance / (n * jnp.maximum(power, 1e-12)))
-        generator[part] = std * jax.random.normal(key_part, shape, jnp.float32)
-    return generator
+        scaled[part] = normal * jnp.sqrt(init_shares(cfg)[part] / (n * jnp.maximum(power, 1e-12)))
+    return scaled

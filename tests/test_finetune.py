@@ -20,7 +20,7 @@ import train.finetune as script
 STEPS = 300
 RECIPE = """
 model: {{path: {here}/base, dtype: float32, param_dtype: float32}}
-adapter: {{rank: 4, alpha: 8.0, group_size: 4, kernels: 2, targets: [q_proj, down_proj]}}
+adapter: {{rank: 4, alpha: 8.0, group_size: 4, kernels: 2, targets: [q_proj, up_proj]}}
 data:
   train: {here}/train.jsonl
   eval: {here}/eval.jsonl
@@ -28,7 +28,7 @@ data:
   batch_size: 4
   pack: false
 optim: {{learning_rate: 0.02}}
-train: {{output: {here}/out, steps: {steps}, progress: false, save_every: 50, eval_every: 100}}
+train: {{output: {here}/out, steps: {steps}, progress: false, save_every: 75, eval_every: 100}}
 """
 
 
@@ -36,13 +36,18 @@ train: {{output: {here}/out, steps: {steps}, progress: false, save_every: 50, ev
 def compilation_cache(tmp_path_factory):
     """The runs are alike: what one has compiled, the others need not."""
     directory = tmp_path_factory.mktemp("compiled")
-    before = jax.config.jax_compilation_cache_dir
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    before["jax_disable_most_optimizations"] = jax.config.read("jax_disable_most_optimizations")
+    settings["jax_disable_most_optimizations"] = True
+    for name, value in settings.items():
+        jax.config.update(name, value)
     yield directory
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,7 @@ def launch(workshop, compilation_cache):
             "PYTHONPATH": str(REPOSITORY),
             "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         command = [sys.executable, "train/finetune.py", "--config", workshop / "recipe.yaml"]
         return subprocess.Popen(
@@ -180,7 +186,7 @@ def test_the_best_and_the_last_checkpoints_are_kept(finished):
     losses = dict(records(output, "eval_loss"))
     best = min(losses, key=losses.get)
     assert best == 100  # the longer it trains, the surer it is of what evaluation contradicts
-    assert steps_saved(output) == {250, 300, best}
+    assert steps_saved(output) == {225, 300, best}
     assert not unfinished(output)
 
 
@@ -260,6 +266,8 @@ def test_an_adapter_of_another_config_is_no_start(finished, run, tmp_path):
     assert listing(tmp_path) == {}
 
 
+# Orbax leaves tasks behind when it refuses a shape.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "change", [["--adapter.rank", 3], ["--adapter.targets", "[q_proj]"]], ids=str
 )
@@ -276,7 +284,16 @@ def test_a_run_of_another_adapter_is_not_resumed(finished, run, tmp_path, change
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
-    arguments = ["--optim.learning_rate", 1e30, "--optim.warmup", 0, "--train.save_every", 1]
+    arguments = [
+        "--train.steps",
+        5,
+        "--optim.learning_rate",
+        3e38,
+        "--optim.warmup",
+        0,
+        "--train.save_every",
+        1,
+    ]
     status, _, err = run(tmp_path / "run", *arguments)
     assert status == 1
     assert err.count("\n") == 1
@@ -288,7 +305,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_says_so_when_nothing_is_saved(run, tmp_path):
-    arguments = ["--optim.learning_rate", 1e30, "--optim.warmup", 0]
+    arguments = ["--train.steps", 5, "--optim.learning_rate", 3e38, "--optim.warmup", 0]
     status, _, err = run(tmp_path / "run", *arguments)
     assert status == 1
     assert "at step 2;" in err
@@ -337,7 +354,7 @@ def battered(launch, finished, tmp_path_factory):
 
     # Between saves: the records are ahead of the newest checkpoint.
     process = launch(output, "--train.resume", "true")
-    wait_for(lambda: lines_in(output) >= 130, process, "130 records")
+    wait_for(lambda: lines_in(output) >= 120, process, "120 records")
     process.kill()
     out, _ = process.communicate(timeout=120)
     assert f"resumed at step {stopped}" in out
@@ -382,4 +399,4 @@ def test_a_resumed_run_still_knows_the_best_adapter(battered, finished):
 
 def test_a_battered_run_leaves_no_half_of_a_checkpoint(battered):
     assert not unfinished(battered)
-    assert {250, 300} <= steps_saved(battered)
+    assert {225, 300} <= steps_saved(battered)

@@ -92,12 +92,25 @@ def reference(cfg, z, generator):
     return np.stack(columns, axis=1)
 
 
+def init_generator(cfg, key, z, centers):
+    """Side A's generators as they are at first."""
+    shapes, shares = generators.weight_shapes(cfg, z.shape[1]), generators.init_shares(cfg)
+    zeros = {part: jnp.zeros(shape) for part, shape in shapes.items()}
+    normals = {
+        part: jax.random.normal(jax.random.fold_in(key, i), shape)
+        for i, (part, shape) in enumerate(shapes.items())
+        if shares[part] > 0
+    }
+    trained = centers if cfg.joint and cfg.trainable_centers else {}
+    return trained | zeros | generators.init_weights(cfg, normals, z, centers)
+
+
 def random_generator(cfg, n, seed=0):
-    """A latent, and weights of the shapes that `init_generator` gives, all random."""
+    """A latent, and weights of the shapes that generators have, all random."""
     rng = np.random.default_rng(seed)
     z = jnp.asarray(rng.standard_normal(n) + 0.3, jnp.float32)
     centers = generators.fixed_centers(cfg, 0, "test")
-    init = generators.init_generator(cfg, jax.random.key(0), z[None], centers, zero=False)
+    init = init_generator(cfg, jax.random.key(0), z[None], centers)
     own = {
         name: jnp.asarray(rng.standard_normal(leaf.shape) * 0.5, jnp.float32)
         for name, leaf in init.items()
@@ -232,9 +245,7 @@ def test_rank_of_a_side_is_the_attainable_one(form, rank, n, group_size, kernels
         rank=rank, group_size=group_size, kernels=kernels, generator=form, rbf_init=0.5
     )
     z = jax.random.normal(jax.random.key(1), (1, n))
-    own = generators.init_generator(
-        cfg, jax.random.key(2), z, generators.fixed_centers(cfg, 0, "x"), zero=False
-    )
+    own = init_generator(cfg, jax.random.key(2), z, generators.fixed_centers(cfg, 0, "x"))
     if cfg.joint:
         own = generators.fixed_centers(cfg, 0, "x") | own
     basis = np.asarray(generators.generate(cfg, z[0], own), np.float64)
@@ -275,7 +286,7 @@ def test_basis_functions_carry_their_share_of_the_initial_variance():
     for part in ("weights", "residual"):
         cfg = gl.GenLoRAConfig(rank=256, group_size=8, kernels=4, rbf_init=0.25)
         centers = generators.fixed_centers(cfg, 0, "x")
-        own = generators.init_generator(cfg, jax.random.key(1), z, centers, zero=False)
+        own = init_generator(cfg, jax.random.key(1), z, centers)
         own[part] = jnp.zeros_like(own[part])
         powers.append(512 * float(jnp.square(generators.generate(cfg, z[0], own)).mean()))
     assert powers == pytest.approx([0.75, 0.25], rel=0.15)

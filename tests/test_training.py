@@ -29,6 +29,15 @@ GENLORA = gl.GenLoRAConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """What is computed once need not be fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def base(random_llama):
     return random_llama(**SIZES)
@@ -62,6 +71,7 @@ def batch():
     mask = rng.random((ROWS, LENGTH)) < np.array(shares)[:, None]
     mask[:, 2] = True
     mask[2, :7] = True
+    mask[3, 4] = False
     return {
         "input_ids": jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32),
         "loss_mask": jnp.asarray(mask & (segment_ids != 0)),
@@ -81,15 +91,17 @@ def whole_loss(model, params, factors, batch):
         segment_ids=batch["segment_ids"],
     )
     ids, segments, mask = (np.asarray(batch[k]) for k in ("input_ids", "segment_ids", "loss_mask"))
-    total = 0.0
-    for row in range(ids.shape[0]):
-        for t in range(1, ids.shape[1]):
-            same = segments[row, t] == segments[row, t - 1] != 0
-            if mask[row, t] and same:
-                total += optax.softmax_cross_entropy_with_integer_labels(
-                    logits[row, t - 1], ids[row, t]
-                )
-    return total
+    places = [
+        (row, t)
+        for row in range(ids.shape[0])
+        for t in range(1, ids.shape[1])
+        if mask[row, t] and segments[row, t] == segments[row, t - 1] != 0
+    ]
+    rows, times = np.array(places).T
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[rows, times - 1], ids[rows, times]
+    )
+    return losses.sum()
 
 
 def assert_close(ours, theirs, tolerance=2e-5):
@@ -135,7 +147,7 @@ def test_the_loss_in_chunks_is_the_whole_loss(random_llama, make_adapter, batch,
     assert ("lm_head" in factors) == ("lm_head" in targets)
     expected = jax.jit(jax.value_and_grad(lambda f: whole_loss(model, params, f, batch)))(factors)
     assert all(float(abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(expected[1]))
-    for chunk in (7, 16, 10_000):  # 48 tokens: the first does not divide them
+    for chunk in (7, 10_000):  # 48 tokens: the first does not divide them
         ours = jax.jit(
             jax.value_and_grad(
                 lambda f, chunk=chunk: summed_loss(model, params, f, batch, chunk=chunk)
@@ -328,9 +340,12 @@ def test_no_gradient_of_the_base_is_formed(random_llama, make_adapter, batch):
         return {tuple(sorted(shape)) for shape in shapes if len(shape) == 2} & kernels
 
     factors = gl.generate_factors(cfg, adapter)
-    trained = jax.make_jaxpr(jax.grad(lambda p: summed_loss(model, p, factors, batch)))(params)
+    trained = jax.make_jaxpr(jax.grad(lambda p: summed_loss(model, p, factors, batch, chunk=16)))(
+        params
+    )
     assert products(trained.jaxpr) == kernels  # the search finds them where they are
-    step = make_train_step(model, cfg, optimizer)
+    # Chunks of 16: all 48 tokens' states would look like q_proj.
+    step = make_train_step(model, cfg, optimizer, chunk=16)
     ours = jax.make_jaxpr(step)(init_state(adapter, optimizer), params, batch)
     assert products(ours.jaxpr) == set()
 
