@@ -144,4 +144,5 @@ def torch_logits():
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real models, adapters and data, which lie next to the repository."""
-    return Path(__file__).resolve().parents[2] / "shared"
+    root = Path(__file__).resolve().parent.parent
+    return root / os.environ.get("GENLORA_SHARED", "../shared")
