@@ -13,12 +13,12 @@ from rich.table import Table
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.analysis import effective_rank, singular_values
-from genlora_jax.command import report_errors
+from genlora_jax.command import parse_arguments, report_errors
 from genlora_jax.config import AdapterConfig
 from genlora_jax.decoding import decode
 from genlora_jax.hf.checkpoint import checkpoint_dtype, load_tokenizer, locate, stop_tokens
 from genlora_jax.hf.export import export_hf
-from genlora_jax.hf.load import load_llama
+from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft import export_peft
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.storage import load_adapter, refuse_existing
@@ -39,7 +39,7 @@ def merge(
     refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
     source = locate(base)
     stored = checkpoint_dtype(source)
-    written = jnp.dtype(dtype or stored)
+    written = parse_dtype(dtype or stored)
     # No narrower than either end, so that the merged kernel is rounded once.
     held = jnp.promote_types(stored, written)
     model, params = load_llama(source, dtype=held, param_dtype=held)
@@ -167,16 +167,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the installed `genlora` command."""
-    parser = jsonargparse.ArgumentParser(prog="genlora", description=__doc__)
+    parser = jsonargparse.ArgumentParser(prog="genlora", description=__doc__, exit_on_error=False)
     subcommands = parser.add_subcommands()
     for name, function in COMMANDS.items():
-        command = jsonargparse.ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
-        command.add_function_arguments(function, skip={"overwrite"})
+        purpose = (function.__doc__ or "").splitlines()[0]
+        command = jsonargparse.ArgumentParser(description=purpose, exit_on_error=False)
+        command.add_function_arguments(function, skip={"overwrite"}, as_positional=False)
         if "overwrite" in signature(function).parameters:
             command.add_argument("--overwrite", action="store_true", help="replace what is there")
         subcommands.add_subcommand(name, command)
-    chosen = parser.parse_args(args)
     with report_errors():
+        chosen = parse_arguments(parser, args)
         COMMANDS[chosen.subcommand](**vars(chosen[chosen.subcommand]))
 
 

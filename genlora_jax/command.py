@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jsonargparse
 
@@ -21,11 +21,23 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
 
     `--print_config` prints the result as YAML and exits; errors name the field.
     """
-    parser = jsonargparse.ArgumentParser(description=kind.__doc__)
+    parser = jsonargparse.ArgumentParser(description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(kind)
-    fields = parser.instantiate(parser.parse_args(args))
+    fields = parser.instantiate(parse_arguments(parser, args))
     return kind(**{name: value for name, value in vars(fields).items() if name != "config"})
+
+
+def parse_arguments(parser: jsonargparse.ArgumentParser, args: Sequence[str] | None) -> Any:
+    """Parses a command line.
+
+    Raises:
+        ValueError: In one line, instead of a page of usage.
+    """
+    try:
+        return parser.parse_args(args)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 @contextlib.contextmanager
@@ -39,5 +51,5 @@ def report_errors() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("GENLORA_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)

@@ -6,6 +6,7 @@ by evaluation in `adapter-best/`, `checkpoints/`, `metrics.jsonl` and `tensorboa
 """
 
 import dataclasses
+import importlib.util
 import math
 import sys
 import time
@@ -23,7 +24,7 @@ from genlora_jax.models.llama import Remat
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.data import DataConfig, eval_batches, load_examples, train_batches
 from genlora_jax.training.interrupt import Interruption
-from genlora_jax.training.metrics import MetricsLog
+from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from genlora_jax.training.step import (
     TrainState,
@@ -118,8 +119,8 @@ class Recipe:
             )
 
 
-def prepare_output(recipe: Recipe) -> Path:
-    """The run's directory: a new one, or that of the run to resume."""
+def check_output(recipe: Recipe) -> Path:
+    """The run's directory, if it is a new one or that of the run to resume."""
     output = Path(recipe.train.output)
     if recipe.train.resume and not (output / "checkpoints").is_dir():
         raise FileNotFoundError(f"nothing to resume in {output}: it has no checkpoints")
@@ -127,11 +128,17 @@ def prepare_output(recipe: Recipe) -> Path:
         raise FileExistsError(
             f"{output} is not empty: give another train.output, or train.resume to go on there"
         )
+    if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError('train.wandb needs Weights & Biases: pip install "genlora_jax[wandb]"')
+    return output
+
+
+def make_output(output: Path) -> None:
+    """Makes the run's directory: last of all preparations, so that one that fails leaves none."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PermissionError(f"cannot make train.output {output}: {error.strerror}") from error
-    return output
 
 
 def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
@@ -156,7 +163,7 @@ def finetune(recipe: Recipe) -> int | None:
     Raises:
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
-    output = prepare_output(recipe)
+    output = check_output(recipe)
     source = locate(recipe.model.path, revision=recipe.model.revision)
     tokenizer = load_tokenizer(source)
     examples, report = load_examples(recipe.data.train, tokenizer, recipe.data)
@@ -188,6 +195,7 @@ def finetune(recipe: Recipe) -> int | None:
     generate = jax.jit(lambda adapter: gl.generate_factors(recipe.adapter, adapter))
     state = init_state(adapter, optimizer, recipe.train.seed)
     batches = iter(train_batches(examples, recipe.data))
+    make_output(output)
 
     with (
         Checkpoints(output / "checkpoints", keep=recipe.train.keep) as checkpoints,
@@ -197,7 +205,7 @@ def finetune(recipe: Recipe) -> int | None:
             state = checkpoints.restore(state, batches)
             print(f"resumed at step {int(state.step)}")
         start = int(state.step)
-        best = math.inf
+        best = best_eval_loss(output, start)
         with MetricsLog(
             output,
             steps=steps,
@@ -219,8 +227,7 @@ def finetune(recipe: Recipe) -> int | None:
                 if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
                     raise FloatingPointError(
                         f"the loss is {values['loss']} (gradient norm {values['grad_norm']}) at "
-                        f"step {step}; the last good checkpoint is that of step "
-                        f"{checkpoints.latest()}. Lower optim.learning_rate, then resume or restart"
+                        f"step {step}; {last_good(checkpoints)}. Lower optim.learning_rate"
                     )
                 log.write(step, values)
                 log.advance(
@@ -234,7 +241,8 @@ def finetune(recipe: Recipe) -> int | None:
                 if pending is not None:
                     record(step - 1, pending)
                 pending = metrics
-                last = step == steps or interruption.signal is not None
+                stopped = interruption.signal  # read once: it can come at any moment
+                last = step == steps or stopped is not None
                 due = {
                     "eval": bool(held_out)
                     and (step == steps or _due(step, recipe.train.eval_every)),
@@ -253,12 +261,26 @@ def finetune(recipe: Recipe) -> int | None:
                             _save(output / "adapter-best", recipe, state, model)
                     checkpoints.save(state, batches, loss)
                     clock = time.monotonic()
-                if interruption.signal is not None and step < steps:
+                if stopped is not None and step < steps:
                     log.say(f"stopped at step {step}, saved; go on with --train.resume true")
-                    return interruption.signal
+                    return stopped
     _save(output / "adapter", recipe, state, model)
     print(f"adapter: {output / 'adapter'}")
     return None
+
+
+def last_good(checkpoints: Checkpoints) -> str:
+    """What there is to go back to, in words."""
+    step = checkpoints.latest()
+    if step is None:
+        return "nothing had been saved yet"
+    return f"the last good checkpoint, of step {step}, is kept"
+
+
+def best_eval_loss(output: Path, step: int) -> float:
+    """The lowest evaluation loss that a run recorded up to a step; infinity if none."""
+    losses = [record.get("eval_loss", math.inf) for record in read_records(output, step)]
+    return min(losses, default=math.inf)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -49,8 +49,8 @@ def load_llama(
     config = model_config(directory)
     model = LlamaForCausalLM(
         config,
-        dtype=jnp.dtype(dtype),
-        param_dtype=jnp.dtype(param_dtype),
+        dtype=parse_dtype(dtype),
+        param_dtype=parse_dtype(param_dtype),
         scan=scan,
         remat=remat,
         attention=attention,
@@ -65,6 +65,21 @@ def load_llama(
         for leaf_path, leaf in flatten_dict(shapes).items():
             flat[leaf_path] = _read_leaf(checkpoint, parts[leaf_path], leaf)
     return model, unflatten_dict(flat)
+
+
+def parse_dtype(dtype: Any) -> Any:
+    """A NumPy dtype, from one or from its name.
+
+    Raises:
+        ValueError: If there is no floating-point type of that name.
+    """
+    try:
+        parsed = jnp.dtype(dtype)
+    except TypeError:
+        parsed = None
+    if parsed is None or not jnp.issubdtype(parsed, jnp.floating):
+        raise ValueError(f"dtype {dtype!r} is not a floating-point type such as bfloat16")
+    return parsed
 
 
 def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:

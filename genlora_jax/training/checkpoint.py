@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from genlora_jax.training.step import TrainState
 
-STATE, DATA = "state", "data"
+STATE, DATA, SHAPES = "state", "data", "shapes"
 
 
 class Checkpoints:
@@ -31,7 +31,11 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep),
-                    policies.BestN(get_metric_fn=lambda m: -m["eval_loss"], n=1),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: -metrics["eval_loss"],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
                 ]
             ),
             cleanup_tmp_directories=True,
@@ -57,7 +61,10 @@ class Checkpoints:
             return
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         self._checkpointer.save_checkpointables(
-            step, {STATE: _plain(state), DATA: data}, metrics=metrics
+            step,
+            {STATE: _plain(state), DATA: data},
+            metrics=metrics,
+            custom_metadata={SHAPES: _shapes(state)},
         )
 
     def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
@@ -71,15 +78,16 @@ class Checkpoints:
             ValueError: If the checkpoint is of another adapter.
         """
         step = self.latest()
-        try:
-            loaded = self._checkpointer.load_checkpointables(
-                step, {STATE: jax.tree.map(_abstract, _plain(state)), DATA: data}
-            )
-        except (ValueError, KeyError) as error:
+        # Asked beforehand: Orbax would find out halfway, with tasks of its own under way.
+        saved = self._checkpointer.metadata(step).custom_metadata or {}
+        if saved.get(SHAPES) != _shapes(state):
             raise ValueError(
                 f"{self._checkpointer.directory}: checkpoint {step} does not fit this recipe's "
-                f"adapter or optimizer: {error}"
-            ) from error
+                "adapter and optimizer; resume with the recipe that the run was started with"
+            )
+        loaded = self._checkpointer.load_checkpointables(
+            step, {STATE: jax.tree.map(_abstract, _plain(state)), DATA: data}
+        )
         leaves = jax.tree.leaves(loaded[STATE])
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
@@ -87,6 +95,10 @@ class Checkpoints:
 def _plain(state: TrainState) -> dict[str, Any]:
     """The state as nested containers that Orbax knows, leaves in the same order."""
     return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _shapes(state: TrainState) -> list[str]:
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state)]
 
 
 def _abstract(leaf: Any) -> Any:

@@ -1,6 +1,6 @@
 """Metrics: a JSON line a record, TensorBoard, Weights & Biases if asked for, a progress bar."""
 
-import importlib.util
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+FILE = "metrics.jsonl"
 PLAIN_LINES = 20  # of progress in a run whose output is no terminal
 
 
@@ -33,7 +34,7 @@ class MetricsLog:
         settings: dict[str, Any] | None = None,
         progress: bool = True,
     ):
-        self._path = directory / "metrics.jsonl"
+        self._path = directory / FILE
         _drop_after(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
@@ -75,25 +76,28 @@ class MetricsLog:
         self._bar.write(text)
 
 
+def read_records(directory: Path, step: int) -> list[dict[str, float]]:
+    """A run's records up to a step; a line that a kill left half-written is none."""
+    path, records = directory / FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError, KeyError):
+            record = json.loads(line)
+            if record["step"] <= step:
+                records.append(record)
+    return records
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Removes records later than a step, and a last line that a kill left half-written."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
+    kept = read_records(path.parent, step)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     temporary.replace(path)
 
 
 def _wandb_run(project: str, directory: Path, settings: dict[str, Any] | None) -> Any:
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError('train.wandb needs Weights & Biases: pip install "genlora_jax[wandb]"')
     import wandb
 
     return wandb.init(project=project, dir=str(directory), config=settings, resume="allow")

@@ -14,7 +14,7 @@ class OptimConfig:
         learning_rate: Peak rate of the latents (GenLoRA) or the factors (LoRA).
         generator_ratio: The generators' rate over the latents'.
         warmup: Share of the steps in which the rate rises from 0.
-        final_ratio: The last step's rate over the peak.
+        final_ratio: The rate that the cosine ends at, one step after the last, over the peak.
         weight_decay: Decoupled weight decay.
         clip: Largest global norm of the gradient; None for no limit.
         b1: Adam's decay of the first moment.
@@ -40,6 +40,11 @@ class OptimConfig:
         for field in ("warmup", "final_ratio"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"optim.{field} must lie in [0, 1], got {getattr(self, field)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        for field in ("b1", "b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip must be positive, got {self.clip}")
 

@@ -117,7 +117,9 @@ def peft(model_path: Path, text: Path, arm: Arm) -> dict[str, Any]:
 
     def held_out() -> float:
         with torch.no_grad():
-            losses = [model(input_ids=x, labels=x).loss.item() for x in torch.tensor(held).long()[:, None]]
+            losses = [
+                model(input_ids=x, labels=x).loss.item() for x in torch.tensor(held).long()[:, None]
+            ]
         return float(np.mean(losses))
 
     before, seconds = held_out(), []
