@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, tmp_path):
     assert status == 1
     assert err.count("\n") == 1
     assert "at step 2;" in err
-    assert "checkpoint is that of step 1." in err
+    assert "checkpoint, of step 1, is kept" in err
     assert steps_saved(tmp_path / "run") == {1}
     assert [step for step, _ in records(tmp_path / "run")] == [1]
     assert not (tmp_path / "run" / "adapter").exists()
