@@ -271,7 +271,7 @@ def _(cfg: GenLoRAConfig, parts: dict[str, Sides], target: Target, seed: int) ->
             z = _seeded_latents(cfg, target, side, seed)
         else:
             z = parts["latents"][side]
-        weights = dict(parts["generators"][side])
+        weights = parts["generators"][side]
         fixed = (
             {}
             if cfg.trainable_centers

@@ -41,6 +41,15 @@ def _random_leaf(rng, path, shape):
     return noise if path[-1] == "embedding" else 0.1 * noise
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """What is computed once need not be fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def random_llama():
     """A function that makes a tiny Linen model and random parameters for it."""

@@ -192,7 +192,6 @@ def finetune(recipe: Recipe) -> int | None:
         chunk=recipe.train.chunk,
     )
     eval_step = make_eval_step(model, chunk=recipe.train.chunk)
-    generate = jax.jit(lambda adapter: gl.generate_factors(recipe.adapter, adapter))
     state = init_state(adapter, optimizer, recipe.train.seed)
     batches = iter(train_batches(examples, recipe.data))
     make_output(output)
@@ -253,7 +252,8 @@ def finetune(recipe: Recipe) -> int | None:
                     pending = None
                     loss = None
                     if due["eval"]:
-                        loss = evaluate(eval_step, params, generate(state.adapter), held_out)
+                        factors = gl.generate_factors(recipe.adapter, state.adapter)
+                        loss = evaluate(eval_step, params, factors, held_out)
                         log.write(step, {"eval_loss": loss})
                         log.say(f"step {step}: eval loss {loss:.4f}")
                         if loss < best:
