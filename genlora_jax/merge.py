@@ -100,12 +100,15 @@ def _merge(
         return (kernel.astype(jnp.float32) + sign * delta).astype(kernel.dtype)
 
     def stacked(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        # A layer at a time: the float32 delta of a whole stack would outweigh the model.
-        return (
-            one(kernel, a, b)
-            if kernel.ndim == 2
-            else jax.lax.map(lambda x: one(*x), (kernel, a, b))
-        )
+        if kernel.ndim == 2:
+            return one(kernel, a, b)
+
+        # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
+        def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
+            own = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(kernel, one(own, a[i], b[i]), i, 0)
+
+        return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
 
     return {path: stacked(kernel, *sides[path]) for path, kernel in kernels.items()}
 

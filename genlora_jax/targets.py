@@ -82,6 +82,11 @@ def _select(field: str, patterns: tuple[str, ...], names: list[str]) -> set[str]
             hits = {name for name in names if matches(pattern, name)}
         except re.error as error:
             raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
+        if not hits and matches(pattern, "lm_head"):
+            raise ValueError(
+                f"{field}: this base's lm_head is tied to the embedding and has no kernel of its "
+                "own; to adapt it would change the embedding, too"
+            )
         if not hits:
             raise ValueError(
                 f"{field}: {pattern!r} matches no kernel of the base. There are: {', '.join(names)}"

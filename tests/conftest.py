@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax.models.llama import LlamaConfig, LlamaForCausalLM, parameter_shapes
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 
 TINY = {
     "vocab_size": 61,
@@ -116,15 +117,16 @@ def perturb():
 
 @pytest.fixture
 def torch_twin(tmp_path):
-    """A function that saves a tiny random PyTorch LLaMA; returns its directory and the model."""
+    """A function that saves a tiny random PyTorch model; returns its directory and the model."""
     import torch
     import transformers
 
-    def make(name="base", *, seed=0, dtype=None, max_shard_size="1GB", **changes):
+    def make(name="base", *, family="llama", seed=0, dtype=None, max_shard_size="1GB", **changes):
         torch.manual_seed(seed)
-        settings = TINY | {"eos_token_id": None, "bos_token_id": None} | changes
-        config = transformers.LlamaConfig(initializer_range=0.2, **settings)
-        model = transformers.LlamaForCausalLM(config).eval()
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        settings = TINY | ids | {"initializer_range": 0.2} | changes
+        config = transformers.CONFIG_MAPPING[family](**settings)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms and biases, which start out as ones and zeros

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import safetensors
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from genlora_jax.models.llama import LlamaConfig, RopeScaling
+from genlora_jax.hf.families import parse_config
+from genlora_jax.models.config import LlamaConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-ARCHITECTURES = ("llama",)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -66,41 +65,7 @@ def model_config(directory: Path) -> LlamaConfig:
         ValueError: If the architecture, or an option of it, is not supported; names the field.
     """
     file = directory / "config.json"
-    data = read_json(file)
-    kind = data.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"{file}: model_type {kind!r} is not supported; there is {', '.join(ARCHITECTURES)}"
-        )
-    if "quantization_config" in data:
-        raise ValueError(f"{file}: quantized checkpoints are not supported; take the original")
-    if data.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{file}: hidden_act {data['hidden_act']!r} is not supported; silu is")
-    try:
-        heads = data["num_attention_heads"]
-        # transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`.
-        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        config = LlamaConfig(
-            vocab_size=data["vocab_size"],
-            hidden_size=data["hidden_size"],
-            intermediate_size=data["intermediate_size"],
-            num_hidden_layers=data["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=data.get("num_key_value_heads") or heads,
-            head_dim=data.get("head_dim") or data["hidden_size"] // heads,
-            max_position_embeddings=data.get("max_position_embeddings", 2048),
-            rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope),
-            tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
-            attention_bias=bool(data.get("attention_bias", False)),
-            mlp_bias=bool(data.get("mlp_bias", False)),
-        )
-    except KeyError as error:
-        raise ValueError(f"{file}: field {error} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    return config
+    return parse_config(file, read_json(file))
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -132,20 +97,6 @@ def stop_tokens(directory: Path) -> list[int]:
             if ids is not None:
                 return [ids] if isinstance(ids, int) else list(ids)
     return []
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ValueError(f"rope scaling {kind!r} is not supported; llama3 and none are")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
 
 
 class Checkpoint:

@@ -21,7 +21,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, implementation: Att
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, slots, kv_heads, head_dim]`.
         v: As k.
-        mask: Bool `[batch, 1, length, slots]`, True where a query sees a key, and False
+        mask: Bool `[batch or 1, 1, length, slots]`, True where a query sees a key, and False
             wherever a key comes after its query; None for just that.
         implementation: `"xla"`; `"cudnn"` (GPUs, even lengths, half precision); `"blocks"` (see
             `attend_in_blocks`); `"auto"`: `"blocks"` on CPUs, else `"xla"`.
@@ -58,7 +58,8 @@ def attend_in_blocks(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
     q = q.reshape(*q.shape[:2], groups, heads // groups, q.shape[3]).transpose(0, 2, 3, 1, 4)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    mask = None if mask is None else mask[:, 0]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, 0], (q.shape[0], length, length))
     out = jax.lax.map(lambda row: _row(*row), (q, k, v, mask))
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape[0], length, heads, -1)
 

@@ -1,186 +1,19 @@
-"""LLaMA in Flax Linen, with the module names of Hugging Face. It knows nothing of adapters."""
+"""Models of the LLaMA family in Flax Linen. They know nothing of adapters."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from genlora_jax.models.attention import Attention, attend
+from genlora_jax.models.attention import Attention
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.layers import Blueprint, Cache, Context, LlamaDecoderLayer
+from genlora_jax.models.rope import rotary
 
 Remat = Literal["none", "full", "dots"]
-Cache = Any  # per layer {"k", "v": [..., batch, slots, kv_heads, head_dim]}
 Array = jax.Array
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Frequency scaling of Llama 3.1 (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """The shape of a model; names are those of Hugging Face's `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the field at fault."""
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) is no multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-
-
-def rope_frequencies(cfg: LlamaConfig) -> Array:
-    """Float32 rotary frequencies in radians a position, `[head_dim / 2]`.
-
-    With `rope_scaling`, wavelengths longer than `original / low_freq_factor` are stretched by
-    `factor`, those shorter than `original / high_freq_factor` kept, those between interpolated.
-    """
-    half = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
-    frequency = 1.0 / cfg.rope_theta**half
-    scaling = cfg.rope_scaling
-    if scaling is None:
-        return frequency
-    periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((periods - low) / (high - low), 0.0, 1.0)
-    return frequency * (kept + (1.0 - kept) / scaling.factor)
-
-
-def rotary(cfg: LlamaConfig, positions: Array) -> tuple[Array, Array]:
-    """Float32 cosines and sines `[batch, length, 1, head_dim / 2]` of positions."""
-    angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(cfg)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates `[batch, length, heads, head_dim]`, the halves of a head being its two axes."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, in float32."""
-
-    eps: float
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalises the last axis; the dtype is that of x."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What every module of a layer is built from."""
-
-    cfg: LlamaConfig
-    dtype: Any
-    param_dtype: Any
-    attention: Attention
-
-    def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
-        return nn.Dense(
-            features,
-            use_bias=bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(0.02),
-            name=name,
-        )
-
-    def norm(self, name: str | None = None) -> RMSNorm:
-        return RMSNorm(self.cfg.rms_norm_eps, self.param_dtype, name=name)
-
-
-class LlamaAttention(nn.Module):
-    """Multi-head attention with rotary embeddings and grouped key-value heads."""
-
-    layer: _Layer
-
-    @nn.compact
-    def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array | None, start: Any, cache: Cache
-    ) -> tuple[Array, Cache]:
-        """Returns the output and, if there is a cache, the cache with these positions in it."""
-        cfg, dense = self.layer.cfg, self.layer.dense
-        heads, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-        q = dense(heads * size, cfg.attention_bias, "q_proj")(x)
-        k = dense(groups * size, cfg.attention_bias, "k_proj")(x)
-        v = dense(groups * size, cfg.attention_bias, "v_proj")(x)
-        q = rotate(q.reshape(*x.shape[:2], heads, size), rope)
-        k = rotate(k.reshape(*x.shape[:2], groups, size), rope)
-        v = v.reshape(*x.shape[:2], groups, size)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, start, axis=1)
-            cache = {"k": k, "v": v}
-        out = attend(q, k, v, mask, self.layer.attention)
-        out = out.reshape(*x.shape[:2], heads * size)
-        return dense(cfg.hidden_size, cfg.attention_bias, "o_proj")(out), cache
-
-
-class LlamaMLP(nn.Module):
-    """SwiGLU feed-forward network."""
-
-    layer: _Layer
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[batch, length, hidden]` to the same."""
-        cfg, dense = self.layer.cfg, self.layer.dense
-        gate = dense(cfg.intermediate_size, cfg.mlp_bias, "gate_proj")(x)
-        up = dense(cfg.intermediate_size, cfg.mlp_bias, "up_proj")(x)
-        return dense(cfg.hidden_size, cfg.mlp_bias, "down_proj")(nn.silu(gate) * up)
-
-
-class LlamaDecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and a residual."""
-
-    layer: _Layer
-
-    @nn.compact
-    def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array | None, start: Any, cache: Cache
-    ) -> tuple[Array, Cache]:
-        """Returns hidden states and cache, as `nn.scan` wants a carry and an output."""
-        h = self.layer.norm("input_layernorm")(x)
-        h, cache = LlamaAttention(self.layer, name="self_attn")(h, rope, mask, start, cache)
-        x = x + h
-        h = self.layer.norm("post_attention_layernorm")(x)
-        return x + LlamaMLP(self.layer, name="mlp")(h), cache
 
 
 class _UnrolledLayers(nn.Module):
@@ -190,13 +23,14 @@ class _UnrolledLayers(nn.Module):
     count: int
 
     @nn.compact
-    def __call__(self, x: Array, *context: Any) -> tuple[Array, Cache]:
-        *context_, cache = context
+    def __call__(
+        self, x: Array, context: Context, slides: Array | None, cache: Cache
+    ) -> tuple[Array, Cache]:
         caches = []
         for i in range(self.count):
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
-            x, own = self.make(name=str(i))(x, *context_, own)
-            caches.append(own)
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], (slides, cache))
+            x, new = self.make(name=str(i))(x, context, *own)
+            caches.append(new)
         stacked = (
             None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
         )
@@ -206,17 +40,18 @@ class _UnrolledLayers(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and final norm."""
 
-    layer: _Layer
+    blueprint: Blueprint
     scan: bool
     remat: Remat
 
     def setup(self) -> None:
-        cfg, layer = self.layer.cfg, self.layer
+        blueprint = self.blueprint
+        cfg = blueprint.cfg
         self.embed_tokens = nn.Embed(
             cfg.vocab_size,
             cfg.hidden_size,
-            dtype=layer.dtype,
-            param_dtype=layer.param_dtype,
+            dtype=blueprint.dtype,
+            param_dtype=blueprint.param_dtype,
             embedding_init=nn.initializers.normal(0.02),
         )
         block: Any = LlamaDecoderLayer
@@ -230,23 +65,25 @@ class LlamaModel(nn.Module):
                 # "genlora" is any collection that mirrors params; see `gl.apply`.
                 variable_axes={"params": 0, "genlora": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0, 0),
                 length=cfg.num_hidden_layers,
-            )(layer)
+            )(blueprint)
         else:
             self.layers = _UnrolledLayers(
-                lambda name: block(layer, name=name), cfg.num_hidden_layers
+                lambda name: block(blueprint, name=name), cfg.num_hidden_layers
             )
-        self.norm = layer.norm()
+        self.norm = blueprint.norm()
 
-    def __call__(self, input_ids: Array, *context: Any) -> tuple[Array, Cache]:
-        """Normalised hidden states and cache; the context is what a layer takes."""
-        hidden, cache = self.layers(self.embed_tokens(input_ids), *context)
+    def __call__(
+        self, input_ids: Array, context: Context, slides: Array | None, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Normalised hidden states and cache."""
+        hidden, cache = self.layers(self.embed_tokens(input_ids), context, slides, cache)
         return self.norm(hidden), cache
 
 
 class LlamaForCausalLM(nn.Module):
-    """LLaMA with its language-model head.
+    """A model of the LLaMA family with its language-model head.
 
     Attributes:
         config: Shape of the model.
@@ -266,10 +103,10 @@ class LlamaForCausalLM(nn.Module):
     attention: Attention = "auto"
 
     def setup(self) -> None:
-        layer = _Layer(self.config, self.dtype, self.param_dtype, self.attention)
-        self.model = LlamaModel(layer, self.scan, self.remat)
+        blueprint = Blueprint(self.config, self.dtype, self.param_dtype, self.attention)
+        self.model = LlamaModel(blueprint, self.scan, self.remat)
         if not self.config.tie_word_embeddings:
-            self.lm_head = layer.dense(self.config.vocab_size, False)
+            self.lm_head = blueprint.dense(self.config.vocab_size, False)
 
     def __call__(
         self,
@@ -323,8 +160,32 @@ class LlamaForCausalLM(nn.Module):
             positions = jnp.maximum(jnp.cumsum(attention_mask != 0, axis=1) - 1, 0)
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
-        hidden, _ = self.model(input_ids, rotary(self.config, positions), mask, 0, None)
+        hidden, _ = self._run(input_ids, positions, mask, 0, length, None)
         return hidden
+
+    def _run(
+        self,
+        input_ids: Array,
+        positions: Array,
+        mask: Array | None,
+        start: Any,
+        slots: int,
+        cache: Cache,
+    ) -> tuple[Array, Cache]:
+        """Hidden states and cache; sees to the layers' sliding windows."""
+        cfg, sliding_mask, slides = self.config, None, None
+        if cfg.sliding_window is not None and cfg.sliding_window < slots:
+            own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
+            causal = (other <= own)[None, None] if mask is None else mask
+            sliding_mask = causal & (other > own - cfg.sliding_window)
+            if cfg.sliding_layers is None:
+                mask, sliding_mask = sliding_mask, None
+            else:
+                mask = causal
+                chosen = [i in cfg.sliding_layers for i in range(cfg.num_hidden_layers)]
+                slides = jnp.array(chosen)
+        context = Context(rotary(cfg, positions), mask, sliding_mask, start)
+        return self.model(input_ids, context, slides, cache)
 
     def head(self, hidden: Array) -> Array:
         """Logits `[..., vocab]` of hidden states `[..., hidden]`."""
@@ -347,11 +208,10 @@ class LlamaForCausalLM(nn.Module):
         Returns:
             Logits `[batch, length, vocab]` and the new cache.
         """
-        slots = jnp.arange(visible.shape[1])
-        own = start + jnp.arange(input_ids.shape[1])
-        mask = (slots <= own[:, None]) & visible[:, None, :] | (slots == own[:, None])
-        rope = rotary(self.config, positions)
-        hidden, cache = self.model(input_ids, rope, mask[:, None], start, cache)
+        slots = visible.shape[1]
+        own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
+        mask = ((other <= own) & visible[:, None, :] | (other == own))[:, None]
+        hidden, cache = self._run(input_ids, positions, mask, start, slots, cache)
         return self.head(hidden), cache
 
     def init_cache(self, batch: int, slots: int) -> Cache:

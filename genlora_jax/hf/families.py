@@ -1,0 +1,114 @@
+"""The families of models that are read: what each one's `config.json` means for our one module.
+
+A family is one entry of `FAMILIES`. Names of tensors need no entry: the modules of
+`genlora_jax.models` bear Hugging Face's, and `names.py` holds the rest.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from genlora_jax.models.config import LlamaConfig, RopeScaling
+
+Fields = dict[str, Any]
+
+
+def _biases(config: Any) -> Fields:
+    return {
+        "attention_bias": config.attention_bias,
+        "attention_output_bias": config.attention_bias,
+    }
+
+
+def _windows(config: Any) -> Fields:
+    sliding = [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
+    if not sliding:
+        return {}
+    every = len(sliding) == config.num_hidden_layers
+    return {
+        "sliding_window": config.sliding_window,
+        "sliding_layers": None if every else tuple(sliding),
+    }
+
+
+# By `model_type`: what a family's config says beyond the fields that all have. The argument is
+# the config of `transformers`, so that a field left out of a file has the family's own default.
+FAMILIES: dict[str, Callable[[Any], Fields]] = {
+    "llama": lambda config: _biases(config) | {"mlp_bias": config.mlp_bias},
+    "mistral": lambda config: {"sliding_window": config.sliding_window},
+    "qwen2": lambda config: {"attention_bias": True} | _windows(config),
+    "qwen3": lambda config: _biases(config) | {"qk_norm": "head"} | _windows(config),
+    "phi3": lambda config: {
+        "fused_projections": True,
+        "sliding_window": config.sliding_window,
+        "partial_rotary_factor": config.rope_parameters["partial_rotary_factor"],
+    },
+    "olmo2": lambda config: _biases(config) | {"qk_norm": "whole", "post_norm": True},
+}
+
+
+def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
+    """The shape of the model that the contents of a `config.json` describe.
+
+    Args:
+        file: The file, for errors to name it.
+        data: Its contents.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ValueError: If the architecture, or an option of it, is not supported; names the field.
+    """
+    kind = data.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{file}: model_type {kind!r} is not supported; there are {', '.join(FAMILIES)}"
+        )
+    if "quantization_config" in data:
+        raise ValueError(f"{file}: quantized checkpoints are not supported; take the original")
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        if field not in data:  # `transformers` would put in those of some size of the family
+            raise ValueError(f"{file}: field {field!r} is missing")
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    try:
+        scaling = _rope_scaling(rope)
+        config = CONFIG_MAPPING[kind].from_dict(dict(data))
+        if config.hidden_act != "silu":
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
+        heads = config.num_attention_heads
+        return LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=float(config.rope_parameters["rope_theta"]),
+            rope_scaling=scaling,
+            tie_word_embeddings=config.tie_word_embeddings,
+            **FAMILIES[kind](config),
+        )
+    except KeyError as error:
+        raise ValueError(f"{file}: field {error} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope scaling {kind!r} is not supported; llama3 and none are")
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )

@@ -1,0 +1,149 @@
+"""A decoder layer: norm, attention, feed-forward network, under Hugging Face's names."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from genlora_jax.models.attention import Attention, attend
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.rope import rotate
+
+Cache = Any  # per layer {"k", "v": [..., batch, slots, kv_heads, head_dim]}
+Array = jax.Array
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, in float32."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last axis; the dtype is that of x."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What every module of a layer is built from."""
+
+    cfg: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+    attention: Attention
+
+    def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
+        """A projection."""
+        return nn.Dense(
+            features,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(0.02),
+            name=name,
+        )
+
+    def norm(self, name: str | None = None) -> RMSNorm:
+        """A norm."""
+        return RMSNorm(self.cfg.rms_norm_eps, self.param_dtype, name=name)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What all layers of a pass are given.
+
+    Attributes:
+        rope: Cosines and sines of the positions.
+        mask: Bool `[batch, 1, length, slots]`, True where a query sees a key; None: causal.
+        sliding_mask: The mask of layers with a sliding window, where not all layers are alike.
+        start: The first slot of the cache that is written.
+    """
+
+    rope: tuple[Array, Array]
+    mask: Any
+    sliding_mask: Any
+    start: Any
+
+
+class LlamaAttention(nn.Module):
+    """Multi-head attention with rotary embeddings and grouped key-value heads."""
+
+    blueprint: Blueprint
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: Context, mask: Array | None, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Returns the output and, if there is a cache, the cache with these positions in it."""
+        cfg, dense, norm = self.blueprint.cfg, self.blueprint.dense, self.blueprint.norm
+        heads, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        widths = {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size}
+        if cfg.fused_projections:
+            fused = dense(sum(widths.values()), cfg.attention_bias, "qkv_proj")(x)
+            cuts = (heads * size, (heads + groups) * size)
+            q, k, v = jnp.split(fused, cuts, axis=-1)
+        else:
+            q, k, v = (dense(n, cfg.attention_bias, name)(x) for name, n in widths.items())
+        if cfg.qk_norm == "whole":
+            q, k = norm("q_norm")(q), norm("k_norm")(k)
+        q, k, v = (part.reshape(*x.shape[:2], -1, size) for part in (q, k, v))
+        if cfg.qk_norm == "head":
+            q, k = norm("q_norm")(q), norm("k_norm")(k)
+        q, k = rotate(q, context.rope), rotate(k, context.rope)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, context.start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, context.start, axis=1)
+            cache = {"k": k, "v": v}
+        out = attend(q, k, v, mask, self.blueprint.attention)
+        out = out.reshape(*x.shape[:2], heads * size)
+        return dense(cfg.hidden_size, cfg.attention_output_bias, "o_proj")(out), cache
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    blueprint: Blueprint
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[batch, length, hidden]` to the same."""
+        cfg, dense = self.blueprint.cfg, self.blueprint.dense
+        width = cfg.intermediate_size
+        if cfg.fused_projections:
+            gate, up = jnp.split(dense(2 * width, cfg.mlp_bias, "gate_up_proj")(x), 2, axis=-1)
+        else:
+            gate, up = (dense(width, cfg.mlp_bias, name)(x) for name in ("gate_proj", "up_proj"))
+        return dense(cfg.hidden_size, cfg.mlp_bias, "down_proj")(nn.silu(gate) * up)
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and feed-forward, each with a norm and a residual."""
+
+    blueprint: Blueprint
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: Context, slides: Array | None, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Returns hidden states and cache, as `nn.scan` wants a carry and an output."""
+        norm = self.blueprint.norm
+        mask: Any = context.mask
+        if slides is not None:
+            mask = jnp.where(slides, context.sliding_mask, mask)
+        attention = LlamaAttention(self.blueprint, name="self_attn")
+        mlp = LlamaMLP(self.blueprint, name="mlp")
+        if self.blueprint.cfg.post_norm:
+            h, cache = attention(x, context, mask, cache)
+            x = x + norm("post_attention_layernorm")(h)
+            return x + norm("post_feedforward_layernorm")(mlp(x)), cache
+        h, cache = attention(norm("input_layernorm")(x), context, mask, cache)
+        x = x + h
+        return x + mlp(norm("post_attention_layernorm")(x)), cache

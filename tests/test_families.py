@@ -1,0 +1,106 @@
+"""Every family against PyTorch: logits, export, PEFT."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import genlora_jax as gl
+from genlora_jax.decoding import decode
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 7}
+FAMILIES = {
+    "mistral": {"family": "mistral", "sliding_window": 7, "head_dim": 12},
+    "mistral_whole": {"family": "mistral", "sliding_window": None},
+    "qwen2": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen2_sliding": {"family": "qwen2", "max_window_layers": 1} | SLIDING,
+    "qwen3": {"family": "qwen3", "head_dim": 12, "tie_word_embeddings": True},
+    "qwen3_biases": {"family": "qwen3", "attention_bias": True, "max_window_layers": 0} | SLIDING,
+    "phi3": {"family": "phi3", "sliding_window": 9},
+    "phi3_partial": {"family": "phi3", "partial_rotary_factor": 0.5},
+    "olmo2": {"family": "olmo2", "num_key_value_heads": 4},
+    "olmo2_biases": {"family": "olmo2", "attention_bias": True},
+}
+CFG = gl.LoRAConfig(rank=3)
+IDS = np.random.default_rng(0).integers(3, 61, (2, 40)).astype(np.int32)
+
+
+def load(path, **options):
+    return gl.load_llama(path, dtype=jnp.float32, param_dtype=jnp.float32, **options)
+
+
+def run(model, params, factors=None):
+    return np.asarray(jax.jit(lambda p, f: gl.apply(model, p, f, IDS))(params, factors or {}))
+
+
+@pytest.fixture
+def twin(torch_twin, request):
+    """A model of a family in PyTorch's hands and in ours, and an adapter's factors."""
+    return torch_twin(**FAMILIES[request.param])
+
+
+every = pytest.mark.parametrize("twin", FAMILIES, indirect=True)
+
+
+@every
+@pytest.mark.parametrize("scan", [True, False])
+def test_logits_of_a_family_are_those_of_pytorch(twin, torch_logits, scan):
+    path, theirs = twin
+    expected = torch_logits(theirs, IDS)
+    assert np.abs(expected).max() > 0.5
+    assert np.abs(run(*load(path, scan=scan)) - expected).max() <= 2e-4
+
+
+@pytest.mark.parametrize("twin", ["mistral", "qwen2_sliding"], indirect=True)
+def test_a_window_is_seen_and_decoding_keeps_to_it(twin):
+    import torch
+
+    path, theirs = twin
+    model, params = load(path)
+    prompt = IDS[0].tolist()
+    (ours,) = decode(model, params, [prompt], max_new_tokens=12)
+    with torch.no_grad():
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+    assert ours == expected[0, len(prompt) :].tolist()
+    whole = model.clone(
+        config=type(model.config)(**(vars(model.config) | {"sliding_window": None}))
+    )
+    assert np.abs(run(whole, params) - run(model, params))[:, 7:].max() > 1e-2
+
+
+@every
+def test_what_was_loaded_is_exported_byte_for_byte(twin, tmp_path):
+    path, _ = twin
+    gl.export_hf(tmp_path / "out", load(path)[1], base=path)
+    before, after = (load_file(p / "model.safetensors") for p in (path, tmp_path / "out"))
+    assert set(before) == set(after)
+    assert all(after[name].tobytes() == value.tobytes() for name, value in before.items())
+
+
+@every
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_merged_and_adapter_exports_give_the_logits_of_apply(twin, perturb, torch_logits, tmp_path):
+    import transformers
+    from peft import PeftModel
+
+    path, theirs = twin
+    model, params = load(path)
+    factors = gl.generate_factors(CFG, perturb(gl.init_adapter(CFG, jax.random.key(0), params)))
+    ours = run(model, params, factors)
+    assert np.abs(ours - run(model, params)).max() > 1e-2
+    gl.export_hf(tmp_path / "merged", gl.merge(params, factors), base=path)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert np.abs(torch_logits(merged, IDS) - ours).max() <= 2e-4
+    gl.export_peft(tmp_path / "peft", CFG, factors, base=path)
+    adapted = PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+    assert np.abs(torch_logits(adapted, IDS) - ours).max() <= 2e-4
+
+
+def test_a_tied_head_is_no_target_and_the_error_says_why(torch_twin):
+    path, _ = torch_twin(family="qwen2", tie_word_embeddings=True)
+    _, params = load(path)
+    with pytest.raises(ValueError, match="lm_head is tied to the embedding"):
+        gl.init_adapter(gl.LoRAConfig(rank=2, targets=["lm_head"]), jax.random.key(0), params)
