@@ -9,7 +9,7 @@ from genlora_jax.adapter import (
 from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama
-from genlora_jax.hf.peft import export_peft
+from genlora_jax.hf.peft import export_peft, import_peft
 from genlora_jax.inject import apply
 from genlora_jax.merge import merge, unmerge
 from genlora_jax.storage import load_adapter, save_adapter
@@ -26,6 +26,7 @@ __all__ = [
     "export_hf",
     "export_peft",
     "generate_factors",
+    "import_peft",
     "init_adapter",
     "load_adapter",
     "load_llama",

@@ -1,19 +1,44 @@
-"""PEFT: factors as a plain LoRA adapter that `peft` and vLLM load."""
+"""PEFT: plain LoRA adapters, as `peft` and vLLM load them, out of factors and into them."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
+import safetensors
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
 
 from genlora_jax.config import AdapterConfig
-from genlora_jax.hf.names import natural_order
+from genlora_jax.hf.checkpoint import read_json
+from genlora_jax.hf.names import natural_order, tensors
 from genlora_jax.storage import new_directory
 
 PREFIX = "base_model.model."
+TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# Settings under which an adapter is more than A and B on the base's own kernels.
+REFUSED = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "fan_in_fan_out",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+)
+# Initialisations that subtract the initial delta from the base.
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _modules(factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -43,7 +68,7 @@ def export_peft(
     """Writes factors as a plain PEFT LoRA adapter.
 
     The scale is folded into B and `lora_alpha` set to the rank, so that a consumer which
-    ignores rslora is right as well.
+    ignores rslora is right as well. Factors of several ranks are padded with zeros to the largest.
 
     Args:
         out_dir: The directory to make.
@@ -60,10 +85,15 @@ def export_peft(
     if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
         names = sorted({name.rsplit(".", 1)[-1] for name in modules})
     rank = max(a.shape[1] for a, _ in modules.values())
-    tensors = {}
+    arrays = {}
     for name, (a, b) in modules.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+        missing = (0, rank - a.shape[1])  # one rank for all: servers know no `rank_pattern`
+        arrays[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(
+            np.pad(a.T, (missing, (0, 0)))
+        )
+        arrays[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(
+            np.pad(b.T, ((0, 0), missing))
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -78,8 +108,8 @@ def export_peft(
         "inference_mode": True,
     }
     with new_directory(out_dir, overwrite=overwrite) as directory:
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        (directory / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
+        (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: int) -> bool:
@@ -88,3 +118,128 @@ def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: in
         return cfg.layers is None
     flat = flatten_dict(dict(factors))
     return count == sum(leaf.shape[0] for path, leaf in flat.items() if path[-1] == "a")
+
+
+def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a plain PEFT LoRA adapter into factors.
+
+    They apply, merge and export as generated ones do. Modules of one stack that differ in rank
+    (`rank_pattern`) are padded with zeros to the largest.
+
+    Args:
+        path: The adapter's directory.
+        params: The base's parameters; only names and shapes matter, so the result of
+            `jax.eval_shape` will do.
+
+    Returns:
+        A tree that mirrors `params`, float32, with the scale (`lora_alpha`, `alpha_pattern`,
+        `use_rslora`) folded into b. Layers that the adapter leaves alone have zeros.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the adapter is not plain LoRA (the setting is named), is damaged, or was
+            made for modules or shapes that the base does not have.
+    """
+    path = Path(path)
+    settings = read_json(path / SETTINGS)
+    _refuse_other_than_lora(path / SETTINGS, settings)
+    kernels = {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in tensors(params)
+        if tensor.path[-1] == "kernel"
+    }
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(params)).items()}
+    stacks: dict[tuple[str, ...], dict[int | None, tuple[np.ndarray, np.ndarray]]] = {}
+    for name, (a, b) in sorted(
+        _read_pairs(path / TENSORS).items(), key=lambda item: natural_order(item[0])
+    ):
+        if name not in kernels:
+            raise ValueError(f"{path}: adapts {name}, which the base does not have")
+        kernel = kernels[name]
+        shape = (a.shape[0], b.shape[1])
+        if shapes[kernel.path][-2:] != shape or a.shape[1] != b.shape[0]:
+            raise ValueError(
+                f"{path}: {name} has factors {a.shape} and {b.shape}; the base's kernel has shape "
+                f"{shapes[kernel.path][-2:]}"
+            )
+        scale = _scale(path / SETTINGS, settings, name, a.shape[1])
+        stacks.setdefault(kernel.path, {})[kernel.index] = (a, b * np.float32(scale))
+    flat: dict[tuple[str, ...], Any] = {}
+    for kernel_path, pairs in stacks.items():
+        sides = _stack(pairs, shapes[kernel_path])
+        flat |= {(*kernel_path[:-1], side): jnp.asarray(sides[side]) for side in "ab"}
+    return unflatten_dict(flat)
+
+
+def _refuse_other_than_lora(file: Path, settings: Mapping[str, Any]) -> None:
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise ValueError(f"{file}: peft_type {kind!r} is not supported; LORA is")
+    for field in REFUSED:
+        if settings.get(field):
+            raise ValueError(f"{file}: {field} = {settings[field]!r} is not supported")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias = {settings['bias']!r} is not supported; none is")
+    init = settings.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING):
+        raise ValueError(
+            f"{file}: init_lora_weights = {init!r} changes the base's own kernels: convert the "
+            "adapter to plain LoRA with peft first"
+        )
+
+
+def _read_pairs(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A `[d_in, r]` and B `[r, d_out]` in float32 by the module's name."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters are not read")
+    try:
+        arrays = load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    sides: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in arrays.items():
+        parts = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
+        if parts is None or value.ndim != 2:
+            raise ValueError(f"{file}: tensor {name} is none of plain LoRA on a linear layer")
+        sides.setdefault(parts[1], {})[parts[2]] = value.astype(np.float32).T
+    if not sides:
+        raise ValueError(f"{file} holds no factors")
+    for name, pair in sides.items():
+        if len(pair) != 2:
+            raise ValueError(f"{file}: {name} has only one of lora_A and lora_B")
+    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
+
+
+def _scale(file: Path, settings: Mapping[str, Any], name: str, rank: int) -> float:
+    """The factor on a module's delta, by PEFT's rules for patterns."""
+
+    def setting(field: str, pattern: str) -> Any:
+        for key, value in (settings.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return settings[field]
+
+    try:
+        alpha, said = setting("lora_alpha", "alpha_pattern"), setting("r", "rank_pattern")
+    except KeyError as error:
+        raise ValueError(f"{file}: field {error} is missing") from None
+    if said != rank:
+        raise ValueError(f"{file}: gives {name} rank {said}, but its factors have {rank}")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _stack(
+    pairs: Mapping[int | None, tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """The factors of one kernel in the layout of the base."""
+    if None in pairs:
+        a, b = pairs[None]
+        return {"a": a, "b": b}
+    rank = max(a.shape[1] for a, _ in pairs.values())
+    whole = {
+        "a": np.zeros((shape[0], shape[1], rank), np.float32),
+        "b": np.zeros((shape[0], rank, shape[2]), np.float32),
+    }
+    for index, (a, b) in pairs.items():
+        whole["a"][index, :, : a.shape[1]] = a
+        whole["b"][index, : b.shape[0]] = b
+    return whole
