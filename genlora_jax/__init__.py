@@ -6,6 +6,7 @@ from genlora_jax.adapter import (
     generate_factors,
     init_adapter,
 )
+from genlora_jax.combine import combine
 from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama
@@ -22,6 +23,7 @@ __all__ = [
     "GenLoRAConfig",
     "LoRAConfig",
     "apply",
+    "combine",
     "count_parameters",
     "export_hf",
     "export_peft",

@@ -53,7 +53,9 @@ def test_models_import_nothing_of_ours_but_models(file):
     assert own == below(own, "genlora_jax.models")
 
 
-@pytest.mark.parametrize("name", ["adapter.py", "targets.py", "merge.py", "inject.py"])
+@pytest.mark.parametrize(
+    "name", ["adapter.py", "targets.py", "merge.py", "combine.py", "inject.py"]
+)
 def test_adapters_know_no_model(name):
     above = ("models", "hf", "training", "storage", "decoding", "cli", "command")
     assert not below(own_imports(name), *(f"genlora_jax.{part}" for part in above))

@@ -1,0 +1,69 @@
+"""Combined factors against the sum of deltas, and adapters switched without a new trace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import genlora_jax as gl
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9)), jnp.int32)
+
+
+def make_set(params, perturb, rank, seed, targets):
+    cfg = gl.LoRAConfig(rank=rank, targets=targets)
+    adapter = gl.init_adapter(cfg, jax.random.key(seed), params)
+    return gl.generate_factors(cfg, perturb(adapter, seed=seed))
+
+
+@pytest.fixture
+def sets(random_llama, perturb):
+    _, params = random_llama()
+    first = make_set(params, perturb, 2, 1, ["q_proj", "up_proj"])
+    return params, first, make_set(params, perturb, 3, 2, ["q_proj", "o_proj"])
+
+
+def test_merging_a_combination_is_merging_each_with_its_weight(sets):
+    params, first, second = sets
+    both = jax.jit(gl.combine)([first, second], [0.5, -2.0])
+    merged = flatten_dict(gl.merge(params, both))
+    expected = {path: np.asarray(leaf, np.float64) for path, leaf in flatten_dict(params).items()}
+    for weight, factors in ((0.5, first), (-2.0, second)):
+        flat = flatten_dict(factors)
+        for path in {path[:-1] for path in flat}:
+            a, b = (np.asarray(flat[(*path, side)], np.float64) for side in "ab")
+            expected[(*path, "kernel")] += weight * a @ b
+    for path, leaf in merged.items():
+        largest = np.abs(expected[path]).max()
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-5 * largest)
+    moved = {
+        p[-2] for p, leaf in flatten_dict(params).items() if not np.array_equal(leaf, merged[p])
+    }
+    assert moved == {"q_proj", "up_proj", "o_proj"}
+
+
+def test_what_is_added_and_subtracted_is_gone(sets, random_llama):
+    model, params = random_llama()
+    _, first, second = sets
+    both = gl.combine([first, second, second], [1.0, 3.0, -3.0])
+    ours = gl.apply(model, params, both, IDS)
+    alone = gl.apply(model, params, first, IDS)
+    np.testing.assert_allclose(ours, alone, atol=3e-5 * float(jnp.abs(alone).max()))
+
+
+def test_adapters_of_one_shape_are_switched_without_a_new_trace(random_llama, perturb):
+    model, params = random_llama()
+    run = jax.jit(lambda factors: gl.apply(model, params, factors, IDS))
+    one, other = (run(make_set(params, perturb, 2, seed, ["q_proj"])) for seed in (1, 2))
+    assert run._cache_size() == 1
+    assert np.abs(one - other).max() > 1e-2
+
+
+def test_sets_that_do_not_fit_together_raise(sets):
+    _, first, second = sets
+    with pytest.raises(ValueError, match="2 sets, 1 weights"):
+        gl.combine([first, second], [1.0])
+    wrong = jax.tree.map(lambda leaf: leaf[:2], first)
+    with pytest.raises(ValueError, match=r"_proj\.a differs between the sets in shape"):
+        gl.combine([first, wrong], [1.0, 1.0])
