@@ -10,11 +10,8 @@ each arm (5 to 10 rates), so its losses are a little optimistic, all arms' alike
 import argparse
 import dataclasses
 import json
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import genlora_jax as gl
 from genlora_jax.hf.checkpoint import load_tokenizer
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
+from train.benchmarks.provenance import provenance
 
 LENGTH, ROWS, STEPS, HELD_OUT = 256, 16, 300, 0.05
 RESULT = Path(__file__).parent / "results" / "bridge.json"
@@ -151,15 +149,7 @@ def main() -> None:
     for name, arm in ARMS.items():
         arms[name] = ours(args.model, args.text, arm)
         arms[name]["config"] = dataclasses.asdict(arm.config)
-    packages = ("jax", "flax", "optax", "torch", "transformers", "peft", "numpy")
-    git = ["git", "describe", "--always", "--dirty"]
-    result = {
-        "arms": arms,
-        "versions": {name: version(name) for name in packages},
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
-        "machine": f"{platform.machine()}, {len(jax.devices())} {jax.devices()[0].device_kind}",
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps({"arms": arms} | provenance(), indent=1) + "\n")
     table = Table("arm", "parameters", "rate", "held-out loss", "steps/s")
     for name, arm_result in arms.items():
         table.add_row(

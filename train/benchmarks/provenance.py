@@ -1,0 +1,39 @@
+"""Where a result comes from: versions, commit, machine."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "flax", "optax", "numpy", "safetensors", "torch", "transformers", "peft")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the packages that there are, commit (and whether it is clean) and machine."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    devices = jax.devices()
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "machine": f"{len(devices)} {devices[0].device_kind}, {os.cpu_count()} cores, "
+        f"{platform.machine()}",
+    }
+
+
+def _commit() -> str:
+    """The commit, or what GENLORA_COMMIT says where the sources lie outside a repository."""
+    git = ["git", "describe", "--always", "--dirty"]
+    if said := os.environ.get("GENLORA_COMMIT"):
+        return said
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
