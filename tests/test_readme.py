@@ -1,6 +1,9 @@
-"""The README's Python runs as it stands, and its recipe is a recipe."""
+"""The README's Python, recipe and command lines run as they stand."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from genlora_jax.command import parse
@@ -23,11 +26,27 @@ def test_python_of_the_readme_runs(monkeypatch, capsys):
     assert float(difference) < 1e-4
 
 
-def test_recipe_of_the_readme_is_valid(tmp_path):
+def test_command_lines_of_the_readme_run_in_order(tmp_path):
+    # `make` is what runs this; `pip install` is in the Makefile.
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for line in lines if not line.startswith(("make ", "pip "))]
+    assert [line.split()[0] for line in lines] == ["python"] * 2 + ["genlora"] * 4
     (text,) = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(text)
-    recipe = parse(Recipe, ["--config", str(tmp_path / "recipe.yaml"), "--adapter.rank", "16"])
-    assert recipe.adapter.rank == 16
+    (tmp_path / "train").symlink_to(ROOT / "train")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        "\n".join(["set -e", *lines]),
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank: 8" in done.stdout
+    assert "Mia has 14 plums." in done.stdout
+    assert {entry.name for entry in tmp_path.iterdir()} >= {"runs", "merged", "peft"}
 
 
 def test_recipes_are_valid():
