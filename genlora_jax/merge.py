@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from genlora_jax import merge_kernel
+
 Path = tuple[str, ...]
 
 
@@ -50,8 +52,17 @@ def _add(params: Mapping[str, Any], factors: Mapping[str, Any], sign: float, don
     flat = flatten_dict(dict(params))
     kernels, sides = pair_kernels(flat, factors)
     # Only adapted kernels pass through the program: the others are neither copied nor donated.
-    merged = (_merge_donating if donate else _merge_copying)(kernels, sides, sign)
+    program = _merge_donating if donate else _merge_copying
+    merged = program(kernels, sides, sign, all(map(_on_one_gpu, kernels.values())))
     return unflatten_dict(flat | merged)
+
+
+def _on_one_gpu(kernel: Any) -> bool:
+    """Whether our own kernel may take it: it runs on NVIDIA GPUs, and XLA cannot partition it."""
+    if not isinstance(kernel, jax.Array) or isinstance(kernel, jax.core.Tracer):
+        return False
+    devices = kernel.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "gpu"
 
 
 def pair_kernels(
@@ -91,7 +102,10 @@ def pair_kernels(
 
 
 def _merge(
-    kernels: dict[Path, jax.Array], sides: dict[Path, tuple[jax.Array, jax.Array]], sign: float
+    kernels: dict[Path, jax.Array],
+    sides: dict[Path, tuple[jax.Array, jax.Array]],
+    sign: float,
+    on_one_gpu: bool,
 ) -> dict[Path, jax.Array]:
     def one(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         delta = jnp.matmul(
@@ -100,6 +114,8 @@ def _merge(
         return (kernel.astype(jnp.float32) + sign * delta).astype(kernel.dtype)
 
     def stacked(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        if on_one_gpu and merge_kernel.fits(kernel.shape):
+            return merge_kernel.add_product(kernel, a, sign * b)
         if kernel.ndim == 2:
             return one(kernel, a, b)
 
@@ -113,5 +129,6 @@ def _merge(
     return {path: stacked(kernel, *sides[path]) for path, kernel in kernels.items()}
 
 
-_merge_copying = functools.partial(jax.jit, static_argnames=("sign",))(_merge)
-_merge_donating = functools.partial(jax.jit, static_argnames=("sign",), donate_argnums=0)(_merge)
+_STATIC = ("sign", "on_one_gpu")
+_merge_copying = functools.partial(jax.jit, static_argnames=_STATIC)(_merge)
+_merge_donating = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=0)(_merge)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import genlora_jax as gl
-from genlora_jax.hf import export, peft
+from genlora_jax.hf import peft
 
 CFG = gl.GenLoRAConfig(rank=4, alpha=4.0, group_size=4, kernels=2, rbf_init=0.5)
 IDS = np.random.default_rng(0).integers(3, 61, (2, 11)).astype(np.int32)
@@ -207,19 +208,21 @@ def test_a_failure_midway_leaves_nothing_and_spoils_nothing(
     _, params = load(path)
     calls = []
 
-    def full(arrays, file, **options):
-        calls.append(file)
-        if len(calls) == 2:
-            raise OSError("No space left on device")
-        save_file(arrays, file, **options)
+    pwrite = os.pwrite
 
-    monkeypatch.setattr(export, "save_file", full)
+    def full(file, data, start):
+        calls.append(file)
+        if len(calls) > 20:  # the disk is full, for all threads
+            raise OSError("No space left on device")
+        return pwrite(file, data, start)
+
+    monkeypatch.setattr(os, "pwrite", full)
     if exists:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(OSError, match="No space"):
         gl.export_hf(tmp_path / "out", params, base=path, max_shard_bytes=20_000, overwrite=exists)
-    assert len(calls) == 2
+    assert len(calls) > 20
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", *(["out"] if exists else [])]
     if exists:
         assert content(tmp_path / "out") == {"precious.txt": b"mine"}

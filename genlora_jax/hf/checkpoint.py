@@ -1,15 +1,15 @@
 """A Hugging Face checkpoint as a directory: its config and its safetensors, one file or sharded."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import numpy as np
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genlora_jax.hf.families import parse_config
+from genlora_jax.hf.tensorfile import TensorFile
 from genlora_jax.models.config import LlamaConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -100,7 +100,7 @@ def stop_tokens(directory: Path) -> list[int]:
 
 
 class Checkpoint:
-    """The tensors of a directory, read one at a time from memory-mapped files.
+    """The tensors of a directory.
 
     Raises:
         FileNotFoundError: If there are no safetensors, or a shard is missing.
@@ -109,53 +109,37 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._stack = contextlib.ExitStack()
         if (directory / INDEX).is_file():
             weight_map = read_json(directory / INDEX).get("weight_map", {})
             files = {name: self._open(name) for name in sorted(set(weight_map.values()))}
             self._where = {tensor: files[name] for tensor, name in weight_map.items()}
         elif (directory / SINGLE).is_file():
             file = self._open(SINGLE)
-            self._where = {tensor: file for tensor in file.keys()}  # noqa: SIM118
+            self._where = dict.fromkeys(file.entries, file)
         else:
             raise FileNotFoundError(
                 f"{directory} has neither {SINGLE} nor {INDEX}; "
                 "checkpoints in PyTorch's pickle format are not read"
             )
 
-    def _open(self, name: str) -> Any:
-        file = self.directory / name
-        if not file.is_file():
+    def _open(self, name: str) -> TensorFile:
+        if not (self.directory / name).is_file():
             raise FileNotFoundError(f"{self.directory} lacks the shard {name}")
-        try:
-            return self._stack.enter_context(safetensors.safe_open(file, framework="numpy"))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file} is damaged or truncated: {error}") from error
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+        return TensorFile(self.directory / name)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._where)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Any:
-        """One tensor as a NumPy array.
+    def read(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows.
 
         Raises:
             ValueError: If it is missing or has another shape.
         """
-        if name not in self._where:
+        file = self._where.get(name)
+        if file is None or name not in file.entries:
             raise ValueError(f"{self.directory}: tensor {name} is missing")
-        try:
-            value = self._where[name].get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.directory}: tensor {name}: {error}") from error
-        if value.shape != shape:
-            raise ValueError(
-                f"{self.directory}: tensor {name} has shape {value.shape}, not {shape}"
-            )
-        return value
+        if (found := file.entries[name].shape) != shape:
+            raise ValueError(f"{self.directory}: tensor {name} has shape {found}, not {shape}")
+        return file.read(name, rows)

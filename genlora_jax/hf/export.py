@@ -1,15 +1,17 @@
 """Export: parameters to a directory that `transformers` and vLLM load."""
 
+import contextlib
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 from genlora_jax.hf.checkpoint import (
     INDEX,
@@ -20,6 +22,7 @@ from genlora_jax.hf.checkpoint import (
     read_json,
 )
 from genlora_jax.hf.names import Tensor, natural_order, tensors
+from genlora_jax.hf.tensorfile import TensorWriter, in_threads, transpose
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.storage import new_directory
 
@@ -36,7 +39,8 @@ def export_hf(
     """Writes parameters as a Hugging Face checkpoint.
 
     Config, tokenizer and generation config are those of the base; those that it has. The
-    directory appears whole or not at all. No more than a shard is held in host memory.
+    directory appears whole or not at all. A handful of
+    tensors is held in host memory beside the parameters.
 
     Args:
         out_dir: The directory to make.
@@ -63,9 +67,7 @@ def export_hf(
             if len(shards) == 1
             else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         )
-        for name, shard in zip(names, shards, strict=True):
-            arrays = {tensor.name: _to_host(tensor, flat, kind) for tensor in shard}
-            save_file(arrays, directory / name, metadata={"format": "pt"})
+        _write_shards([directory / name for name in names], shards, flat, kind)
         if len(shards) > 1:
             where = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
             size = sum(_bytes(t, flat, kind) for shard in shards for t in shard)
@@ -88,9 +90,7 @@ def _check_shapes(source: Path, params: Mapping[str, Any], flat: Mapping[Any, An
 
 
 def _bytes(tensor: Tensor, flat: Mapping[Any, Any], kind: np.dtype) -> int:
-    leaf = flat[tensor.path]
-    size = leaf.size if tensor.index is None else leaf.size // leaf.shape[0]
-    return size * kind.itemsize
+    return int(np.prod(_shape(tensor, flat))) * kind.itemsize
 
 
 def _shards(
@@ -108,11 +108,52 @@ def _shards(
     return shards
 
 
-def _to_host(tensor: Tensor, flat: Mapping[Any, Any], kind: np.dtype) -> np.ndarray:
-    leaf = flat[tensor.path]
-    value = np.asarray(leaf if tensor.index is None else leaf[tensor.index])
-    value = value.T if tensor.transposed else value
-    return np.ascontiguousarray(value.astype(kind))
+def _write_shards(
+    files: list[Path], shards: list[list[Tensor]], flat: Mapping[Any, Any], kind: np.dtype
+) -> None:
+    on_host = jax.default_backend() == "cpu"  # its own transposes are slow; see `transpose`
+
+    def fetched(writers: list[TensorWriter]) -> Iterator[tuple[TensorWriter, Tensor, Any]]:
+        for writer, shard in zip(writers, shards, strict=True):
+            for tensor in shard:
+                turn = tensor.transposed and not on_host
+                yield writer, tensor, _fetch(flat[tensor.path], tensor.index, kind, turn)
+
+    def write(item: tuple[TensorWriter, Tensor, Any]) -> None:
+        writer, tensor, value = item
+        value = np.asarray(value)
+        writer.write(tensor.name, transpose(value) if tensor.transposed and on_host else value)
+
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for file, shard in zip(files, shards, strict=True):
+            shapes = {t.name: jax.ShapeDtypeStruct(_shape(t, flat), kind) for t in shard}
+            writers.append(stack.enter_context(TensorWriter(file, shapes)))
+        for _ in in_threads(write, fetched(writers)):
+            pass
+
+
+def _shape(tensor: Tensor, flat: Mapping[Any, Any]) -> tuple[int, ...]:
+    shape = flat[tensor.path].shape[0 if tensor.index is None else 1 :]
+    return shape[::-1] if tensor.transposed else shape
+
+
+def _fetch(leaf: Any, index: int | None, kind: np.dtype, turn: bool) -> Any:
+    """One tensor as it is to be written, on its way to the host's memory."""
+    if not isinstance(leaf, jax.Array):
+        leaf = jnp.asarray(leaf)
+    if index is not None or turn or leaf.dtype != kind:
+        leaf = _cut(leaf, index, kind, turn)
+    if jax.default_backend() == "cpu":
+        return leaf
+    # Page-locked memory, which JAX keeps for reuse: copies to any other are 20 x slower.
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "turn"))
+def _cut(leaf: jax.Array, index: int | None, kind: np.dtype, turn: bool) -> jax.Array:
+    value = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+    return (value.T if turn else value).astype(kind)
 
 
 def _copy_companions(source: Path, directory: Path, kind: np.dtype) -> None:

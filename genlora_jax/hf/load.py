@@ -1,5 +1,7 @@
 """Loading: a Hugging Face checkpoint to a Linen model and its parameters."""
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from genlora_jax.hf.checkpoint import Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
+from genlora_jax.hf.tensorfile import in_threads, transpose
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
 
@@ -38,7 +41,7 @@ def load_llama(
         attention: See `LlamaForCausalLM`.
 
     Returns:
-        The model and its parameters. Beyond these, at most one stacked leaf is held in memory.
+        The model and its parameters. Beyond these, a handful of tensors is held in memory.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint, or a file of it is missing.
@@ -56,15 +59,10 @@ def load_llama(
         attention=attention,
     )
     shapes = parameter_shapes(model)
-    parts: dict[tuple[str, ...], list[Tensor]] = {}
-    for tensor in tensors(shapes):
-        parts.setdefault(tensor.path, []).append(tensor)
-    flat = {}
-    with Checkpoint(directory) as checkpoint:
-        _refuse_unknown(directory, checkpoint.names() - {t.name for t in tensors(shapes)}, config)
-        for leaf_path, leaf in flatten_dict(shapes).items():
-            flat[leaf_path] = _read_leaf(checkpoint, parts[leaf_path], leaf)
-    return model, unflatten_dict(flat)
+    order = list(tensors(shapes))
+    checkpoint = Checkpoint(directory)
+    _refuse_unknown(directory, checkpoint.names() - {t.name for t in order}, config)
+    return model, unflatten_dict(_read_leaves(checkpoint, order, flatten_dict(shapes)))
 
 
 def parse_dtype(dtype: Any) -> Any:
@@ -94,12 +92,36 @@ def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:
         )
 
 
-def _read_leaf(checkpoint: Checkpoint, parts: list[Tensor], leaf: jax.ShapeDtypeStruct) -> Any:
-    """One leaf of the tree, layer by layer into one array."""
-    whole = np.empty(leaf.shape, leaf.dtype)
-    for part in parts:
-        place = whole if part.index is None else whole[part.index]
-        shape = place.shape[::-1] if part.transposed else place.shape
-        value = checkpoint.read(part.name, shape)
-        place[...] = value.T if part.transposed else value
-    return jax.device_put(whole)
+def _read_leaves(
+    checkpoint: Checkpoint, order: list[Tensor], shapes: Mapping[tuple[str, ...], Any]
+) -> dict[tuple[str, ...], jax.Array]:
+    """Every leaf, filled in place on the device, a tensor at a time."""
+    on_host = jax.default_backend() == "cpu"  # its own transposes are slow; see `transpose`
+
+    def read(tensor: Tensor) -> np.ndarray:
+        shape = shapes[tensor.path].shape[0 if tensor.index is None else 1 :]
+        value = checkpoint.read(tensor.name, shape[::-1] if tensor.transposed else shape)
+        return transpose(value) if tensor.transposed and on_host else value
+
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for tensor, value in zip(order, in_threads(read, order), strict=True):
+        path, leaf = tensor.path, shapes[tensor.path]
+        turn = tensor.transposed and not on_host
+        if tensor.index is None:
+            leaves[path] = _convert(value, leaf.dtype, turn)
+        else:
+            if path not in leaves:
+                leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
+            leaves[path] = _place(leaves[path], value, tensor.index, turn)
+        leaves[path].block_until_ready()  # or tensors would pile up before the device
+    return leaves
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "turn"))
+def _convert(value: jax.Array, dtype: Any, turn: bool) -> jax.Array:
+    return (value.T if turn else value).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="turn", donate_argnums=0)
+def _place(leaf: jax.Array, value: jax.Array, index: int, turn: bool) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(leaf, _convert(value, leaf.dtype, turn), index, 0)

@@ -1,0 +1,163 @@
+"""Safetensors files a tensor at a time: read and written at its place, without mapping the file.
+
+A mapped file counts as memory of the process and is read page by page; a tensor read into a buffer
+is faster by half, and several threads can work on one file. The library checks every header.
+"""
+
+import collections
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+NAMES = {kind: name for name, kind in DTYPES.items()}
+# Tensors in flight: enough for the disk to be busy, few enough to cost no memory to speak of.
+WINDOW = 4
+STRIP = 32  # rows transposed at a time: their columns' cache lines fit the cache
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its dtype's name, its shape, and its first byte in the file."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class TensorFile:
+    """The tensors of one file.
+
+    Raises:
+        ValueError: If the file is truncated or otherwise damaged.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            with safetensors.safe_open(file, framework="numpy"):
+                pass  # sizes, offsets and dtypes in the header have been checked against the file
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file} is damaged or truncated: {error}") from error
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        self.entries = {
+            name: Entry(said["dtype"], tuple(said["shape"]), 8 + length + said["data_offsets"][0])
+            for name, said in header.items()
+            if name != "__metadata__"
+        }
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor, or some of its rows (positions on its first axis); other bytes are not read.
+
+        Raises:
+            ValueError: If its dtype is none of `DTYPES`, or the file ends too early.
+        """
+        entry = self.entries[name]
+        if entry.kind not in DTYPES:
+            raise ValueError(
+                f"{self.file}: tensor {name} is of dtype {entry.kind}; {', '.join(DTYPES)} are read"
+            )
+        kind, shape, skip = DTYPES[entry.kind], entry.shape, 0
+        if shape:
+            first, last, _ = rows.indices(shape[0])
+            skip = first * kind.itemsize * int(np.prod(shape[1:]))
+            shape = (last - first, *shape[1:])
+        value = np.empty(shape, kind)
+        data: Any = value.reshape(-1).view(np.uint8)
+        view = memoryview(data)
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start + skip)
+            while view:  # a read may stop at 2 GiB
+                if not (count := stream.readinto(view)):
+                    raise ValueError(f"{self.file} ends within tensor {name}")
+                view = view[count:]
+        return value
+
+
+class TensorWriter:
+    """A new file of tensors of known names, dtypes and shapes, to be written in any order.
+
+    Args:
+        file: The file to make.
+        tensors: By name, anything with `shape` and `dtype`.
+    """
+
+    def __init__(self, file: Path, tensors: Mapping[str, Any]):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, tensor in tensors.items():
+            kind = np.dtype(tensor.dtype)
+            start, end = end, end + int(np.prod(tensor.shape)) * kind.itemsize
+            header[name] = {
+                "dtype": NAMES[kind],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.truncate(self._file, 8 + len(text) + end)
+        self._put(struct.pack("<Q", len(text)) + text, 0)
+        self._starts = {
+            name: 8 + len(text) + said["data_offsets"][0]
+            for name, said in header.items()
+            if name != "__metadata__"
+        }
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Writes one tensor; threads may write several at once."""
+        self._put(np.ascontiguousarray(value).reshape(-1).view(np.uint8), self._starts[name])
+
+    def _put(self, data: Any, start: int) -> None:
+        view = memoryview(data)
+        while view:  # a write may stop at 2 GiB
+            count = os.pwrite(self._file, view, start)
+            view, start = view[count:], start + count
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._file)
+
+
+def transpose(value: np.ndarray) -> np.ndarray:
+    """A contiguous copy of the transpose, a strip at a time: whole columns would miss the cache."""
+    whole = np.empty(value.shape[::-1], value.dtype)
+    # As plain integers, which NumPy copies without holding up other threads.
+    source, target = (x.view(f"u{value.dtype.itemsize}") for x in (value, whole))
+    for start in range(0, len(source), STRIP):
+        target[:, start : start + STRIP] = source[start : start + STRIP].T
+    return whole
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map(function, items)`, in order, in threads a few ahead; `items` is drawn as needed."""
+    pending: collections.deque[Any] = collections.deque()
+    with ThreadPoolExecutor(WINDOW) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            del item
+            if len(pending) == WINDOW:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,229 @@
+"""Merging, exporting and loading at size: device time, seconds on disk, memory.
+
+    python -m train.benchmarks.merge_export --model llama-8b
+
+Random weights in bfloat16. The floors are measured in the same run: for the merge, a program that
+reads and writes every target kernel once; for export and load, the safetensors library on the same
+bytes in shards of 5 GB, from and to host memory. Files lie in the page cache throughout.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import genlora_jax as gl
+from genlora_jax.hf.checkpoint import model_config
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from train.benchmarks.provenance import provenance
+
+RESULTS = Path(__file__).parent / "results"
+RANKS = (16, 32, 64)
+SHAPES = {
+    "llama-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-1b": (2048, 5632, 22, 32, 4, 32000),
+    "tiny": (64, 128, 2, 4, 2, 256),
+}
+GIB = 2**30
+
+
+def write_config(directory: Path, name: str) -> None:
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    fields += ("num_key_value_heads", "vocab_size")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    directory.mkdir()
+    text = json.dumps(config | dict(zip(fields, SHAPES[name], strict=True)))
+    (directory / "config.json").write_text(text)
+
+
+def random_params(model: LlamaForCausalLM) -> Any:
+    """A leaf at a time, so that nothing is held in float32."""
+    flat = {}
+    for i, (path, leaf) in enumerate(flatten_dict(parameter_shapes(model)).items()):
+        key = jax.random.fold_in(jax.random.key(0), i)
+        draw = jax.jit(lambda key, shape=leaf.shape: jax.random.normal(key, shape, jnp.bfloat16))
+        flat[path] = draw(key)
+    return unflatten_dict(flat)
+
+
+def median_ms(run: Callable[[], Any], times: int = 9) -> float:
+    run()
+    spans = []
+    for _ in range(times):
+        began = time.perf_counter()
+        run()
+        spans.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(spans)
+
+
+def device_peak() -> int | None:
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None
+
+
+def measure_merges(params: Any, results: dict[str, Any]) -> Any:
+    """Ours at several ranks, XLA's alone beside it, and the copy that bounds both."""
+    cfg = gl.LoRAConfig(rank=1)
+    targets = gl.init_adapter(cfg, jax.random.key(0), params).spec.targets
+    paths = [(*kernel.path, "kernel") for target in targets for kernel in target.kernels]
+    flat = flatten_dict(params)
+    touch = jax.jit(lambda leaves: [x + jnp.bfloat16(1) for x in leaves], donate_argnums=0)
+    held = [flat.pop(path) for path in paths]
+    del params
+
+    def copy() -> None:
+        nonlocal held
+        held = jax.block_until_ready(touch(held))
+
+    results["kernel_bytes"] = sum(leaf.nbytes for leaf in held)
+    results["copy_ms"] = median_ms(copy)
+    tree = unflatten_dict(flat | dict(zip(paths, held, strict=True)))
+    del flat, held
+    base = device_peak()
+    for rank in RANKS:
+        adapter = gl.init_adapter(gl.LoRAConfig(rank=rank), jax.random.key(1), tree)
+        noise = jax.tree.map(lambda x: x + jnp.float32(1e-3), adapter)
+        factors = jax.block_until_ready(gl.generate_factors(gl.LoRAConfig(rank=rank), noise))
+
+        def merge() -> None:
+            nonlocal tree
+            tree = jax.block_until_ready(gl.merge(tree, factors, donate=True))  # noqa: B023
+
+        results[f"merge_r{rank}_ms"] = median_ms(merge)
+    peak = device_peak()
+    if base is not None and peak is not None:
+        # The factors are the caller's: those of the largest rank were there as well.
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(factors))
+        results["merge_peak_above_base_and_factors_gib"] = (peak - base - size) / GIB
+    program = jax.jit(gl.merge, donate_argnums=0)  # within a program it is XLA's alone
+
+    def merge_by_xla() -> None:
+        nonlocal tree
+        tree = jax.block_until_ready(program(tree, factors))
+
+    results[f"merge_r{RANKS[-1]}_xla_ms"] = median_ms(merge_by_xla)
+    return tree
+
+
+class HostPeak:
+    """Peak of this process's resident memory within the block, above that at its start."""
+
+    def __enter__(self) -> "HostPeak":
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        self.start = self._read("VmRSS")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.gib = (self._read("VmHWM") - self.start) / GIB
+
+    @staticmethod
+    def _read(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def seconds(run: Callable[[], Any], times: int) -> list[float]:
+    spans = []
+    for _ in range(times):
+        began = time.perf_counter()
+        run()
+        spans.append(round(time.perf_counter() - began, 2))
+    return spans
+
+
+def measure_files(params: Any, base: Path, results: dict[str, Any], times: int) -> None:
+    """Export and load, and safetensors alone on the same bytes."""
+    out, plain = base.parent / "export", base.parent / "plain"
+    with HostPeak() as peak:
+        results["export_s"] = seconds(
+            lambda: gl.export_hf(out, params, base=base, overwrite=True), times
+        )
+    results["export_host_gib"] = peak.gib
+    sums = {path: jnp.sum(x.view(jnp.uint16).astype(jnp.uint32)) for path, x in _flat(params)}
+    sums = jax.device_get(sums)
+    results["bytes"] = sum(leaf.nbytes for _, leaf in _flat(params))
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+
+    with HostPeak() as peak:
+        loaded = gl.load_llama(out)[1]
+        results["load_s"] = []
+        for _ in range(times):
+            for leaf in jax.tree.leaves(loaded):
+                leaf.delete()
+            began = time.perf_counter()
+            loaded = jax.block_until_ready(gl.load_llama(out)[1])
+            results["load_s"].append(round(time.perf_counter() - began, 2))
+    results["load_host_gib"] = peak.gib
+    for path, leaf in _flat(loaded):
+        assert int(jnp.sum(leaf.view(jnp.uint16).astype(jnp.uint32))) == int(sums[path]), path
+        leaf.delete()
+
+    plain.mkdir()
+    reading, writing = [0.0] * times, [0.0] * times
+    for file in sorted(out.glob("*.safetensors")):
+        for i in range(times):
+            began = time.perf_counter()
+            with safe_open(file, framework="numpy") as stream:
+                arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            reading[i] += time.perf_counter() - began
+        for i in range(times):
+            began = time.perf_counter()
+            save_file(arrays, plain / file.name)
+            writing[i] += time.perf_counter() - began
+            (plain / file.name).unlink()
+        del arrays
+    results["safetensors_read_s"] = [round(s, 2) for s in reading]
+    results["safetensors_write_s"] = [round(s, 2) for s in writing]
+
+
+def _flat(params: Any) -> list[tuple[tuple[str, ...], Any]]:
+    return list(flatten_dict(params).items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--folder", type=Path, help="where files are written")
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    results: dict[str, Any] = {"model": args.model}
+    try:
+        write_config(folder / "base", args.model)
+        model = LlamaForCausalLM(
+            model_config(folder / "base"), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
+        )
+        with HostPeak() as peak:
+            params = measure_merges(random_params(model), results)
+        results["merge_host_gib"] = peak.gib
+        measure_files(params, folder / "base", results, args.times)
+    finally:
+        shutil.rmtree(folder)
+    name = f"merge_export_{args.model}_{jax.default_backend()}.json"
+    args.out.mkdir(exist_ok=True)
+    (args.out / name).write_text(json.dumps(results | provenance(), indent=1) + "\n")
+    table = Table("what", "figure")
+    for field, value in results.items():
+        table.add_row(field, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
