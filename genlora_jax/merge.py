@@ -115,7 +115,7 @@ def _merge(
 
     def stacked(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         if on_one_gpu and merge_kernel.fits(kernel.shape):
-            return merge_kernel.add_product(kernel, a, sign * b)
+            return merge_kernel.add_product(kernel, a, b, sign=sign)
         if kernel.ndim == 2:
             return one(kernel, a, b)
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-TILE, STEP = 64, 16  # of the kernel; of the rank
+TILE = 64  # rows and columns of the kernel at a time
+STEPS = (32, 16)  # columns of A at a time: 32, but 16 where 32 would be mostly padding
 # Float32 to the last bits on matrix units: each operand as a sum of three bfloat16 parts.
 PRECISION = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
 
@@ -21,31 +22,34 @@ def fits(shape: tuple[int, ...]) -> bool:
     return len(shape) in (2, 3) and all(n % TILE == 0 for n in shape[-2:])
 
 
-@functools.partial(jax.jit, static_argnames="interpret", inline=True)
+@functools.partial(jax.jit, static_argnames=("sign", "interpret"), inline=True)
 def add_product(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, *, interpret: bool = False
+    kernel: jax.Array, a: jax.Array, b: jax.Array, *, sign: float = 1.0, interpret: bool = False
 ) -> jax.Array:
-    """`kernel + a @ b` in float32, rounded once to the kernel's dtype, in the kernel's memory.
+    """`kernel + sign * a @ b` in float32, rounded once to the kernel's dtype, in its memory.
 
     Args:
         kernel: `[layers, d_in, d_out]` or `[d_in, d_out]`; multiples of `TILE`.
         a: `[..., d_in, r]`.
         b: `[..., r, d_out]`.
+        sign: 1 or -1.
         interpret: Run as plain JAX, on any device.
 
     Returns:
         An array like `kernel`; donate that to spare a copy.
     """
     if kernel.ndim == 2:
-        return add_product(kernel[None], a[None], b[None], interpret=interpret)[0]
+        whole = add_product(kernel[None], a[None], b[None], sign=sign, interpret=interpret)
+        return whole[0]
     layers, n, m = kernel.shape
-    missing = -a.shape[-1] % STEP
+    step = STEPS[0] if a.shape[-1] > STEPS[1] else STEPS[1]
+    missing = -a.shape[-1] % step
     a = jnp.pad(a.astype(jnp.float32), ((0, 0), (0, 0), (0, missing)))
     b = jnp.pad(b.astype(jnp.float32), ((0, 0), (0, missing), (0, 0)))
     rank = a.shape[-1]
     tile = pl.BlockSpec((None, TILE, TILE), lambda j, i, layer: (layer, i, j))
     return pl.pallas_call(
-        functools.partial(_tile, rank=rank),
+        functools.partial(_tile, rank=rank, step=step, sign=sign),
         grid=(m // TILE, n // TILE, layers),
         in_specs=[
             tile,
@@ -60,9 +64,11 @@ def add_product(
     )(kernel, a, b)
 
 
-def _tile(kernel: jax.Ref, a: jax.Ref, b: jax.Ref, out: jax.Ref, *, rank: int) -> None:
+def _tile(
+    kernel: jax.Ref, a: jax.Ref, b: jax.Ref, out: jax.Ref, *, rank: int, step: int, sign: float
+) -> None:
     total = jnp.zeros((TILE, TILE), jnp.float32)
-    for start in range(0, rank, STEP):
-        part = pl.ds(start, STEP)
+    for start in range(0, rank, step):
+        part = pl.ds(start, step)
         total += jnp.dot(a[:, part], b[part, :], precision=PRECISION)
-    out[...] = (kernel[...].astype(jnp.float32) + total).astype(out.dtype)
+    out[...] = (kernel[...].astype(jnp.float32) + sign * total).astype(out.dtype)

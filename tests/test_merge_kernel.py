@@ -10,16 +10,16 @@ from genlora_jax.merge_kernel import TILE, add_product, fits
 
 @pytest.mark.parametrize("rank", [1, 16, 20, 48])
 @pytest.mark.parametrize("shape", [(2, TILE, 3 * TILE), (2 * TILE, TILE)])
-@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
-def test_adds_the_product_and_rounds_once(rank, shape, kind):
+@pytest.mark.parametrize(("kind", "sign"), [(jnp.float32, -1.0), (jnp.bfloat16, 1.0)])
+def test_adds_the_product_and_rounds_once(rank, shape, kind, sign):
     rng = np.random.default_rng(rank)
     *layers, n, m = shape
     kernel = jnp.asarray(rng.standard_normal(shape), kind)
     a = rng.standard_normal((*layers, n, rank)).astype(np.float32)
     b = rng.standard_normal((*layers, rank, m)).astype(np.float32)
-    merged = add_product(kernel, jnp.asarray(a), jnp.asarray(b), interpret=True)
+    merged = add_product(kernel, jnp.asarray(a), jnp.asarray(b), sign=sign, interpret=True)
     assert merged.dtype == kind
-    exact = np.asarray(kernel, np.float64) + a.astype(np.float64) @ b.astype(np.float64)
+    exact = np.asarray(kernel, np.float64) + sign * (a.astype(np.float64) @ b.astype(np.float64))
     # The product's float32 rounding, then one rounding to the kernel's dtype.
     terms = np.abs(a).astype(np.float64) @ np.abs(b) + np.abs(np.asarray(kernel, np.float64))
     bound = 4 * np.finfo(np.float32).eps * terms + 0.5 * float(jnp.finfo(kind).eps) * np.abs(exact)

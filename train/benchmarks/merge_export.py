@@ -9,7 +9,9 @@ bytes in shards of 5 GB, from and to host memory. Files lie in the page cache th
 
 import argparse
 import gc
+import importlib
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -31,6 +33,8 @@ from genlora_jax.hf.checkpoint import model_config
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from train.benchmarks.provenance import provenance
 
+# The package has a function of this name.
+merge_module = importlib.import_module("genlora_jax.merge")
 RESULTS = Path(__file__).parent / "results"
 RANKS = (16, 32, 64)
 SHAPES = {
@@ -70,11 +74,6 @@ def median_ms(run: Callable[[], Any], times: int = 9) -> float:
     return 1e3 * statistics.median(spans)
 
 
-def device_peak() -> int | None:
-    stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else None
-
-
 def measure_merges(params: Any, results: dict[str, Any]) -> Any:
     """Ours at several ranks, XLA's alone beside it, and the copy that bounds both."""
     cfg = gl.LoRAConfig(rank=1)
@@ -93,7 +92,6 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
     results["copy_ms"] = median_ms(copy)
     tree = unflatten_dict(flat | dict(zip(paths, held, strict=True)))
     del flat, held
-    base = device_peak()
     for rank in RANKS:
         adapter = gl.init_adapter(gl.LoRAConfig(rank=rank), jax.random.key(1), tree)
         noise = jax.tree.map(lambda x: x + jnp.float32(1e-3), adapter)
@@ -104,11 +102,13 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
             tree = jax.block_until_ready(gl.merge(tree, factors, donate=True))  # noqa: B023
 
         results[f"merge_r{rank}_ms"] = median_ms(merge)
-    peak = device_peak()
-    if base is not None and peak is not None:
-        # The factors are the caller's: those of the largest rank were there as well.
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(factors))
-        results["merge_peak_above_base_and_factors_gib"] = (peak - base - size) / GIB
+    # What the program holds beyond its arguments: the kernels it was given are those it returns.
+    pairs = merge_module.pair_kernels(flatten_dict(tree), factors)
+    gpu = jax.default_backend() == "gpu"
+    memory = merge_module._merge_donating.lower(*pairs, 1.0, gpu).compile().memory_analysis()
+    extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    results[f"merge_r{RANKS[-1]}_extra_gib"] = extra / GIB
+    del pairs
     program = jax.jit(gl.merge, donate_argnums=0)  # within a program it is XLA's alone
 
     def merge_by_xla() -> None:
@@ -137,22 +137,16 @@ class HostPeak:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def seconds(run: Callable[[], Any], times: int) -> list[float]:
-    spans = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        spans.append(round(time.perf_counter() - began, 2))
-    return spans
-
-
 def measure_files(params: Any, base: Path, results: dict[str, Any], times: int) -> None:
     """Export and load, and safetensors alone on the same bytes."""
     out, plain = base.parent / "export", base.parent / "plain"
     with HostPeak() as peak:
-        results["export_s"] = seconds(
-            lambda: gl.export_hf(out, params, base=base, overwrite=True), times
-        )
+        results["export_s"] = []
+        for _ in range(times):
+            fresh(out)
+            began = time.perf_counter()
+            gl.export_hf(out, params, base=base)
+            results["export_s"].append(round(time.perf_counter() - began, 2))
     results["export_host_gib"] = peak.gib
     sums = {path: jnp.sum(x.view(jnp.uint16).astype(jnp.uint32)) for path, x in _flat(params)}
     sums = jax.device_get(sums)
@@ -174,22 +168,30 @@ def measure_files(params: Any, base: Path, results: dict[str, Any], times: int) 
         assert int(jnp.sum(leaf.view(jnp.uint16).astype(jnp.uint32))) == int(sums[path]), path
         leaf.delete()
 
-    plain.mkdir()
-    reading, writing = [0.0] * times, [0.0] * times
-    for file in sorted(out.glob("*.safetensors")):
-        for i in range(times):
-            began = time.perf_counter()
+    shards: dict[str, Any] = {}
+    results["safetensors_read_s"] = []
+    for _ in range(times):
+        shards.clear()
+        began = time.perf_counter()
+        for file in sorted(out.glob("*.safetensors")):
             with safe_open(file, framework="numpy") as stream:
-                arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            reading[i] += time.perf_counter() - began
-        for i in range(times):
-            began = time.perf_counter()
-            save_file(arrays, plain / file.name)
-            writing[i] += time.perf_counter() - began
-            (plain / file.name).unlink()
-        del arrays
-    results["safetensors_read_s"] = [round(s, 2) for s in reading]
-    results["safetensors_write_s"] = [round(s, 2) for s in writing]
+                names = stream.keys()
+                shards[file.name] = {name: stream.get_tensor(name) for name in names}
+        results["safetensors_read_s"].append(round(time.perf_counter() - began, 2))
+    results["safetensors_write_s"] = []
+    for _ in range(times):
+        fresh(plain)
+        plain.mkdir()
+        began = time.perf_counter()
+        for name, arrays in shards.items():
+            save_file(arrays, plain / name)
+        results["safetensors_write_s"].append(round(time.perf_counter() - began, 2))
+
+
+def fresh(directory: Path) -> None:
+    """Removes a directory and waits for the disk, so that no write pays for the one before."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.sync()
 
 
 def _flat(params: Any) -> list[tuple[tuple[str, ...], Any]]:
