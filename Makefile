@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared clean
+.PHONY: quickstart test check shared foreign clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -29,5 +29,17 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+# Adapters in a model of transformers 4, the last to have Flax models, in an environment of its own.
+FOREIGN := .venv-foreign
+foreign: $(FOREIGN)/ready
+	$(FOREIGN)/bin/python -m pytest tests/foreign_flax_llama.py
+
+$(FOREIGN)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FOREIGN)
+	grep -E '^(jax|jaxlib|flax|optax|numpy|pytest)==' constraints.txt > $(FOREIGN)/pins.txt
+	$(FOREIGN)/bin/pip install --quiet --requirement $(FOREIGN)/pins.txt transformers==4.57.6
+	$(FOREIGN)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(FOREIGN) out

@@ -6,7 +6,7 @@ from genlora_jax.adapter import (
     generate_factors,
     init_adapter,
 )
-from genlora_jax.combine import combine
+from genlora_jax.combine import combine, stack
 from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama
@@ -34,5 +34,6 @@ __all__ = [
     "load_llama",
     "merge",
     "save_adapter",
+    "stack",
     "unmerge",
 ]

@@ -9,7 +9,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -60,6 +60,10 @@ class Adapter:
     trainable: Tree
     frozen: Tree
     spec: AdapterSpec
+
+    def replace(self, **fields: Any) -> "Adapter":
+        """This adapter with other values in some fields."""
+        return replace(self, **fields)
 
 
 def base_fingerprint(params: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Sets of factors combined into one: sums and differences of deltas."""
+"""Several sets of factors as one: their deltas' weighted sum, or a choice for each row."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,8 +35,49 @@ def combine(
     flat = {}
     for path, leaves in found.items():
         axis = -1 if path[-1] == "a" else -2
-        if len({(*leaf.shape[:axis], *leaf.shape[axis:][1:]) for leaf in leaves}) > 1:
-            shapes = ", ".join(str(leaf.shape) for leaf in leaves)
-            raise ValueError(f"{'.'.join(path)} differs between the sets in shape: {shapes}")
+        _check_alike(path, leaves, axis)
         flat[path] = jnp.concatenate(leaves, axis=axis)
     return unflatten_dict(flat)
+
+
+def stack(sets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sets of factors side by side, for a batch in which each row has its own adapter.
+
+    Ranks are padded with zeros to the largest, and a module that a set leaves alone gets zeros.
+
+    Args:
+        sets: Sets of factors for the same base.
+
+    Returns:
+        A tree that mirrors the base's, `a` `[..., sets, d_in, r]`, `b` `[..., sets, r, d_out]`;
+        `gl.apply` takes it with `adapter_index`.
+
+    Raises:
+        ValueError: If there are no sets, or shapes disagree.
+    """
+    if not sets:
+        raise ValueError("stack needs at least one set of factors")
+    trees = [flatten_dict(dict(factors)) for factors in sets]
+    flat = {}
+    for path in dict.fromkeys(path for tree in trees for path in tree):
+        axis = -1 if path[-1] == "a" else -2
+        found = [tree[path] for tree in trees if path in tree]
+        _check_alike(path, found, axis)
+        shape = list(found[0].shape)
+        shape[axis] = max(leaf.shape[axis] for leaf in found)
+        leaves = [_pad(tree.get(path), shape) for tree in trees]
+        flat[path] = jnp.stack(leaves, axis=-3)
+    return unflatten_dict(flat)
+
+
+def _check_alike(path: tuple[str, ...], leaves: Sequence[jax.Array], axis: int) -> None:
+    """Raises ValueError if leaves differ on another axis than that of the rank."""
+    if len({(*leaf.shape[:axis], *leaf.shape[axis:][1:]) for leaf in leaves}) > 1:
+        shapes = ", ".join(str(leaf.shape) for leaf in leaves)
+        raise ValueError(f"{'.'.join(path)} differs between the sets in shape: {shapes}")
+
+
+def _pad(leaf: jax.Array | None, shape: Sequence[int]) -> jax.Array:
+    if leaf is None:
+        return jnp.zeros(shape, jnp.float32)
+    return jnp.pad(leaf, [(0, n - m) for n, m in zip(shape, leaf.shape, strict=True)])

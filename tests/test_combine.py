@@ -67,3 +67,38 @@ def test_sets_that_do_not_fit_together_raise(sets):
     wrong = jax.tree.map(lambda leaf: leaf[:2], first)
     with pytest.raises(ValueError, match=r"_proj\.a differs between the sets in shape"):
         gl.combine([first, wrong], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("options", [{}, {"scan": False}, {"remat": "full"}])
+def test_each_row_with_its_own_adapter_is_each_adapter_by_itself(random_llama, perturb, options):
+    model, params = random_llama(**options)
+    sets = [
+        make_set(params, perturb, 2, 1, ["q_proj", "up_proj"]),
+        make_set(params, perturb, 3, 2, ["q_proj", "o_proj", "lm_head"]),
+        make_set(params, perturb, 1, 3, ["down_proj"]),
+    ]
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 61, (5, 9)), jnp.int32)
+    index = jnp.array([2, 0, 1, 1, 0])
+    stacked = gl.stack(sets)
+
+    @jax.jit
+    def run(stacked, index):
+        return gl.apply(model, params, stacked, ids, adapter_index=index)
+
+    together = run(stacked, index)
+    for row, chosen in enumerate(index):
+        alone = gl.apply(model, params, sets[chosen], ids[row : row + 1])
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-5 * float(jnp.abs(alone).max()))
+    assert not np.allclose(together, run(stacked, jnp.zeros(5, int)), atol=1e-2)
+    assert run._cache_size() == 1  # a choice is no new program
+
+
+def test_stacked_factors_and_an_index_go_together(random_llama, sets):
+    model, _ = random_llama()
+    params, first, second = sets
+    with pytest.raises(ValueError, match="the module maps"):
+        gl.apply(model, params, gl.stack([first, second]), IDS)
+    with pytest.raises(ValueError, match=r"adapter_index goes with factors of gl\.stack"):
+        gl.apply(model, params, first, IDS, adapter_index=jnp.array([0, 0]))
+    with pytest.raises(ValueError, match="at least one set"):
+        gl.stack([])

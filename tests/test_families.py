@@ -104,3 +104,54 @@ def test_a_tied_head_is_no_target_and_the_error_says_why(torch_twin):
     _, params = load(path)
     with pytest.raises(ValueError, match="lm_head is tied to the embedding"):
         gl.init_adapter(gl.LoRAConfig(rank=2, targets=["lm_head"]), jax.random.key(0), params)
+
+
+@every
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_bfloat16_merge_moves_logits_no_more_than_its_rounding_explains(twin, perturb):
+    """|merged - adapted| <= sum over kernels of |d logit / d W| half a unit in W's last place.
+
+    To first order, the logits computed in float32 so that nothing but the kernels is rounded; the
+    second order gets a tenth of that.
+    """
+    path, _ = twin
+    model, base = load(path)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    factors = gl.generate_factors(CFG, perturb(gl.init_adapter(CFG, jax.random.key(0), params)))
+    exact, rounded = gl.merge(wide, factors), gl.merge(params, factors)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+    chosen = (0, IDS.shape[1] - 1, jnp.array([5, 17, 40]))
+
+    def logits(kernels):
+        return model.apply({"params": kernels}, IDS[:1])[chosen]
+
+    def half_unit(x):  # 8 bits of significand: 2^-8 of the power of two below, at most
+        return jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(jnp.abs(x), 1e-30))) - 8)
+
+    jacobian = jax.jit(jax.jacrev(logits))(exact)
+    bound = sum(
+        (jnp.abs(slope) * jnp.where(moved, half_unit(x), 0)).reshape(3, -1).sum(axis=1)
+        for slope, x, moved in zip(
+            jax.tree.leaves(jacobian),
+            jax.tree.leaves(exact),
+            jax.tree.leaves(jax.tree.map(jnp.not_equal, exact, rounded)),
+            strict=True,
+        )
+    )
+    adapted = gl.apply(model, wide, factors, IDS[:1])[chosen]
+    difference = jnp.abs(logits(rounded) - adapted)
+    assert (difference > 0).all()
+    assert (difference <= 1.1 * bound).all()
+
+
+@pytest.mark.parametrize("twin", ["qwen2"], indirect=True)
+def test_merged_and_adapted_are_equally_near_to_float32_when_computed_in_bfloat16(twin, perturb):
+    path, _ = twin
+    model, params = gl.load_llama(path, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    factors = gl.generate_factors(CFG, perturb(gl.init_adapter(CFG, jax.random.key(0), params)))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    exact = run(model.clone(dtype=jnp.float32), wide, factors)
+    adapted = run(model, params, factors).astype(np.float32) - exact
+    merged = run(model, gl.merge(params, factors)).astype(np.float32) - exact
+    assert np.std(merged) <= 1.5 * np.std(adapted)

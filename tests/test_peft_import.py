@@ -168,3 +168,35 @@ def test_a_real_adapter_comes_in_and_goes_out(shared, tmp_path):
             np.testing.assert_allclose(after[name], 2.0 * value, rtol=2**-23)
     with pytest.raises(ValueError, match=r"adapts model\.layers\.2\..*which the base does not"):
         gl.import_peft(source, qwen_shapes(2))
+
+
+@pytest.mark.shared
+def test_two_layers_of_a_real_adapter_apply_as_in_peft(shared, torch_twin, torch_logits, tmp_path):
+    from peft import PeftModel
+
+    source = shared / "adapters" / "qwen2.5-3b-lora-r4"
+    path, theirs = torch_twin(
+        family="qwen2",
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+        tie_word_embeddings=True,
+        rope_theta=1e6,
+        initializer_range=0.02,
+    )
+    tensors = load_file(source / "adapter_model.safetensors")
+    kept = {k: v for k, v in tensors.items() if ".layers.0." in k or ".layers.1." in k}
+    (tmp_path / "adapter").mkdir()
+    save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = (source / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(settings)
+
+    model, params = load(path)
+    ours = run(model, params, gl.import_peft(tmp_path / "adapter", params))
+    base = run(model, params)
+    expected = torch_logits(PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval(), IDS)
+    assert np.abs(ours - expected).max() <= 2e-4
+    assert np.abs(ours - base).max() > 20 * np.abs(ours - expected).max()

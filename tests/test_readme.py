@@ -1,10 +1,12 @@
-"""The README's Python, recipe and command lines run as they stand."""
+"""Python, recipe and command lines of the README and the docs run as they stand."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from genlora_jax.command import parse
 from train.finetune import Recipe
@@ -13,8 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(language, text=TEXT):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_python_of_the_readme_runs(monkeypatch, capsys):
@@ -24,6 +29,12 @@ def test_python_of_the_readme_runs(monkeypatch, capsys):
     count, difference = capsys.readouterr().out.split()
     assert int(count) > 0
     assert float(difference) < 1e-4
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_python_of_a_page_runs(page):
+    (code,) = blocks("python", page.read_text())
+    exec(compile(code, page.name, "exec"), {"__name__": "page"})
 
 
 def test_command_lines_of_the_readme_run_in_order(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from genlora_jax.storage import new_directory
 
 PREFIX = "base_model.model."
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+SERVED_RANK = 512  # the last of the choices for vLLM's `max_lora_rank`
 # Settings under which an adapter is more than A and B on the base's own kernels.
 REFUSED = (
     "use_dora",
@@ -85,6 +87,11 @@ def export_peft(
     if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
         names = sorted({name.rsplit(".", 1)[-1] for name in modules})
     rank = max(a.shape[1] for a, _ in modules.values())
+    if rank > SERVED_RANK:
+        warnings.warn(
+            f"rank {rank} exceeds {SERVED_RANK}, the largest that vLLM serves: merge instead",
+            stacklevel=2,
+        )
     arrays = {}
     for name, (a, b) in modules.items():
         missing = (0, rank - a.shape[1])  # one rank for all: servers know no `rank_pattern`
