@@ -70,6 +70,7 @@ def export_peft_adapter(
         base: Name or path of the base, noted in the adapter's config.
         overwrite: Replace an existing directory.
     """
+    refuse_existing(out, overwrite=overwrite)
     cfg, loaded = load_adapter(adapter)
     export_peft(out, cfg, generate_factors(cfg, loaded), base=base or "", overwrite=overwrite)
     print(f"PEFT adapter: {out}")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,13 @@ TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
-    """Raises FileExistsError if `path` exists and is not to be overwritten."""
-    if Path(path).exists() and not overwrite:
+    """Raises OSError if `path` exists and is not to be overwritten, or cannot be made."""
+    path = Path(path)
+    if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"cannot write to {above}: choose another output")
 
 
 @contextlib.contextmanager

@@ -311,6 +311,31 @@ def test_more_tokens_than_positions_are_refused(shop, genlora):
     assert err.count("\n") == 1
 
 
+def test_a_peft_adapter_is_merged_like_ours(shop, genlora, tmp_path):
+    base, adapter = shop / "float32", shop / "float32-adapter"
+    assert genlora("export-peft", adapter, tmp_path / "peft")[0] == 0
+    assert genlora("merge", base, adapter, tmp_path / "ours")[0] == 0
+    assert genlora("merge", base, tmp_path / "peft", tmp_path / "theirs")[0] == 0
+    ours, theirs = (
+        safetensors.numpy.load_file(tmp_path / name / "model.safetensors")
+        for name in ("ours", "theirs")
+    )
+    for name, value in ours.items():
+        np.testing.assert_allclose(theirs[name], value, atol=1e-6 * np.abs(value).max())
+
+
+@pytest.mark.parametrize("command", ["merge", "export-peft"])
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(
+    shop, genlora, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(gl.cli, "load_llama", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").write_text("no directory")
+    arguments = [shop / "float32", shop / "float32-adapter", tmp_path / "file" / "out"]
+    status, _, err = genlora(command, *(arguments if command == "merge" else arguments[1:]))
+    assert status == 1
+    assert f"cannot write to {tmp_path / 'file'}" in err
+
+
 def test_the_shop_is_as_it_was(shop, genlora, tmp_path):
     copy = tmp_path / "base"
     shutil.copytree(shop / "float32", copy)

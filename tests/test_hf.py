@@ -385,3 +385,9 @@ def test_saving_over_an_adapter_is_refused_unless_asked_for(random_llama, make_a
     assert set(first) == set(second)
     for path in first:
         np.testing.assert_array_equal(first[path], second[path])
+
+
+def test_a_rank_that_vllm_does_not_serve_is_warned_of(tmp_path):
+    zeros = {"proj": {"a": jnp.zeros((4, 513)), "b": jnp.zeros((513, 4))}}
+    with pytest.warns(UserWarning, match="rank 513 exceeds 512, the largest that vLLM serves"):
+        gl.export_peft(tmp_path / "out", None, zeros, base="base")
