@@ -51,9 +51,13 @@ def unmerge(merged: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bo
 def _add(params: Mapping[str, Any], factors: Mapping[str, Any], sign: float, donate: bool) -> Any:
     flat = flatten_dict(dict(params))
     kernels, sides = pair_kernels(flat, factors)
-    # Only adapted kernels pass through the program: the others are neither copied nor donated.
     program = _merge_donating if donate else _merge_copying
-    merged = program(kernels, sides, sign, all(map(_on_one_gpu, kernels.values())))
+    # A kernel a program: each needs memory of its own only while it runs, and the parameters
+    # without factors are neither copied nor donated.
+    merged = {
+        path: program(kernel, *sides[path], sign, _on_one_gpu(kernel))
+        for path, kernel in kernels.items()
+    }
     return unflatten_dict(flat | merged)
 
 
@@ -102,31 +106,26 @@ def pair_kernels(
 
 
 def _merge(
-    kernels: dict[Path, jax.Array],
-    sides: dict[Path, tuple[jax.Array, jax.Array]],
-    sign: float,
-    on_one_gpu: bool,
-) -> dict[Path, jax.Array]:
+    kernel: jax.Array, a: jax.Array, b: jax.Array, sign: float, on_one_gpu: bool
+) -> jax.Array:
+    if on_one_gpu and merge_kernel.fits(kernel.shape):
+        return merge_kernel.add_product(kernel, a, b, sign=sign)
+
     def one(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         delta = jnp.matmul(
             a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
         return (kernel.astype(jnp.float32) + sign * delta).astype(kernel.dtype)
 
-    def stacked(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        if on_one_gpu and merge_kernel.fits(kernel.shape):
-            return merge_kernel.add_product(kernel, a, b, sign=sign)
-        if kernel.ndim == 2:
-            return one(kernel, a, b)
+    if kernel.ndim == 2:
+        return one(kernel, a, b)
 
-        # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
-        def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
-            own = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(kernel, one(own, a[i], b[i]), i, 0)
+    # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
+    def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(kernel, one(own, a[i], b[i]), i, 0)
 
-        return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
-
-    return {path: stacked(kernel, *sides[path]) for path, kernel in kernels.items()}
+    return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
 
 
 _STATIC = ("sign", "on_one_gpu")

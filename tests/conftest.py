@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+# Devices for the tests of meshes; all others use the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 

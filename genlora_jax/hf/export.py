@@ -24,6 +24,7 @@ from genlora_jax.hf.checkpoint import (
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import TensorWriter, in_threads, transpose
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from genlora_jax.sharding import replicated
 from genlora_jax.storage import new_directory
 
 
@@ -142,18 +143,23 @@ def _fetch(leaf: Any, index: int | None, kind: np.dtype, turn: bool) -> Any:
     """One tensor as it is to be written, on its way to the host's memory."""
     if not isinstance(leaf, jax.Array):
         leaf = jnp.asarray(leaf)
-    if index is not None or turn or leaf.dtype != kind:
-        leaf = _cut(leaf, index, kind, turn)
+    spread = len(leaf.sharding.device_set) > 1
+    if index is not None or turn or leaf.dtype != kind or spread:
+        mesh = getattr(leaf.sharding, "mesh", None)
+        leaf = _cut(leaf, index, kind, turn, replicated(mesh) if spread and mesh else None)
+    if spread:  # each device has it all now; one is enough
+        leaf = leaf.addressable_data(0)
     if jax.default_backend() == "cpu":
         return leaf
     # Page-locked memory, which JAX keeps for reuse: copies to any other are 20 x slower.
     return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "turn"))
-def _cut(leaf: jax.Array, index: int | None, kind: np.dtype, turn: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("kind", "turn", "home"))
+def _cut(leaf: jax.Array, index: int | None, kind: np.dtype, turn: bool, home: Any) -> jax.Array:
     value = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-    return (value.T if turn else value).astype(kind)
+    value = (value.T if turn else value).astype(kind)
+    return value if home is None else jax.lax.with_sharding_constraint(value, home)
 
 
 def _copy_companions(source: Path, directory: Path, kind: np.dtype) -> None:

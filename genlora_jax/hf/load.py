@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from genlora_jax import sharding
 from genlora_jax.hf.checkpoint import Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.tensorfile import in_threads, transpose
@@ -27,6 +29,7 @@ def load_llama(
     scan: bool = True,
     remat: Remat = "none",
     attention: Attention = "auto",
+    mesh: Mesh | None = None,
 ) -> tuple[LlamaForCausalLM, Any]:
     """Loads a LLaMA.
 
@@ -39,6 +42,8 @@ def load_llama(
         scan: Whether layers are stacked and scanned, or unrolled.
         remat: See `LlamaForCausalLM`.
         attention: See `LlamaForCausalLM`.
+        mesh: Devices over which the parameters lie as `genlora_jax.sharding` says. Each process
+            reads its share of every tensor; none ever holds the whole model.
 
     Returns:
         The model and its parameters. Beyond these, a handful of tensors is held in memory.
@@ -46,7 +51,7 @@ def load_llama(
     Raises:
         FileNotFoundError: If there is no such checkpoint, or a file of it is missing.
         ValueError: If its architecture is not supported, or a tensor is missing, damaged or
-            of another shape.
+            of another shape, or the mesh does not divide one.
     """
     directory = locate(path, revision=revision, token=token)
     config = model_config(directory)
@@ -57,12 +62,15 @@ def load_llama(
         scan=scan,
         remat=remat,
         attention=attention,
+        mesh=mesh,
     )
     shapes = parameter_shapes(model)
+    if mesh is not None:
+        sharding.check_params(mesh, shapes)
     order = list(tensors(shapes))
     checkpoint = Checkpoint(directory)
     _refuse_unknown(directory, checkpoint.names() - {t.name for t in order}, config)
-    return model, unflatten_dict(_read_leaves(checkpoint, order, flatten_dict(shapes)))
+    return model, unflatten_dict(_read_leaves(checkpoint, order, flatten_dict(shapes), mesh))
 
 
 def parse_dtype(dtype: Any) -> Any:
@@ -93,35 +101,68 @@ def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:
 
 
 def _read_leaves(
-    checkpoint: Checkpoint, order: list[Tensor], shapes: Mapping[tuple[str, ...], Any]
+    checkpoint: Checkpoint,
+    order: list[Tensor],
+    shapes: Mapping[tuple[str, ...], Any],
+    mesh: Mesh | None,
 ) -> dict[tuple[str, ...], jax.Array]:
-    """Every leaf, filled in place on the device, a tensor at a time."""
+    """Every leaf, filled in place on the devices, a tensor at a time."""
     on_host = jax.default_backend() == "cpu"  # its own transposes are slow; see `transpose`
+    homes: dict[tuple[str, ...], NamedSharding | None] = dict.fromkeys(shapes)
+    if mesh is not None:
+        specs = flatten_dict(sharding.param_specs(unflatten_dict(dict(shapes))))
+        homes = {path: NamedSharding(mesh, specs[path]) for path in shapes}
 
-    def read(tensor: Tensor) -> np.ndarray:
+    def read(tensor: Tensor) -> Any:
         shape = shapes[tensor.path].shape[0 if tensor.index is None else 1 :]
-        value = checkpoint.read(tensor.name, shape[::-1] if tensor.transposed else shape)
-        return transpose(value) if tensor.transposed and on_host else value
+        stored = shape[::-1] if tensor.transposed else shape
+        turn = tensor.transposed and on_host
+
+        def rows(index: Any) -> np.ndarray:
+            own = index[-1 if turn else 0] if index else slice(None)
+            part = checkpoint.read(tensor.name, stored, own)
+            return transpose(part) if turn else part
+
+        if mesh is None:
+            return jax.device_put(rows(None))
+        shape = shape if turn else stored
+        home = _reading(mesh, shape, axis=len(shape) - 1 if turn else 0)
+        return jax.make_array_from_callback(shape, home, rows)
 
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for tensor, value in zip(order, in_threads(read, order), strict=True):
-        path, leaf = tensor.path, shapes[tensor.path]
+        path, leaf, home = tensor.path, shapes[tensor.path], homes[tensor.path]
         turn = tensor.transposed and not on_host
-        if tensor.index is None:
-            leaves[path] = _convert(value, leaf.dtype, turn)
-        else:
+        if tensor.index is not None:
             if path not in leaves:
-                leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
-            leaves[path] = _place(leaves[path], value, tensor.index, turn)
+                leaves[path] = jnp.zeros(leaf.shape, leaf.dtype, device=home)
+            leaves[path] = _place(leaves[path], value, tensor.index, turn, home)
+        elif turn or value.dtype != leaf.dtype or home is not None:
+            leaves[path] = _convert(value, leaf.dtype, turn, home)
+        else:
+            leaves[path] = value
         leaves[path].block_until_ready()  # or tensors would pile up before the device
     return leaves
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "turn"))
-def _convert(value: jax.Array, dtype: Any, turn: bool) -> jax.Array:
-    return (value.T if turn else value).astype(dtype)
+def _reading(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:
+    """Rows of the file shared out over all devices, so that each is read once in all.
+
+    From there the devices pass them on to where they belong, faster than any disk.
+    """
+    if shape[axis] % mesh.size:
+        return sharding.replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.AXES))
 
 
-@functools.partial(jax.jit, static_argnames="turn", donate_argnums=0)
-def _place(leaf: jax.Array, value: jax.Array, index: int, turn: bool) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(leaf, _convert(value, leaf.dtype, turn), index, 0)
+@functools.partial(jax.jit, static_argnames=("dtype", "turn", "home"))
+def _convert(value: jax.Array, dtype: Any, turn: bool, home: Any) -> jax.Array:
+    value = (value.T if turn else value).astype(dtype)
+    return value if home is None else jax.lax.with_sharding_constraint(value, home)
+
+
+@functools.partial(jax.jit, static_argnames=("turn", "home"), donate_argnums=0)
+def _place(leaf: jax.Array, value: jax.Array, index: int, turn: bool, home: Any) -> jax.Array:
+    value = (value.T if turn else value).astype(leaf.dtype)
+    whole = jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0)
+    return whole if home is None else jax.lax.with_sharding_constraint(whole, home)

@@ -1,11 +1,13 @@
 """A decoder layer: norm, attention, feed-forward network, under Hugging Face's names."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genlora_jax.models.attention import Attention, attend
 from genlora_jax.models.config import LlamaConfig
@@ -30,6 +32,9 @@ class RMSNorm(nn.Module):
         return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
+BATCH = ("data", "fsdp")  # axes of the mesh that cut a batch
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """What every module of a layer is built from."""
@@ -38,6 +43,22 @@ class Blueprint:
     dtype: Any
     param_dtype: Any
     attention: Attention
+    mesh: Mesh | None
+
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """Activations `[batch, ...]` cut over the mesh: the batch, and the last axes as named.
+
+        An axis that the mesh does not divide is left whole.
+        """
+        if self.mesh is None:
+            return x
+        mesh, spec = self.mesh, []
+        whole = (None,) * (x.ndim - 1 - len(axes))
+        for size, names in zip(x.shape, (BATCH, *whole, *axes), strict=True):
+            parts = [names] if isinstance(names, str) else list(names or ())
+            count = math.prod(mesh.shape[name] for name in parts)
+            spec.append(names if size % count == 0 else None)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
     def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
         """A projection."""
@@ -94,7 +115,10 @@ class LlamaAttention(nn.Module):
             q, k, v = (dense(n, cfg.attention_bias, name)(x) for name, n in widths.items())
         if cfg.qk_norm == "whole":
             q, k = norm("q_norm")(q), norm("k_norm")(k)
-        q, k, v = (part.reshape(*x.shape[:2], -1, size) for part in (q, k, v))
+        constrain = self.blueprint.constrain
+        q, k, v = (
+            constrain(part.reshape(*x.shape[:2], -1, size), "tensor", None) for part in (q, k, v)
+        )
         if cfg.qk_norm == "head":
             q, k = norm("q_norm")(q), norm("k_norm")(k)
         q, k = rotate(q, context.rope), rotate(k, context.rope)
@@ -102,7 +126,10 @@ class LlamaAttention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, context.start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, context.start, axis=1)
             cache = {"k": k, "v": v}
-        out = attend(q, k, v, mask, self.blueprint.attention)
+        attention = self.blueprint.attention
+        if attention == "auto" and self.blueprint.mesh is not None:
+            attention = "xla"  # the blocks of CPUs go through a batch row by row
+        out = attend(q, k, v, mask, attention)
         out = out.reshape(*x.shape[:2], heads * size)
         return dense(cfg.hidden_size, cfg.attention_output_bias, "o_proj")(out), cache
 
@@ -134,7 +161,7 @@ class LlamaDecoderLayer(nn.Module):
         self, x: Array, context: Context, slides: Array | None, cache: Cache
     ) -> tuple[Array, Cache]:
         """Returns hidden states and cache, as `nn.scan` wants a carry and an output."""
-        norm = self.blueprint.norm
+        norm, constrain = self.blueprint.norm, self.blueprint.constrain
         mask: Any = context.mask
         if slides is not None:
             mask = jnp.where(slides, context.sliding_mask, mask)
@@ -142,8 +169,8 @@ class LlamaDecoderLayer(nn.Module):
         mlp = LlamaMLP(self.blueprint, name="mlp")
         if self.blueprint.cfg.post_norm:
             h, cache = attention(x, context, mask, cache)
-            x = x + norm("post_attention_layernorm")(h)
-            return x + norm("post_feedforward_layernorm")(mlp(x)), cache
+            x = constrain(x + norm("post_attention_layernorm")(h))
+            return constrain(x + norm("post_feedforward_layernorm")(mlp(x))), cache
         h, cache = attention(norm("input_layernorm")(x), context, mask, cache)
-        x = x + h
-        return x + mlp(norm("post_attention_layernorm")(x)), cache
+        x = constrain(x + h)
+        return constrain(x + mlp(norm("post_attention_layernorm")(x))), cache

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
@@ -78,7 +79,8 @@ class LlamaModel(nn.Module):
         self, input_ids: Array, context: Context, slides: Array | None, cache: Cache
     ) -> tuple[Array, Cache]:
         """Normalised hidden states and cache."""
-        hidden, cache = self.layers(self.embed_tokens(input_ids), context, slides, cache)
+        hidden = self.blueprint.constrain(self.embed_tokens(input_ids))
+        hidden, cache = self.layers(hidden, context, slides, cache)
         return self.norm(hidden), cache
 
 
@@ -93,6 +95,7 @@ class LlamaForCausalLM(nn.Module):
         remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
             outputs of matrix products (`"dots"`).
         attention: `"auto"`, `"xla"`, `"cudnn"` or `"blocks"`; see `attend`.
+        mesh: Devices, with axes `data`, `fsdp` and `tensor`, over which activations are cut.
     """
 
     config: LlamaConfig
@@ -101,9 +104,10 @@ class LlamaForCausalLM(nn.Module):
     scan: bool = True
     remat: Remat = "none"
     attention: Attention = "auto"
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
-        blueprint = Blueprint(self.config, self.dtype, self.param_dtype, self.attention)
+        blueprint = Blueprint(self.config, self.dtype, self.param_dtype, self.attention, self.mesh)
         self.model = LlamaModel(blueprint, self.scan, self.remat)
         if not self.config.tie_word_embeddings:
             self.lm_head = blueprint.dense(self.config.vocab_size, False)

@@ -46,14 +46,14 @@ def summed_loss(
     """Sum of the cross-entropies (nats) of a batch's trained tokens, float32.
 
     The model's `hidden_states` are computed whole, its `head` a chunk of tokens at a time, and
-    again in the backward pass: `[chunk, vocab]` logits are all that ever exists.
+    again in the backward pass: the logits of a chunk are all that ever exists.
 
     Args:
         model: A model with methods `hidden_states` and `head`.
         params: The base's parameters.
         factors: The adapter's factors.
         batch: `input_ids`, `loss_mask`, `segment_ids`, `positions`: `[rows, length]`.
-        chunk: Tokens a chunk.
+        chunk: Tokens a chunk; rounded up to the same number in every row.
         dropout: Rate on the adapter's inputs.
         key: PRNG key of the dropout.
 
@@ -75,14 +75,14 @@ def summed_loss(
         rngs=None if body_key is None else {"dropout": body_key},
     )
     targets, weights = next_token_targets(batch)
-    tokens = weights.size
-    chunk = min(chunk, tokens)
-    chunks = -(-tokens // chunk)
+    rows, length = weights.shape
+    width = min(-(-chunk // rows), length)
+    chunks = -(-length // width)
 
     def cut(x: jax.Array) -> jax.Array:
-        x = x.reshape(tokens, *x.shape[2:])
-        x = jnp.pad(x, [(0, chunks * chunk - tokens)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunks, chunk, *x.shape[1:])
+        """`[chunks, rows, width, ...]`: columns of all rows, so that a cut batch stays so."""
+        x = jnp.pad(x, [(0, 0), (0, chunks * width - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
     def chunk_loss(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -90,7 +90,7 @@ def summed_loss(
         rngs = None if head_key is None else {"dropout": jax.random.fold_in(head_key, index)}
         logits = apply(model, params, head, states, method="head", dropout=dropout, rngs=rngs)
         logits = logits.astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - picked
         return total + jnp.vdot(losses, weight), None
 

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from genlora_jax import sharding
 from genlora_jax.adapter import Adapter, generate_factors
 from genlora_jax.config import AdapterConfig
 from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
@@ -58,6 +60,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     chunk: int = 1024,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]:
     """A jitted step `(state, params, batch) -> (state, metrics)`; it is traced once.
 
@@ -70,6 +73,7 @@ def make_train_step(
         optimizer: From `make_optimizer`.
         accumulate: Parts into which a batch's rows are cut; a token weighs the same in each.
         chunk: Tokens a chunk of the loss.
+        mesh: Devices over which base and batch lie; state and metrics are on all of them.
 
     Returns:
         The step. Its metrics are `loss` (mean over trained tokens, nats), `grad_norm`,
@@ -83,7 +87,11 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
 
         def generate(trainable: Any) -> Any:
-            return generate_factors(cfg, replace(state.adapter, trainable=trainable))
+            factors = generate_factors(cfg, replace(state.adapter, trainable=trainable))
+            if mesh is None:
+                return factors
+            specs = sharding.factor_specs(factors)
+            return jax.lax.with_sharding_constraint(factors, sharding.named(mesh, specs))
 
         # Once a step; the parts' gradients meet at the factors and go back through here once.
         factors, pull_back = jax.vjp(generate, state.adapter.trainable)
@@ -106,7 +114,10 @@ def make_train_step(
         if accumulate == 1:
             total, gradient = jax.value_and_grad(part_loss)(factors, batch, jnp.int32(0))
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            # Every accumulate-th row, so that devices have their share of every part.
+            parts = jax.tree.map(
+                lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            )
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, factors))
             (total, gradient), _ = jax.lax.scan(
                 accumulate_part, zero, (jnp.arange(accumulate), parts)
@@ -124,11 +135,12 @@ def make_train_step(
         }
         return replace(state, adapter=adapter, opt_state=opt_state, step=state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    everywhere = None if mesh is None else sharding.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
 
 
 def make_eval_step(
-    model: nn.Module, *, chunk: int = 1024
+    model: nn.Module, *, chunk: int = 1024, mesh: Mesh | None = None
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any], Batch], tuple[jax.Array, jax.Array]]:
     """A jitted `(params, factors, batch) -> (summed loss, number of tokens)`; traced once."""
 
@@ -138,7 +150,8 @@ def make_eval_step(
         loss = summed_loss(model, params, factors, batch, chunk=chunk)
         return loss, next_token_targets(batch)[1].sum()
 
-    return jax.jit(step)
+    everywhere = None if mesh is None else sharding.replicated(mesh)
+    return jax.jit(step, out_shardings=everywhere)
 
 
 def evaluate(

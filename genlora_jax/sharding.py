@@ -1,0 +1,153 @@
+"""Meshes of devices: their axes, and which axis of the mesh cuts which axis of an array.
+
+`data` cuts the batch. `fsdp` cuts the batch and the base: a layer's kernels are put together where
+and when they are needed. `tensor` cuts the base and the work within a layer. Adapter and optimizer
+are on every device: they are small.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+_IN, _OUT = ("fsdp", "tensor"), ("tensor", "fsdp")
+# Pattern on a parameter's last two names -> axes of the mesh over its last dimensions. What no
+# pattern names (norms, biases of outputs) is on every device.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(q|k|v|qkv|gate|up|gate_up)_proj\.kernel", _IN),
+    (r"(o|down)_proj\.kernel", _OUT),
+    (r"(q|k|v|qkv|gate|up|gate_up)_proj\.bias", ("tensor",)),
+    (r"lm_head\.kernel", _IN),
+    (r"embed_tokens\.embedding", _OUT),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; one of them may be -1: what the others leave.
+
+    Attributes:
+        data: Copies of the base, each with its share of the batch.
+        fsdp: Parts of the base, each also with its share of the batch.
+        tensor: Parts of every layer's work.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        for axis in AXES:
+            if (size := getattr(self, axis)) != -1 and size < 1:
+                raise ValueError(f"mesh.{axis} must be at least 1, or -1, got {size}")
+        if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
+            raise ValueError("mesh: only one of data, fsdp and tensor can be -1")
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a config.
+
+    Args:
+        cfg: Sizes of its axes.
+        devices: By default all devices of all processes.
+
+    Raises:
+        ValueError: If the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(cfg, axis) for axis in AXES]
+    given = math.prod(size for size in sizes if size != -1)
+    said = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if len(devices) % given or (-1 not in sizes and given != len(devices)):
+        raise ValueError(f"mesh {said} does not fit the {len(devices)} devices that there are")
+    sizes = [len(devices) // given if size == -1 else size for size in sizes]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts of a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, P())
+
+
+def param_specs(params: Mapping[str, Any]) -> Any:
+    """How a base's parameters, arrays or shapes, lie on a mesh: a tree of `PartitionSpec`s."""
+    flat = flatten_dict(dict(params))
+    return unflatten_dict({path: _spec(path, len(leaf.shape)) for path, leaf in flat.items()})
+
+
+def factor_specs(factors: Mapping[str, Any]) -> Any:
+    """How factors lie on a mesh: `a` like its kernel's inputs, `b` like its outputs."""
+    flat = {}
+    for path, leaf in flatten_dict(dict(factors)).items():
+        kernel = _spec((*path[:-1], "kernel"), 2)
+        rows, columns = kernel if len(kernel) == 2 else (None, None)
+        own = (rows, None) if path[-1] == "a" else (None, columns)
+        flat[path] = P(*(None,) * (len(leaf.shape) - 2), *own)
+    return unflatten_dict(flat)
+
+
+def _spec(path: tuple[str, ...], dimensions: int) -> P:
+    for pattern, axes in RULES:
+        if re.fullmatch(pattern, ".".join(path[-2:])):
+            return P(*(None,) * (dimensions - len(axes)), *axes)
+    return P()
+
+
+def named(mesh: Mesh, specs: Any) -> Any:
+    """Specs as shardings of a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def check_params(mesh: Mesh, params: Mapping[str, Any]) -> None:
+    """Checks that a base, arrays or shapes, can be cut as the rules say.
+
+    Raises:
+        ValueError: Names the parameter, its shape and the axis of the mesh that does not divide it.
+    """
+    specs = flatten_dict(param_specs(params))
+    for path, leaf in flatten_dict(dict(params)).items():
+        for size, axis in zip(leaf.shape, specs[path], strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide {size}, a dimension of "
+                    f"{'.'.join(path)} {tuple(leaf.shape)}: choose another size for it"
+                )
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """A global batch, known to every process, as arrays of which each process puts its rows.
+
+    Args:
+        mesh: The mesh.
+        batch: `[rows, ...]` arrays, the same in all processes.
+
+    Raises:
+        ValueError: If the rows cannot be shared out evenly.
+    """
+    rows, shards = len(next(iter(batch.values()))), batch_shards(mesh)
+    if rows % shards:
+        raise ValueError(
+            f"a batch of {rows} rows cannot be cut into mesh.data x mesh.fsdp = {shards} parts"
+        )
+    return {name: _place(mesh, np.asarray(value)) for name, value in batch.items()}
+
+
+def _place(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    sharding = NamedSharding(mesh, P(BATCH))
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

@@ -1,0 +1,236 @@
+"""Meshes of eight CPU devices: what lies where, and that numbers are those of one device."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec as P
+
+import genlora_jax as gl
+from genlora_jax import sharding
+from genlora_jax.sharding import MeshConfig, make_mesh
+from genlora_jax.training.step import init_state, make_eval_step, make_train_step
+
+MESHES = {
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor": MeshConfig(fsdp=1, tensor=8),
+    "fsdp-tensor": MeshConfig(tensor=2),
+    "data-fsdp-tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 8,
+    "initializer_range": 0.05,  # at which sums of float32 are not all cancellation
+}
+CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, kernels=2, rbf_init=0.5)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+@pytest.fixture(params=MESHES)
+def mesh(request):
+    return make_mesh(MESHES[request.param])
+
+
+@pytest.fixture
+def base(torch_twin):
+    path, _ = torch_twin(**SHAPE)
+    return path
+
+
+def load(path, **options):
+    return gl.load_llama(path, dtype=jnp.float32, param_dtype=jnp.float32, **options)
+
+
+def batch_of(rows=8, length=12):
+    rng = np.random.default_rng(0)
+    segments = np.ones((rows, length), np.int32)
+    segments[:, 7:], segments[::2, 10:] = 2, 0
+    return {
+        "input_ids": rng.integers(0, 64, (rows, length)).astype(np.int32),
+        "loss_mask": rng.random((rows, length)) < 0.7,
+        "segment_ids": segments,
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+    }
+
+
+def start(path, perturb, mesh, *, accumulate=1):
+    """A step by plain gradient descent, and its arguments, on a mesh or on one device."""
+    model, params = load(path, mesh=mesh)
+    adapter = perturb(gl.init_adapter(CFG, jax.random.key(0), params))
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(model, CFG, optimizer, accumulate=accumulate, chunk=32, mesh=mesh)
+    state, batch = init_state(adapter, optimizer), batch_of()
+    if mesh is not None:
+        state = jax.device_put(state, sharding.replicated(mesh))
+        batch = sharding.place_batch(mesh, batch)
+    return step, (state, params, batch)
+
+
+def step_on(path, perturb, mesh, *, accumulate=1):
+    """The adapter before and after a step, loss and norm of the gradient."""
+    step, (state, params, batch) = start(path, perturb, mesh, accumulate=accumulate)
+    before = jax.device_get(state.adapter.trainable)
+    state, metrics = step(state, params, batch)
+    after = jax.device_get(state.adapter.trainable)
+    step(state, params, batch)
+    assert step._cache_size() == 1
+    return before, after, float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_on_a_mesh_is_that_of_one_device(base, perturb, mesh, accumulate):
+    if accumulate == 2 and sharding.batch_shards(mesh) == 8:
+        pytest.skip("eight rows in two parts are too few for eight shares")
+    before, ours, loss, norm = step_on(base, perturb, mesh, accumulate=accumulate)
+    _, theirs, expected, expected_norm = step_on(base, perturb, None)
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+    np.testing.assert_allclose(norm, expected_norm, rtol=1e-5)
+    before, theirs = flatten_dict(before), flatten_dict(theirs)
+    largest = max(np.abs(theirs[path] - before[path]).max() for path in before)
+    for path, leaf in flatten_dict(ours).items():
+        gradient = np.abs(theirs[path] - before[path]).max()  # the rate is 1
+        assert gradient > 0
+        # Of what the gradient sums up, which may cancel out, and of its sum with the parameter.
+        rounding = np.finfo(np.float32).eps * (64 * largest + 4 * np.abs(before[path]).max())
+        np.testing.assert_allclose(
+            leaf, theirs[path], rtol=0, atol=1e-5 * gradient + rounding, err_msg=str(path)
+        )
+
+
+def test_the_program_has_its_arguments_where_the_rules_say(base, perturb, mesh):
+    step, arguments = start(base, perturb, mesh)
+    (state, params, batch), _ = step.lower(*arguments).compile().input_shardings
+    kernels = flatten_dict(params)
+    layers = ("model", "layers")
+    for module, spec in {
+        ("self_attn", "q_proj"): P(None, "fsdp", "tensor"),
+        ("self_attn", "o_proj"): P(None, "tensor", "fsdp"),
+        ("mlp", "up_proj"): P(None, "fsdp", "tensor"),
+        ("mlp", "down_proj"): P(None, "tensor", "fsdp"),
+    }.items():
+        found = kernels[(*layers, *module, "kernel")]
+        assert found.is_equivalent_to(jax.NamedSharding(mesh, spec), 3), (module, found)
+    assert kernels[("lm_head", "kernel")].is_equivalent_to(
+        jax.NamedSharding(mesh, P("fsdp", "tensor")), 2
+    )
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    for leaf in batch.values():
+        assert leaf.is_equivalent_to(jax.NamedSharding(mesh, P(("data", "fsdp"))), 2)
+
+
+SIZES = {"f32": 4, "s32": 4, "pred": 1}
+
+
+def test_no_more_than_a_layer_of_the_base_is_ever_put_together(base, perturb, mesh):
+    step, arguments = start(base, perturb, mesh)
+    text = step.lower(*arguments).compile().as_text()
+    gathered = [
+        int(np.prod([int(n) for n in shape.split(",")])) * SIZES[kind]
+        for kind, shape in re.findall(r"= \(?(\w+)\[([\d,]+)\][^=]* all-gather(?:-start)?\(", text)
+    ]
+    largest = 64 * 128 * 4  # a kernel of one layer; the whole base has three of each
+    assert all(size <= largest for size in gathered), gathered
+    if mesh.shape["fsdp"] > 1:
+        assert gathered  # or the expression finds nothing
+
+
+def test_evaluation_and_logits_are_those_of_one_device(base, perturb, mesh):
+    model, params = load(base, mesh=mesh)
+    alone, whole = load(base)
+    factors = gl.generate_factors(CFG, perturb(gl.init_adapter(CFG, jax.random.key(0), whole)))
+    batch = batch_of()
+    ours = make_eval_step(model, chunk=16, mesh=mesh)(
+        params, factors, sharding.place_batch(mesh, batch)
+    )
+    theirs = make_eval_step(alone, chunk=16)(whole, factors, batch)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-6)
+    ids = batch["input_ids"][:3]  # rows that the mesh does not divide
+    np.testing.assert_allclose(
+        jax.jit(lambda p: gl.apply(model, p, factors, ids))(params),
+        gl.apply(alone, whole, factors, ids),
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_each_device_holds_its_part_and_the_parts_are_the_whole(base, mesh, scan):
+    params, whole = load(base, mesh=mesh, scan=scan)[1], load(base, scan=scan)[1]
+    flat = flatten_dict(whole)
+    specs = flatten_dict(sharding.param_specs(whole))
+    for path, leaf in flatten_dict(params).items():
+        np.testing.assert_array_equal(leaf, flat[path])
+        assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, specs[path]), leaf.ndim)
+    kernel = params["model"]["layers"]["0"] if not scan else params["model"]["layers"]
+    kernel = kernel["mlp"]["up_proj"]["kernel"]
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert kernel.addressable_data(0).size * parts == kernel.size
+
+
+def test_merged_and_exported_bytes_are_those_of_one_device(torch_twin, perturb, mesh, tmp_path):
+    # Kernels large enough for XLA to use the same product for a part as for the whole.
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 1}
+    base, _ = torch_twin(**SHAPE | wide)
+    params, whole = load(base, mesh=mesh)[1], load(base)[1]
+    cfg = gl.LoRAConfig(rank=16)
+    factors = gl.generate_factors(cfg, perturb(gl.init_adapter(cfg, jax.random.key(0), whole)))
+    merged = gl.merge(params, factors, donate=True)
+    up = merged["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert up.sharding.is_equivalent_to(jax.NamedSharding(mesh, P(None, "fsdp", "tensor")), 3)
+    gl.export_hf(tmp_path / "spread", merged, base=base)
+    gl.export_hf(tmp_path / "alone", gl.merge(whole, factors), base=base)
+    ours, theirs = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("spread", "alone")
+    )
+    assert ours == theirs
+
+
+def test_every_tensor_is_read_once_in_all(base, monkeypatch):
+    from genlora_jax.hf.tensorfile import TensorFile
+
+    read, count = TensorFile.read, []
+
+    def counting(self, name, rows=slice(None)):
+        value = read(self, name, rows)
+        if value.ndim == 2:  # norms are read by every device
+            count.append(value.nbytes)
+        return value
+
+    monkeypatch.setattr(TensorFile, "read", counting)
+    _, params = load(base, mesh=make_mesh(MeshConfig()))
+    matrices = [x for path, x in flatten_dict(params).items() if path[-1] != "scale"]
+    assert sum(count) == sum(leaf.nbytes for leaf in matrices)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": 3}, "mesh data=3 x fsdp=-1 x tensor=1 does not fit the 8 devices"),
+        ({"fsdp": 4}, "mesh data=1 x fsdp=4 x tensor=1 does not fit the 8 devices"),
+        ({"tensor": 0}, "mesh.tensor must be at least 1, or -1, got 0"),
+        ({"data": -1}, "only one of data, fsdp and tensor can be -1"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshConfig(**fields))
+
+
+def test_shapes_that_a_mesh_does_not_divide_are_named(torch_twin):
+    path, _ = torch_twin(**SHAPE | {"intermediate_size": 100})
+    message = r"mesh\.tensor=8 does not divide 100, .* model\.layers\.mlp\.down_proj\.kernel"
+    with pytest.raises(ValueError, match=message):
+        load(path, mesh=make_mesh(MeshConfig(fsdp=1, tensor=8)))
+
+
+def test_rows_that_a_mesh_does_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"12 rows cannot .* mesh\.data x mesh\.fsdp = 8"):
+        sharding.place_batch(make_mesh(MeshConfig()), batch_of(rows=12))
