@@ -29,7 +29,6 @@ SHAPE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "head_dim": 8,
-    "initializer_range": 0.05,  # at which sums of float32 are not all cancellation
 }
 CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, kernels=2, rbf_init=0.5)
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -50,7 +49,7 @@ def load(path, **options):
     return gl.load_llama(path, dtype=jnp.float32, param_dtype=jnp.float32, **options)
 
 
-def batch_of(rows=8, length=12):
+def batch_of(rows=16, length=12):
     rng = np.random.default_rng(0)
     segments = np.ones((rows, length), np.int32)
     segments[:, 7:], segments[::2, 10:] = 2, 0
@@ -64,7 +63,8 @@ def batch_of(rows=8, length=12):
 
 def start(path, perturb, mesh, *, accumulate=1):
     """A step by plain gradient descent, and its arguments, on a mesh or on one device."""
-    model, params = load(path, mesh=mesh)
+    # The attention of meshes on one device, too: that of CPUs rounds otherwise.
+    model, params = load(path, mesh=mesh, attention="xla")
     adapter = perturb(gl.init_adapter(CFG, jax.random.key(0), params))
     optimizer = optax.sgd(1.0)
     step = make_train_step(model, CFG, optimizer, accumulate=accumulate, chunk=32, mesh=mesh)
@@ -75,9 +75,9 @@ def start(path, perturb, mesh, *, accumulate=1):
     return step, (state, params, batch)
 
 
-def step_on(path, perturb, mesh, *, accumulate=1):
+def step_on(path, perturb, mesh, **options):
     """The adapter before and after a step, loss and norm of the gradient."""
-    step, (state, params, batch) = start(path, perturb, mesh, accumulate=accumulate)
+    step, (state, params, batch) = start(path, perturb, mesh, **options)
     before = jax.device_get(state.adapter.trainable)
     state, metrics = step(state, params, batch)
     after = jax.device_get(state.adapter.trainable)
@@ -88,22 +88,18 @@ def step_on(path, perturb, mesh, *, accumulate=1):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_on_a_mesh_is_that_of_one_device(base, perturb, mesh, accumulate):
-    if accumulate == 2 and sharding.batch_shards(mesh) == 8:
-        pytest.skip("eight rows in two parts are too few for eight shares")
     before, ours, loss, norm = step_on(base, perturb, mesh, accumulate=accumulate)
     _, theirs, expected, expected_norm = step_on(base, perturb, None)
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(norm, expected_norm, rtol=1e-5)
+    # A sum of n terms is exact to n eps; these go over tokens and over what a head holds.
+    rounding = 16 * 12 * SHAPE["head_dim"] * np.finfo(np.float32).eps
     before, theirs = flatten_dict(before), flatten_dict(theirs)
-    largest = max(np.abs(theirs[path] - before[path]).max() for path in before)
     for path, leaf in flatten_dict(ours).items():
         gradient = np.abs(theirs[path] - before[path]).max()  # the rate is 1
         assert gradient > 0
-        # Of what the gradient sums up, which may cancel out, and of its sum with the parameter.
-        rounding = np.finfo(np.float32).eps * (64 * largest + 4 * np.abs(before[path]).max())
-        np.testing.assert_allclose(
-            leaf, theirs[path], rtol=0, atol=1e-5 * gradient + rounding, err_msg=str(path)
-        )
+        added = 2 * np.finfo(np.float32).eps * np.abs(theirs[path]).max()
+        assert np.abs(leaf - theirs[path]).max() <= rounding * gradient + added, path
 
 
 def test_the_program_has_its_arguments_where_the_rules_say(base, perturb, mesh):
