@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from tiny_base import REPOSITORY, write_base
 
 import train.finetune as script
+from genlora_jax.sharding import make_mesh
 
 STEPS = 300
 RECIPE = """
@@ -48,6 +49,14 @@ def compilation_cache(tmp_path_factory):
     yield directory
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Of the eight that other tests have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(base, perturb, mesh, accumulate)
     before, ours, loss, norm = step_on(base, perturb, mesh, accumulate=accumulate)
     _, theirs, expected, expected_norm = step_on(base, perturb, None)
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
-    np.testing.assert_allclose(norm, expected_norm, rtol=1e-5)
+    np.testing.assert_allclose(norm, expected_norm, rtol=1e-4)
     # A sum of n terms is exact to n eps; these go over tokens and over what a head holds.
     rounding = 16 * 12 * SHAPE["head_dim"] * np.finfo(np.float32).eps
     before, theirs = flatten_dict(before), flatten_dict(theirs)

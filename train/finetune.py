@@ -6,26 +6,30 @@ by evaluation in `adapter-best/`, `checkpoints/`, `metrics.jsonl` and `tensorboa
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
 from genlora_jax.hf.checkpoint import load_tokenizer, locate
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.llama import Remat
+from genlora_jax.sharding import MeshConfig, batch_shards, make_mesh, place_batch, replicated
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.data import DataConfig, eval_batches, load_examples, train_batches
-from genlora_jax.training.interrupt import Interruption
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from genlora_jax.training.processes import Stopping, is_primary, join
 from genlora_jax.training.step import (
     TrainState,
     evaluate,
@@ -70,12 +74,13 @@ class TrainConfig:
         eval_every: Steps between evaluations; None for one at the end only.
         save_every: Steps between checkpoints; None for one at the end only.
         keep: Latest checkpoints to keep, beside the best.
-        chunk: Tokens a chunk of the loss.
+        chunk: Tokens of a chunk of the loss, on each device that has rows of its own.
         seed: Seed of the adapter's initial values and of dropout.
         init_from: An adapter directory to start from; its config must be the recipe's.
         resume: Go on from the newest checkpoint in `output`.
         wandb: Project at Weights & Biases; needs the extra of that name.
         progress: Whether to show a progress bar.
+        distributed: Whether this is one of several processes; see `processes.join`.
     """
 
     output: str
@@ -91,6 +96,7 @@ class TrainConfig:
     resume: bool = False
     wandb: str | None = None
     progress: bool = True
+    distributed: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
@@ -109,6 +115,7 @@ class Recipe:
     train: TrainConfig
     adapter: gl.AdapterConfig = field(default_factory=gl.GenLoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the fields at fault."""
@@ -119,8 +126,8 @@ class Recipe:
             )
 
 
-def check_output(recipe: Recipe) -> Path:
-    """The run's directory, if it is a new one or that of the run to resume."""
+def check_output(recipe: Recipe) -> None:
+    """Raises OSError unless the run's directory is a new one or that of the run to resume."""
     output = Path(recipe.train.output)
     if recipe.train.resume and not (output / "checkpoints").is_dir():
         raise FileNotFoundError(f"nothing to resume in {output}: it has no checkpoints")
@@ -130,7 +137,22 @@ def check_output(recipe: Recipe) -> Path:
         )
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError('train.wandb needs Weights & Biases: pip install "genlora_jax[wandb]"')
-    return output
+
+
+def choose_mesh(recipe: Recipe) -> Mesh | None:
+    """The mesh of a recipe; None on one device.
+
+    Raises:
+        ValueError: If the devices or the batch cannot be shared out as it says.
+    """
+    mesh = make_mesh(recipe.mesh)
+    parts = batch_shards(mesh) * recipe.train.accumulate
+    if recipe.data.batch_size % parts:
+        raise ValueError(
+            f"data.batch_size ({recipe.data.batch_size}) is no multiple of mesh.data x mesh.fsdp x "
+            f"train.accumulate ({parts})"
+        )
+    return mesh if mesh.size > 1 else None
 
 
 def make_output(output: Path) -> None:
@@ -163,46 +185,62 @@ def finetune(recipe: Recipe) -> int | None:
     Raises:
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
-    output = check_output(recipe)
+    if recipe.train.distributed:
+        join()
+    output = Path(recipe.train.output)
+    if is_primary():
+        check_output(recipe)
+    mesh = choose_mesh(recipe)
+    say = print if is_primary() else lambda *_: None
     source = locate(recipe.model.path, revision=recipe.model.revision)
     tokenizer = load_tokenizer(source)
     examples, report = load_examples(recipe.data.train, tokenizer, recipe.data)
-    print(report)
+    say(report)
     held_out = []
     if recipe.data.eval:
         eval_examples, report = load_examples(recipe.data.eval, tokenizer, recipe.data)
-        print(report)
+        say(report)
         held_out = eval_batches(eval_examples, recipe.data)
 
     options = dataclasses.asdict(recipe.model)
-    model, params = gl.load_llama(source, **{k: v for k, v in options.items() if k != "path"})
+    model, params = gl.load_llama(
+        source, **{k: v for k, v in options.items() if k != "path"}, mesh=mesh
+    )
     adapter = initial_adapter(recipe, params, model)
-    print(f"{gl.count_parameters(adapter):,} parameters to train")
+    say(f"{gl.count_parameters(adapter):,} parameters to train")
 
     steps = recipe.train.steps
     if steps is None:
         steps = sum(1 for _ in train_batches(examples, recipe.data, epochs=recipe.train.epochs))
     optimizer = make_optimizer(recipe.optim, steps)
     schedule = learning_rate_schedule(recipe.optim, steps)
+    chunk = recipe.train.chunk * (batch_shards(mesh) if mesh else 1)
     train_step = make_train_step(
         model,
         recipe.adapter,
         optimizer,
         accumulate=recipe.train.accumulate,
-        chunk=recipe.train.chunk,
+        chunk=chunk,
+        mesh=mesh,
     )
-    eval_step = make_eval_step(model, chunk=recipe.train.chunk)
+    eval_step = make_eval_step(model, chunk=chunk, mesh=mesh)
     state = init_state(adapter, optimizer, recipe.train.seed)
+    place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
+    if mesh is not None:
+        state = jax.device_put(state, replicated(mesh))
+        place = functools.partial(place_batch, mesh)
+    held_out = [place(batch) for batch in held_out]
     batches = iter(train_batches(examples, recipe.data))
-    make_output(output)
+    if is_primary():
+        make_output(output)
 
     with (
         Checkpoints(output / "checkpoints", keep=recipe.train.keep) as checkpoints,
-        Interruption() as interruption,
+        Stopping() as stopping,
     ):
         if recipe.train.resume:
             state = checkpoints.restore(state, batches)
-            print(f"resumed at step {int(state.step)}")
+            say(f"resumed at step {int(state.step)}")
         start = int(state.step)
         best = best_eval_loss(output, start)
         with MetricsLog(
@@ -212,6 +250,7 @@ def finetune(recipe: Recipe) -> int | None:
             wandb=recipe.train.wandb,
             settings=dataclasses.asdict(recipe),
             progress=recipe.train.progress,
+            primary=is_primary(),
         ) as log:
             clock = time.monotonic()
 
@@ -235,12 +274,12 @@ def finetune(recipe: Recipe) -> int | None:
 
             pending: dict[str, jax.Array] | None = None
             for step in range(start + 1, steps + 1):
-                state, metrics = train_step(state, params, next(batches))
+                state, metrics = train_step(state, params, place(next(batches)))
                 # The metrics of the step before: the device never waits for the host to look.
                 if pending is not None:
                     record(step - 1, pending)
                 pending = metrics
-                stopped = interruption.signal  # read once: it can come at any moment
+                stopped = stopping.after(step)  # asked once: it can come at any moment
                 last = step == steps or stopped is not None
                 due = {
                     "eval": bool(held_out)
@@ -265,7 +304,7 @@ def finetune(recipe: Recipe) -> int | None:
                     log.say(f"stopped at step {step}, saved; go on with --train.resume true")
                     return stopped
     _save(output / "adapter", recipe, state, model)
-    print(f"adapter: {output / 'adapter'}")
+    say(f"adapter: {output / 'adapter'}")
     return None
 
 
@@ -288,7 +327,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _save(path: Path, recipe: Recipe, state: TrainState, model: Any) -> None:
-    gl.save_adapter(path, recipe.adapter, state.adapter, model=model, overwrite=True)
+    if is_primary():
+        gl.save_adapter(path, recipe.adapter, state.adapter, model=model, overwrite=True)
 
 
 def main() -> None:

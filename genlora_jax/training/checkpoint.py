@@ -1,5 +1,6 @@
 """Checkpoints: adapter, optimizer, step, random state and place in the data; never the base."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,15 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,
         )
+        self._saving: Any = None
+        self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._saving is not None:
+            self._saving.result()  # raises what went wrong in the background
         self._checkpointer.close()
 
     def latest(self) -> int | None:
@@ -55,16 +60,23 @@ class Checkpoints:
     def save(
         self, state: TrainState, data: grain.DatasetIterator, eval_loss: float | None = None
     ) -> None:
-        """Saves the state and the place in the data; returns when it is on disk."""
+        """Saves the state and the place in the data, in the background.
+
+        A save waits for the one before, and leaving the block for the last.
+        """
         step = int(state.step)
-        if self.latest() == step:
+        if self._saving is not None:
+            self._saving.result()
+        if self.latest() == step and step not in self._damaged:
             return
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-        self._checkpointer.save_checkpointables(
+        # The place in the data is the same in all processes, so that any number of them can resume.
+        self._saving = self._checkpointer.save_checkpointables_async(
             step,
-            {STATE: _plain(state), DATA: data},
+            {STATE: _plain(state)},
+            overwrite=step in self._damaged,
             metrics=metrics,
-            custom_metadata={SHAPES: _shapes(state)},
+            custom_metadata={SHAPES: _shapes(state), DATA: data.get_state()},
         )
 
     def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
@@ -75,21 +87,41 @@ class Checkpoints:
             data: The iterator of the same data set, which is moved.
 
         Raises:
-            ValueError: If the checkpoint is of another adapter.
+            ValueError: If the checkpoint is of another adapter, or none can be read. A damaged
+                one is named on stderr, and the one before it taken.
         """
-        step = self.latest()
+        for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
+            try:
+                return self._restore(step, state, data)
+            except _Misfit as error:
+                raise ValueError(str(error)) from None
+            except Exception as error:  # whatever Orbax makes of a damaged file
+                self._damaged.add(step)
+                print(
+                    f"checkpoint {step} cannot be read ({type(error).__name__}: "
+                    f"{str(error).splitlines()[0]}); going back to the one before it",
+                    file=sys.stderr,
+                )
+        raise ValueError(f"{self._checkpointer.directory}: no checkpoint in it can be read")
+
+    def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         # Asked beforehand: Orbax would find out halfway, with tasks of its own under way.
         saved = self._checkpointer.metadata(step).custom_metadata or {}
-        if saved.get(SHAPES) != _shapes(state):
-            raise ValueError(
+        if saved[SHAPES] != _shapes(state):
+            raise _Misfit(
                 f"{self._checkpointer.directory}: checkpoint {step} does not fit this recipe's "
                 "adapter and optimizer; resume with the recipe that the run was started with"
             )
         loaded = self._checkpointer.load_checkpointables(
-            step, {STATE: jax.tree.map(_abstract, _plain(state)), DATA: data}
+            step, {STATE: jax.tree.map(_abstract, _plain(state))}
         )
+        data.set_state(saved[DATA])
         leaves = jax.tree.leaves(loaded[STATE])
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+class _Misfit(Exception):
+    """A checkpoint of another adapter."""
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

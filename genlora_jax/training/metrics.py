@@ -22,6 +22,7 @@ class MetricsLog:
         wandb: Project at Weights & Biases, or None.
         settings: The recipe, for Weights & Biases.
         progress: Whether to show a progress bar.
+        primary: Whether this is the process that writes; the others' records go nowhere.
     """
 
     def __init__(
@@ -33,7 +34,11 @@ class MetricsLog:
         wandb: str | None = None,
         settings: dict[str, Any] | None = None,
         progress: bool = True,
+        primary: bool = True,
     ):
+        self._primary = primary
+        if not primary:
+            return
         self._path = directory / FILE
         _drop_after(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
@@ -49,6 +54,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if not self._primary:
+            return
         self._bar.close()
         self._file.close()
         self._board.close()
@@ -57,6 +64,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records values; on disk when it returns."""
+        if not self._primary:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -66,6 +75,8 @@ class MetricsLog:
 
     def advance(self, step: int, **shown: str) -> None:
         """Moves the progress bar on to a step and shows values beside it."""
+        if not self._primary:
+            return
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         if self._plain_every and step % self._plain_every == 0:
@@ -73,7 +84,8 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        self._bar.write(text)
+        if self._primary:
+            self._bar.write(text)
 
 
 def read_records(directory: Path, step: int) -> list[dict[str, float]]:

@@ -1,0 +1,68 @@
+"""Runs of several processes: how they find one another, and stop together."""
+
+import os
+import signal
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from genlora_jax.training.interrupt import Interruption
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def join() -> None:
+    """Joins the processes of a run, before JAX is used for anything else.
+
+    By the environment's variables JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds out itself on TPU pods, SLURM,
+    Kubernetes and under MPI.
+
+    Raises:
+        ValueError: If some of the variables are missing, or nothing can be found out.
+    """
+    said = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
+    missing = [name for name, value in said.items() if not value]
+    try:
+        if not missing:
+            jax.distributed.initialize(said[ADDRESS], int(said[COUNT] or 0), int(said[INDEX] or 0))
+        elif len(missing) < len(said):
+            raise ValueError(f"{', '.join(missing)} must be set as well")
+        else:
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"train.distributed: cannot join the run's processes: {error}. Set {ADDRESS}, {COUNT} "
+            f"and {INDEX}, or use a launcher that JAX knows"
+        ) from error
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+class Stopping:
+    """Tells when to stop: after the same step in all processes if any of them is to end.
+
+    One process: SIGINT or SIGTERM. Several: SIGTERM, of which JAX lets the others know.
+    """
+
+    def __init__(self) -> None:
+        self._interruption = Interruption() if jax.process_count() == 1 else None
+
+    def __enter__(self) -> "Stopping":
+        if self._interruption is not None:
+            self._interruption.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._interruption is not None:
+            self._interruption.__exit__(*exc)
+
+    def after(self, step: int) -> int | None:
+        """The signal to stop on after this step, or None."""
+        if self._interruption is not None:
+            return self._interruption.signal
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
