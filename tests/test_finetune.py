@@ -17,6 +17,7 @@ from tiny_base import REPOSITORY, write_base
 
 import train.finetune as script
 from genlora_jax.sharding import make_mesh
+from genlora_jax.training import processes
 
 STEPS = 300
 RECIPE = """
@@ -325,7 +326,7 @@ def test_a_loss_that_is_not_finite_says_so_when_nothing_is_saved(run, tmp_path):
 
 
 def test_a_signal_at_any_moment_is_saved_before_the_run_says_so(run, tmp_path, monkeypatch):
-    class Late(script.Interruption):
+    class Late(processes.Interruption):
         """Notes a signal between the first look and the second."""
 
         looks = itertools.count()
@@ -338,7 +339,7 @@ def test_a_signal_at_any_moment_is_saved_before_the_run_says_so(run, tmp_path, m
         def signal(self, value):
             pass
 
-    monkeypatch.setattr(script, "Interruption", Late)
+    monkeypatch.setattr(processes, "Interruption", Late)
     status, out, _ = run(tmp_path / "run", "--train.steps", 10)
     assert status == 128 + signal.SIGTERM
     (step,) = steps_saved(tmp_path / "run")

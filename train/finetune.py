@@ -301,6 +301,7 @@ def finetune(recipe: Recipe) -> int | None:
                     checkpoints.save(state, batches, loss)
                     clock = time.monotonic()
                 if stopped is not None and step < steps:
+                    checkpoints.wait()
                     log.say(f"stopped at step {step}, saved; go on with --train.resume true")
                     return stopped
     _save(output / "adapter", recipe, state, model)

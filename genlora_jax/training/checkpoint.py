@@ -48,8 +48,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._saving is not None:
-            self._saving.result()  # raises what went wrong in the background
+        self.wait()
         self._checkpointer.close()
 
     def latest(self) -> int | None:
@@ -65,8 +64,7 @@ class Checkpoints:
         A save waits for the one before, and leaving the block for the last.
         """
         step = int(state.step)
-        if self._saving is not None:
-            self._saving.result()
+        self.wait()
         if self.latest() == step and step not in self._damaged:
             return
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
@@ -78,6 +76,11 @@ class Checkpoints:
             metrics=metrics,
             custom_metadata={SHAPES: _shapes(state), DATA: data.get_state()},
         )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises what went wrong with it."""
+        if self._saving is not None:
+            self._saving.result()
 
     def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint: returns its state, and sets `data` to its place.

@@ -1,0 +1,164 @@
+"""Runs of several processes on one machine: the losses are those of one, whatever befalls them."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tiny_base import REPOSITORY, write_base
+
+RECIPE = """
+model: {{path: {here}/base, dtype: float32, param_dtype: float32}}
+adapter: {{rank: 4, alpha: 8.0, group_size: 4, kernels: 2, targets: [q_proj, up_proj]}}
+data: {{train: {here}/rows.jsonl, eval: {here}/eval.jsonl, length: 8, batch_size: 8, pack: false}}
+optim: {{learning_rate: 0.003}}
+train: {{output: out, steps: 40, progress: false, save_every: 5, eval_every: 20}}
+"""
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    here = tmp_path_factory.mktemp("workshop")
+    write_base(here / "base", **SHAPE)
+    for name, count in (("rows", 52), ("eval", 11)):  # no multiples of a batch
+        rows = [{"prompt": f"{i % 7} and", "completion": f" {i % 5}"} for i in range(count)]
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "recipe.yaml").write_text(RECIPE.format(here=here))
+    return here
+
+
+@pytest.fixture(scope="module")
+def launch(workshop, tmp_path_factory):
+    """A function that starts a run in so many processes with so many devices each."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def start(output, processes, devices, *arguments):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "train/finetune.py", "--config", workshop / "recipe.yaml"]
+        command += ["--train.output", output, *arguments]
+        started = []
+        for index in range(processes):
+            environment = os.environ | {
+                "PYTHONPATH": str(REPOSITORY),
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }
+            if processes > 1:
+                environment |= {
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": str(processes),
+                    "JAX_PROCESS_ID": str(index),
+                }
+            flags = ["--train.distributed", "true"] if processes > 1 else []
+            started.append(
+                subprocess.Popen(
+                    [*command, *flags],
+                    cwd=REPOSITORY,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return started
+
+    return start
+
+
+def finish(started):
+    outputs = [process.communicate(timeout=240) for process in started]
+    codes = [process.returncode for process in started]
+    assert codes == [0] * len(started), [err[-2000:] for _, err in outputs]
+    return outputs
+
+
+def losses(output):
+    """The losses of a run by step, and those of its evaluations."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    training = {record["step"]: record["loss"] for record in records if "loss" in record}
+    return training, {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
+
+
+def assert_same(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert list(mine) == list(other)
+        np.testing.assert_allclose(list(mine.values()), list(other.values()), rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(launch, tmp_path_factory):
+    """The losses of one process with one device."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    finish(launch(output, 1, 1))
+    return losses(output)
+
+
+def wait_for_step(output, step, started):
+    """Until a run has got so far."""
+    until = time.monotonic() + 200
+    while time.monotonic() < until:
+        if (output / "metrics.jsonl").exists() and max(losses(output)[0], default=0) >= step:
+            return
+        assert all(process.poll() is None for process in started), started[0].communicate()
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there")
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [(2, 2, {"fsdp": 4}), (4, 1, {"fsdp": 2, "tensor": 2}), (1, 4, {"data": 2, "fsdp": 2})],
+)
+def test_losses_are_those_of_one_process(launch, alone, tmp_path, processes, devices, mesh):
+    sizes = itertools.chain(*((f"--mesh.{axis}", str(size)) for axis, size in mesh.items()))
+    outputs = finish(launch(tmp_path / "out", processes, devices, *sizes))
+    assert_same(losses(tmp_path / "out"), alone)
+    assert (tmp_path / "out" / "adapter" / "adapter.safetensors").is_file()
+    assert "parameters to train" in outputs[0][0]
+    for out, _ in outputs[1:]:  # one of them speaks, and Gloo
+        assert [line for line in out.splitlines() if not line.startswith("[Gloo]")] == []
+
+
+def test_a_killed_process_and_a_restart_elsewhere_change_nothing(launch, alone, tmp_path):
+    output = tmp_path / "out"
+    started = launch(output, 2, 1)
+    wait_for_step(output, 12, started)
+    started[1].kill()
+    started[0].kill()  # what a launcher does when one of its processes is gone
+    for process in started:
+        process.communicate()
+    # The same processes again, ended by SIGTERM to the one that does not write.
+    started = launch(output, 2, 1, "--train.resume", "true")
+    wait_for_step(output, 20, started)
+    started[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=240) for process in started]
+    assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2, outputs
+    assert "stopped at step" in outputs[0][0] + outputs[0][1]
+    # Another number of devices, and another mesh.
+    finish(launch(output, 1, 4, "--train.resume", "true", "--mesh.tensor", "2"))
+    assert_same(losses(output), alone)
+
+
+def test_a_process_without_its_fellows_is_told_what_is_missing(workshop, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_PROCESSES": "2"}
+    command = [sys.executable, "train/finetune.py", "--config", workshop / "recipe.yaml"]
+    done = subprocess.run(
+        [*command, "--train.output", tmp_path / "out", "--train.distributed", "true"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID must be set as well" in done.stderr
+    assert not (tmp_path / "out").exists()
