@@ -1,0 +1,89 @@
+"""Checkpoints: their size, and what happens when the newest is damaged."""
+
+import dataclasses
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import genlora_jax as gl
+from genlora_jax.training.checkpoint import Checkpoints
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.step import init_state
+
+CFG = gl.GenLoRAConfig(rank=4, group_size=4, kernels=2)
+
+
+@pytest.fixture
+def state(random_llama):
+    _, params = random_llama(hidden_size=64, intermediate_size=128, head_dim=16)
+    adapter = gl.init_adapter(CFG, jax.random.key(0), params)
+    return init_state(adapter, make_optimizer(OptimConfig(), 10))
+
+
+def numbers():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def at(state, step):
+    """The state of some step, each with numbers of its own."""
+    trainable = jax.tree.map(lambda x: x + step, state.adapter.trainable)
+    adapter = state.adapter.replace(trainable=trainable)
+    return dataclasses.replace(state, adapter=adapter, step=jnp.int32(step))
+
+
+@pytest.fixture
+def saved(state, tmp_path):
+    """Checkpoints of steps 3, 6 and 9, the data as far on as the steps."""
+    data = numbers()
+    with Checkpoints(tmp_path / "run", keep=3) as checkpoints:
+        for step in (3, 6, 9):
+            for _ in range(3):
+                next(data)
+            checkpoints.save(at(state, step), data)
+    return tmp_path / "run"
+
+
+def damage(directory, step):
+    """Cuts every file of a checkpoint's arrays to half its length."""
+    files = [f for f in (directory / str(step) / "state").rglob("*") if f.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_says_so(saved, state, capsys):
+    damage(saved, 9)
+    data = numbers()
+    with Checkpoints(saved, keep=3) as checkpoints:
+        restored = checkpoints.restore(state, data)
+        assert "checkpoint 9 cannot be read" in capsys.readouterr().err
+        assert int(restored.step) == 6
+        assert next(data) == 6
+        for leaf, first in zip(
+            jax.tree.leaves(restored.adapter), jax.tree.leaves(state.adapter), strict=True
+        ):
+            np.testing.assert_array_equal(leaf, first + 6)
+        checkpoints.save(at(state, 9), data)  # in place of the damaged one
+    with Checkpoints(saved, keep=3) as checkpoints:
+        assert int(checkpoints.restore(state, numbers()).step) == 9
+
+
+def test_nothing_that_can_be_read_is_an_error(saved, state, capsys):
+    for step in (3, 6, 9):
+        damage(saved, step)
+    with (
+        Checkpoints(saved, keep=3) as checkpoints,
+        pytest.raises(ValueError, match="no checkpoint in it can be read"),
+    ):
+        checkpoints.restore(state, numbers())
+    assert capsys.readouterr().err.count("cannot be read") == 3
+
+
+def test_a_checkpoint_holds_the_adapter_and_the_optimizer_and_little_else(saved, state):
+    held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    written = sum(file.stat().st_size for file in (saved / "9").rglob("*") if file.is_file())
+    assert held > 3 * 4 * gl.count_parameters(state.adapter)  # Adam has two moments
+    assert written < held + 100_000  # names and shapes of the leaves
