@@ -15,7 +15,7 @@ from rich.table import Table
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.analysis import effective_rank, singular_values
-from genlora_jax.command import parse_arguments, report_errors
+from genlora_jax.command import parse, parse_arguments, report_errors
 from genlora_jax.config import AdapterConfig
 from genlora_jax.decoding import decode
 from genlora_jax.hf.checkpoint import checkpoint_dtype, load_tokenizer, locate, stop_tokens
@@ -167,11 +167,28 @@ def generate(
     print(f"{prompt}{tokenizer.decode(new)}")
 
 
+def plan(config: str, topology: str, compile: bool = True) -> None:
+    """Says what a recipe needs on devices that need not be there, and which mesh suits them.
+
+    Args:
+        config: The recipe; its `model.shape` spares the download of the model.
+        topology: A TPU's, such as v5e:4x4, or gpu:8x80 for 8 GPUs of 80 GiB.
+        compile: Compile the chosen mesh's program where libtpu can, a minute or two.
+    """
+    # Imported here: it takes the extra `train`, which the other commands do without.
+    from genlora_jax.plan.chips import parse_topology
+    from genlora_jax.plan.report import report
+    from genlora_jax.training.recipe import Recipe
+
+    report(parse(Recipe, ["--config", config]), parse_topology(topology), compiled=compile)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "export-peft": export_peft_adapter,
     "inspect": inspect,
     "generate": generate,
+    "plan": plan,
 }
 
 

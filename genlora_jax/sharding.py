@@ -55,6 +55,20 @@ class MeshConfig:
             raise ValueError("mesh: only one of data, fsdp and tensor can be -1")
 
 
+def resolve(cfg: MeshConfig, count: int) -> MeshConfig:
+    """The config with its -1 filled in for so many devices.
+
+    Raises:
+        ValueError: If its sizes do not multiply to that number.
+    """
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if count % given or (-1 not in sizes.values() and given != count):
+        said = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"mesh {said} does not fit the {count} devices that there are")
+    return MeshConfig(**{a: count // given if size == -1 else size for a, size in sizes.items()})
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a config.
 
@@ -66,12 +80,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: If the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    cfg = resolve(cfg, len(devices))
     sizes = [getattr(cfg, axis) for axis in AXES]
-    given = math.prod(size for size in sizes if size != -1)
-    said = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if len(devices) % given or (-1 not in sizes and given != len(devices)):
-        raise ValueError(f"mesh {said} does not fit the {len(devices)} devices that there are")
-    sizes = [len(devices) // given if size == -1 else size for size in sizes]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

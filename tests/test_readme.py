@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from genlora_jax.command import parse
-from train.finetune import Recipe
+from genlora_jax.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()

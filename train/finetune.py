@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ from jax.sharding import Mesh
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
 from genlora_jax.hf.checkpoint import load_tokenizer, locate
-from genlora_jax.models.attention import Attention
-from genlora_jax.models.llama import Remat
-from genlora_jax.sharding import MeshConfig, batch_shards, make_mesh, place_batch, replicated
+from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
 from genlora_jax.training.checkpoint import Checkpoints
-from genlora_jax.training.data import DataConfig, eval_batches, load_examples, train_batches
+from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
-from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.processes import Stopping, is_primary, join
+from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import (
     TrainState,
     evaluate,
@@ -37,93 +35,6 @@ from genlora_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The base, and how it is computed.
-
-    Attributes:
-        path: Local directory or hub id.
-        dtype: Of the computation.
-        param_dtype: Of the base's parameters.
-        revision: Branch, tag or commit on the hub.
-        scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
-        remat: `none`, `full` or `dots`: what the backward pass recomputes.
-        attention: `auto`, `xla`, `cudnn` or `blocks`.
-    """
-
-    path: str
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
-    revision: str | None = None
-    scan: bool = True
-    remat: Remat = "none"
-    attention: Attention = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The run.
-
-    Attributes:
-        output: The run's directory.
-        steps: Length of the run; None to go by `epochs`.
-        epochs: Passes over the data, if `steps` is None.
-        accumulate: Parts into which a batch is cut to save memory.
-        eval_every: Steps between evaluations; None for one at the end only.
-        save_every: Steps between checkpoints; None for one at the end only.
-        keep: Latest checkpoints to keep, beside the best.
-        chunk: Tokens of a chunk of the loss, on each device that has rows of its own.
-        seed: Seed of the adapter's initial values and of dropout.
-        init_from: An adapter directory to start from; its config must be the recipe's.
-        resume: Go on from the newest checkpoint in `output`.
-        wandb: Project at Weights & Biases; needs the extra of that name.
-        progress: Whether to show a progress bar.
-        distributed: Whether this is one of several processes; see `processes.join`.
-    """
-
-    output: str
-    steps: int | None = None
-    epochs: int = 1
-    accumulate: int = 1
-    eval_every: int | None = None
-    save_every: int | None = None
-    keep: int = 2
-    chunk: int = 1024
-    seed: int = 0
-    init_from: str | None = None
-    resume: bool = False
-    wandb: str | None = None
-    progress: bool = True
-    distributed: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the field at fault."""
-        for name in ("steps", "epochs", "accumulate", "eval_every", "save_every", "keep", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A whole run; the fields of a recipe's YAML."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    adapter: gl.AdapterConfig = field(default_factory=gl.GenLoRAConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the fields at fault."""
-        if self.data.batch_size % self.train.accumulate:
-            raise ValueError(
-                f"data.batch_size ({self.data.batch_size}) is no multiple of "
-                f"train.accumulate ({self.train.accumulate})"
-            )
 
 
 def check_output(recipe: Recipe) -> None:
@@ -161,6 +72,14 @@ def make_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PermissionError(f"cannot make train.output {output}: {error.strerror}") from error
+
+
+def check_shape(recipe: Recipe, model: Any) -> None:
+    """Raises ValueError if the recipe's shape of the model, where it has one, is another."""
+    for field in dataclasses.fields(model.config) if recipe.model.shape else ():
+        said, found = (getattr(x, field.name) for x in (recipe.model.shape, model.config))
+        if said != found:
+            raise ValueError(f"model.shape: {field.name} is {said}; the checkpoint has {found}")
 
 
 def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
@@ -206,6 +125,7 @@ def finetune(recipe: Recipe) -> int | None:
     model, params = gl.load_llama(
         source, **{k: v for k, v in options.items() if k != "path"}, mesh=mesh
     )
+    check_shape(recipe, model)
     adapter = initial_adapter(recipe, params, model)
     say(f"{gl.count_parameters(adapter):,} parameters to train")
 

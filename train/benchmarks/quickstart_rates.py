@@ -19,8 +19,9 @@ import genlora_jax as gl
 from genlora_jax.command import parse
 from genlora_jax.hf.checkpoint import load_tokenizer
 from genlora_jax.training.metrics import read_records
+from genlora_jax.training.recipe import Recipe
 from train.benchmarks.provenance import provenance
-from train.finetune import Recipe, finetune
+from train.finetune import finetune
 from train.quickstart.run import BASE, HERE, RECIPES, ROOT, answers, exact_match
 
 RATES = (0.002, 0.003, 0.0045, 0.0065, 0.01, 0.015)

@@ -24,7 +24,8 @@ from genlora_jax.analysis import singular_values
 from genlora_jax.command import parse
 from genlora_jax.decoding import decode
 from genlora_jax.hf.checkpoint import load_tokenizer, stop_tokens
-from train.finetune import Recipe, finetune
+from genlora_jax.training.recipe import Recipe
+from train.finetune import finetune
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

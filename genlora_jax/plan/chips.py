@@ -1,0 +1,64 @@
+"""Chips, and topologies of them."""
+
+import math
+import re
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a chip can do, by its maker's data sheet.
+
+    Attributes:
+        memory: Bytes of device memory that a program can have.
+        flops: Bfloat16 FLOP a second.
+        bandwidth: Bytes a second from and to device memory.
+        link: Bytes a second out of the chip, to all of its neighbours together.
+        tpu: Whether libtpu can compile for it.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    tpu: bool
+
+
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, True),
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, True),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, True),
+    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9, True),
+}
+# For GPUs the memory is the user's to say; the rest is that of an H100 with NVLink.
+GPU = Chip(0, 989e12, 3350e9, 450e9, False)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """So many chips of a kind, under the name that the user gave."""
+
+    name: str
+    chip: Chip
+    count: int
+
+
+def parse_topology(name: str) -> Topology:
+    """A topology from its name: `v5e:4x4`, or `gpu:8x80` for 8 GPUs of 80 GiB.
+
+    Raises:
+        ValueError: If the name is none.
+    """
+    kind, _, sizes = name.partition(":")
+    if kind == "gpu" and (gpus := re.fullmatch(r"(\d+)x(\d+)", sizes)):
+        count, memory = map(int, gpus.groups())
+        chip = Chip(memory * GIB, GPU.flops, GPU.bandwidth, GPU.link, False)
+        return Topology(name, chip, count)
+    if kind in CHIPS and re.fullmatch(r"\d+(x\d+)*", sizes):
+        return Topology(name, CHIPS[kind], math.prod(map(int, sizes.split("x"))))
+    raise ValueError(
+        f"topology {name!r} is not known: give a TPU's, such as v5e:4x4 ({', '.join(CHIPS)}), or "
+        "gpu:8x80 for 8 GPUs of 80 GiB each"
+    )

@@ -1,0 +1,166 @@
+"""What a step needs on a mesh, from shapes alone.
+
+Arguments are exact. Temporaries and bytes between chips are those of the largest terms, each on a
+line of its own, for attention whose scores exist for one layer at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from genlora_jax.adapter import init_adapter
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from genlora_jax.plan.chips import Chip, Topology
+from genlora_jax.plan.program import model_shape
+from genlora_jax.sharding import AXES, MeshConfig, check_params, factor_specs, param_specs
+from genlora_jax.training.recipe import Recipe
+
+# Passes over the layers: forward, backward, and forward again where nothing was kept.
+PASSES = {"none": 2, "dots": 2, "full": 3}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step on one mesh; bytes, FLOP and seconds a chip.
+
+    Attributes:
+        mesh: Its sizes.
+        arguments: Bytes of base, adapter, optimizer and batch.
+        temporaries: Bytes of all else that is alive at once.
+        flops: FLOP of a step.
+        moved: Bytes that a chip receives from others, by what for.
+        seconds: Roofline: the longest of computing, of reading memory, and of receiving.
+        fits: Whether it fits the chip's memory.
+    """
+
+    mesh: MeshConfig
+    arguments: int
+    temporaries: int
+    flops: float
+    moved: dict[str, float]
+    seconds: float
+    fits: bool
+
+
+def candidates(recipe: Recipe, topology: Topology) -> Iterator[MeshConfig]:
+    """Every mesh of so many chips that divides the recipe's model and batch."""
+    shapes = parameter_shapes(LlamaForCausalLM(model_shape(recipe)))
+    sizes = [n for n in range(1, topology.count + 1) if topology.count % n == 0]
+    for data in sizes:
+        for fsdp in (n for n in sizes if topology.count % (data * n) == 0):
+            mesh = MeshConfig(data=data, fsdp=fsdp, tensor=topology.count // (data * fsdp))
+            if recipe.data.batch_size % (data * fsdp * recipe.train.accumulate):
+                continue
+            try:
+                check_params(_abstract(mesh), shapes)
+            except ValueError:
+                continue
+            yield mesh
+
+
+def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
+    """Estimates of all candidates: those that fit first, then by bytes received.
+
+    Raises:
+        ValueError: If no mesh of so many chips divides the model and the batch.
+    """
+    found = [estimate(recipe, topology.chip, mesh) for mesh in candidates(recipe, topology)]
+    if not found:
+        raise ValueError(
+            f"no mesh of {topology.count} chips divides data.batch_size "
+            f"({recipe.data.batch_size}) and the model's shapes"
+        )
+    return sorted(found, key=lambda e: (not e.fits, sum(e.moved.values())))
+
+
+def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
+    """A recipe's step on one mesh."""
+    cfg = model_shape(recipe)
+    model, train = recipe.model, recipe.train
+    width = jnp.dtype(model.dtype).itemsize
+    shapes = parameter_shapes(LlamaForCausalLM(cfg, param_dtype=jnp.dtype(model.param_dtype)))
+    params = _shard_bytes(mesh, shapes)
+    adapter = jax.eval_shape(lambda: init_adapter(recipe.adapter, jax.random.key(0), shapes))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
+    rank = recipe.adapter.rank
+    sides = sum(t.depth * (t.d_in + t.d_out) * rank for t in adapter.spec.targets)
+
+    rows = recipe.data.batch_size // (mesh.data * mesh.fsdp * train.accumulate)  # of a part
+    length, hidden, tensor = recipe.data.length, cfg.hidden_size, mesh.tensor
+    tokens = rows * length
+    layers, passes = cfg.num_hidden_layers, PASSES[model.remat]
+    heads, groups = cfg.num_attention_heads, cfg.num_key_value_heads
+    layer_values = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["model"]["layers"]))
+    head_values = cfg.vocab_size * hidden
+    layer_bytes = layer_values // layers * width // tensor  # of a layer put together
+
+    # Of one layer, for its backward pass: what goes in and out of every product, and the scores.
+    inner = 6 * hidden + (2 * heads + 2 * groups) * cfg.head_dim // tensor
+    inner += 4 * cfg.intermediate_size // tensor
+    scores = rows * heads // tensor * length * length * (4 + width)
+    working = tokens * inner * width + (0 if _flash(recipe) else scores)
+    kept = layers * tokens * hidden * width if model.remat == "full" else layers * working
+    chunk = max(1, -(-train.chunk // rows)) * rows
+    temporaries = {
+        "layers' inputs": kept,
+        "one layer": working if model.remat == "full" else 0,
+        "a layer's kernels": layer_bytes if mesh.fsdp > 1 else 0,
+        "head": head_values * width // tensor if mesh.fsdp > 1 else 0,
+        "a chunk's logits": 2 * chunk * cfg.vocab_size * 4 // tensor,
+        # In float32, their gradients likewise, and a copy in the model's dtype.
+        "factors": _factor_values(mesh, adapter, rank) * (4 + 4 + width),
+    }
+    arguments = params + 3 * 4 * trained + 13 * rows * train.accumulate * length
+
+    steps = train.accumulate
+    cut = (mesh.fsdp - 1) / mesh.fsdp
+    ring = 2 * (tensor - 1) / tensor
+    moved = {
+        "base": steps * cut * (passes * layers * layer_bytes + 2 * head_values * width / tensor),
+        "activations": steps * ring * 2 * passes * layers * tokens * hidden * width,
+        "gradients": 2 * 4 * sides / tensor * (1 - 1 / (mesh.data * mesh.fsdp)),
+    }
+    values = layer_values + head_values
+    attention = 2 * layers * length * heads * cfg.head_dim  # per token and pass, causal
+    flops = steps * tokens * (passes * 2 * (layer_values + attention) + 3 * 2 * head_values)
+    flops /= tensor
+    read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
+    seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
+    total = sum(temporaries.values())
+    return Estimate(mesh, arguments, total, flops, moved, seconds, arguments + total < chip.memory)
+
+
+def _factor_values(mesh: MeshConfig, adapter: Any, rank: int) -> int:
+    """Values of a chip's share of the factors."""
+    total = 0
+    for target in adapter.spec.targets:
+        sides = {"a": np.empty((target.d_in, rank)), "b": np.empty((rank, target.d_out))}
+        specs = factor_specs({target.kernels[0].path[-1]: sides})
+        for side, spec in specs[target.kernels[0].path[-1]].items():
+            parts = math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
+            total += target.depth * sides[side].size // parts
+    return total
+
+
+def _flash(recipe: Recipe) -> bool:
+    return recipe.model.attention == "cudnn"
+
+
+def _abstract(mesh: MeshConfig) -> Any:
+    return AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
+
+
+def _shard_bytes(mesh: MeshConfig, shapes: Any) -> int:
+    """Bytes of a chip's share of the parameters."""
+
+    def own(leaf: Any, spec: Any) -> int:
+        parts = math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
+        return leaf.size * np.dtype(leaf.dtype).itemsize // parts
+
+    return sum(jax.tree.leaves(jax.tree.map(own, shapes, param_specs(shapes))))

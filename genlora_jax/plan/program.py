@@ -1,0 +1,82 @@
+"""The training step of a recipe on a mesh, as shapes only: nothing is allocated."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from genlora_jax import sharding
+from genlora_jax.adapter import init_adapter
+from genlora_jax.hf.checkpoint import locate, model_config
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from genlora_jax.training.optim import make_optimizer
+from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.step import init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step's function and its arguments."""
+
+    step: Any
+    state: Any
+    params: Any
+    batch: Any
+
+
+def model_shape(recipe: Recipe) -> LlamaConfig:
+    """The shape of a recipe's model: its `model.shape`, or else the checkpoint's."""
+    return recipe.model.shape or model_config(
+        locate(recipe.model.path, revision=recipe.model.revision)
+    )
+
+
+def build(recipe: Recipe, mesh: Mesh) -> Program:
+    """The step of a recipe on a mesh, whose devices need not be there.
+
+    Raises:
+        ValueError: If the mesh does not divide the model or the batch.
+    """
+    model = LlamaForCausalLM(
+        model_shape(recipe),
+        dtype=jnp.dtype(recipe.model.dtype),
+        param_dtype=jnp.dtype(recipe.model.param_dtype),
+        scan=recipe.model.scan,
+        remat=recipe.model.remat,
+        attention=recipe.model.attention,
+        mesh=mesh,
+    )
+    shapes = parameter_shapes(model.clone(mesh=None))
+    sharding.check_params(mesh, shapes)
+    optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
+    state = jax.eval_shape(
+        lambda: init_state(init_adapter(recipe.adapter, jax.random.key(0), shapes), optimizer)
+    )
+    rows = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    rows["loss_mask"] = jnp.bool_
+    size = (recipe.data.batch_size, recipe.data.length)
+    step = make_train_step(
+        model,
+        recipe.adapter,
+        optimizer,
+        accumulate=recipe.train.accumulate,
+        chunk=recipe.train.chunk * sharding.batch_shards(mesh),
+        mesh=mesh,
+    )
+    return Program(
+        step=step,
+        state=jax.tree.map(lambda x: _on(x, sharding.replicated(mesh)), state),
+        params=jax.tree.map(_on, shapes, sharding.named(mesh, sharding.param_specs(shapes))),
+        batch={
+            name: jax.ShapeDtypeStruct(size, kind, sharding=NamedSharding(mesh, P(sharding.BATCH)))
+            for name, kind in rows.items()
+        },
+    )
+
+
+def _on(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

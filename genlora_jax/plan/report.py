@@ -1,0 +1,88 @@
+"""The plan as tables."""
+
+from rich.console import Console
+from rich.table import Table
+
+from genlora_jax.plan.chips import GIB, Topology
+from genlora_jax.plan.compiled import Compiled, compile_step
+from genlora_jax.plan.estimate import Estimate, rank_meshes
+from genlora_jax.sharding import resolve
+from genlora_jax.training.recipe import Recipe
+
+SHOWN = 8
+
+
+def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None:
+    """Prints what a recipe needs on a topology.
+
+    Args:
+        recipe: The recipe.
+        topology: The chips.
+        compiled: Compile the chosen mesh's step where that can be done.
+
+    Raises:
+        ValueError: If the recipe's mesh does not fit the topology, or no mesh has the memory.
+    """
+    console = Console()
+    own = resolve(recipe.mesh, topology.count)
+    ranked = rank_meshes(recipe, topology)
+    console.print(_meshes(ranked, own, topology))
+    chosen = ranked[0]
+    if not chosen.fits:
+        raise ValueError(
+            f"no mesh of {topology.name} has the memory by this estimate: try model.remat full, "
+            "a larger train.accumulate, a shorter data.length, or more chips"
+        )
+    result = None
+    if compiled and topology.chip.tpu:
+        console.print("compiling ...")
+        result = compile_step(recipe, topology, chosen.mesh)
+    console.print(_details(chosen, result, topology))
+
+
+def _meshes(ranked: list[Estimate], own: object, topology: Topology) -> Table:
+    table = Table(
+        "data x fsdp x tensor",
+        "GiB a chip",
+        "received GiB",
+        "seconds",
+        "",
+        title=f"{topology.name}: estimates, best first",
+    )
+    for found in [e for i, e in enumerate(ranked) if i < SHOWN or e.mesh == own]:
+        notes = [] if found.fits else ["too large"]
+        notes += ["the recipe's"] if found.mesh == own else []
+        table.add_row(
+            f"{found.mesh.data} x {found.mesh.fsdp} x {found.mesh.tensor}",
+            f"{(found.arguments + found.temporaries) / GIB:.2f}",
+            f"{sum(found.moved.values()) / GIB:.2f}",
+            f"{found.seconds:.3g}",
+            ", ".join(notes),
+        )
+    return table
+
+
+def _details(chosen: Estimate, compiled: Compiled | None, topology: Topology) -> Table:
+    mesh = chosen.mesh
+    title = f"mesh: {{data: {mesh.data}, fsdp: {mesh.fsdp}, tensor: {mesh.tensor}}}"
+    table = Table("a chip", "estimate", "compiled", title=title)
+
+    def row(name: str, estimate: float, found: float | None = None) -> None:
+        shown = "-" if found is None else f"{found / GIB:.2f} GiB"
+        table.add_row(name, f"{estimate / GIB:.2f} GiB", shown)
+
+    memory, temporaries = topology.chip.memory, chosen.temporaries
+    held: tuple[float | None, ...] = (None, None, None)
+    if compiled is not None:
+        left = memory - compiled.arguments - compiled.temporaries
+        held = (compiled.arguments, compiled.temporaries, left)
+    row("arguments", chosen.arguments, held[0])
+    row("temporaries", temporaries, held[1])
+    row("memory left", memory - chosen.arguments - temporaries, held[2])
+    for name, size in chosen.moved.items():
+        table.add_row(f"received for {name}", f"{size / GIB:.2f} GiB", "-")
+    for name, size in (compiled.collectives if compiled else {}).items():
+        table.add_row(f"{name}", "-", f"{size / GIB:.2f} GiB")
+    table.add_row("TFLOP", f"{chosen.flops / 1e12:.1f}", "-")
+    table.add_row("step, by its roofline", f"{chosen.seconds:.3g} s", "-")
+    return table

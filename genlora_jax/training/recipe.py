@@ -1,0 +1,100 @@
+"""Recipes: all settings of a run, the fields of a recipe's YAML."""
+
+from dataclasses import dataclass, field
+
+from genlora_jax.config import AdapterConfig, GenLoRAConfig
+from genlora_jax.models.attention import Attention
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.llama import Remat
+from genlora_jax.sharding import MeshConfig
+from genlora_jax.training.data import DataConfig
+from genlora_jax.training.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base, and how it is computed.
+
+    Attributes:
+        path: Local directory or hub id.
+        dtype: Of the computation.
+        param_dtype: Of the base's parameters.
+        revision: Branch, tag or commit on the hub.
+        scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
+        remat: `none`, `full` or `dots`: what the backward pass recomputes.
+        attention: `auto`, `xla`, `cudnn` or `blocks`.
+        shape: What the checkpoint's `config.json` says, for planning without it.
+    """
+
+    path: str
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    revision: str | None = None
+    scan: bool = True
+    remat: Remat = "none"
+    attention: Attention = "auto"
+    shape: LlamaConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run.
+
+    Attributes:
+        output: The run's directory.
+        steps: Length of the run; None to go by `epochs`.
+        epochs: Passes over the data, if `steps` is None.
+        accumulate: Parts into which a batch is cut to save memory.
+        eval_every: Steps between evaluations; None for one at the end only.
+        save_every: Steps between checkpoints; None for one at the end only.
+        keep: Latest checkpoints to keep, beside the best.
+        chunk: Tokens of a chunk of the loss, on each device that has rows of its own.
+        seed: Seed of the adapter's initial values and of dropout.
+        init_from: An adapter directory to start from; its config must be the recipe's.
+        resume: Go on from the newest checkpoint in `output`.
+        wandb: Project at Weights & Biases; needs the extra of that name.
+        progress: Whether to show a progress bar.
+        distributed: Whether this is one of several processes; see `processes.join`.
+    """
+
+    output: str
+    steps: int | None = None
+    epochs: int = 1
+    accumulate: int = 1
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    chunk: int = 1024
+    seed: int = 0
+    init_from: str | None = None
+    resume: bool = False
+    wandb: str | None = None
+    progress: bool = True
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        for name in ("steps", "epochs", "accumulate", "eval_every", "save_every", "keep", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run; the fields of a recipe's YAML."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    adapter: AdapterConfig = field(default_factory=GenLoRAConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the fields at fault."""
+        if self.data.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"data.batch_size ({self.data.batch_size}) is no multiple of "
+                f"train.accumulate ({self.train.accumulate})"
+            )

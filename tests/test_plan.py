@@ -1,0 +1,188 @@
+"""Plans: estimates against programs compiled for CPU devices, and bytes counted in a text."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from tiny_base import REPOSITORY
+
+from genlora_jax.cli import main
+from genlora_jax.command import parse
+from genlora_jax.plan.chips import CHIPS, GIB, parse_topology
+from genlora_jax.plan.compiled import collective_bytes
+from genlora_jax.plan.estimate import candidates, estimate, rank_meshes
+from genlora_jax.plan.program import build
+from genlora_jax.sharding import MeshConfig, make_mesh, resolve
+from genlora_jax.training.recipe import Recipe
+
+RECIPE = """
+model:
+  path: nowhere
+  dtype: float32
+  param_dtype: float32
+  shape:
+    vocab_size: 64
+    hidden_size: 64
+    intermediate_size: 128
+    num_hidden_layers: 3
+    num_attention_heads: 8
+    num_key_value_heads: 8
+    head_dim: 8
+adapter: {rank: 4, group_size: 8, kernels: 2}
+data: {train: nowhere.jsonl, length: 12, batch_size: 16}
+train: {output: nowhere, steps: 10}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def recipe(file):
+    return parse(Recipe, ["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"fsdp": 1, "tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
+@pytest.mark.usefixtures("quick_to_compile")
+def test_arguments_are_those_of_the_program(recipe, sizes):
+    mesh = MeshConfig(**sizes)
+    program = build(recipe, make_mesh(mesh))
+    lowered = program.step.lower(program.state, program.params, program.batch)
+    found = lowered.compile().memory_analysis().argument_size_in_bytes
+    guess = estimate(recipe, CHIPS["v5e"], mesh).arguments
+    # Each of the many small arrays may be padded.
+    leaves = len(jax.tree.leaves((program.state, program.params, program.batch)))
+    assert abs(guess - found) <= 64 * leaves + 0.02 * found
+
+
+def test_only_meshes_that_divide_everything_are_candidates(recipe):
+    found = list(candidates(recipe, parse_topology("v5e:2x4")))
+    assert MeshConfig(fsdp=8) in found
+    assert MeshConfig(data=2, fsdp=2, tensor=2) in found
+    assert all(math.prod(dataclasses.astuple(mesh)) == 8 for mesh in found)
+    odd = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, batch_size=4))
+    assert {mesh.data * mesh.fsdp for mesh in candidates(odd, parse_topology("v5e:2x4"))} == {
+        1,
+        2,
+        4,
+    }
+
+
+def test_meshes_that_fit_come_first_and_then_those_that_receive_least(recipe):
+    topology = parse_topology("v5e:2x4")
+    ranked = rank_meshes(recipe, topology)
+    assert all(found.fits for found in ranked)
+    sums = [sum(found.moved.values()) for found in ranked]
+    assert sums == sorted(sums)
+    # Too little memory for a whole base on each chip, enough for an eighth.
+    least = min(found.arguments + found.temporaries for found in ranked)
+    tight = dataclasses.replace(
+        topology, chip=dataclasses.replace(topology.chip, memory=1.1 * least)
+    )
+    again = rank_meshes(recipe, tight)
+    assert again[0].fits
+    assert not again[-1].fits
+    assert again[0].mesh != ranked[0].mesh
+
+
+PROGRAM = """HloModule jit_step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%fused (p: bf16[8]) -> bf16[64] {
+  ROOT %all-gather.9 = bf16[64]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%fused.clone (p: bf16[8]) -> bf16[64] {
+  ROOT %all-gather.10 = bf16[64]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%body (t: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %reduced = f32[4]{0} all-reduce(%x), channel_id=1, to_apply=%add
+  %gathered = bf16[64]{0} fusion(%p), kind=kCustom, calls=%fused
+  %again = bf16[64]{0} fusion(%p), kind=kCustom, calls=%fused.clone
+}
+
+%condition (t: (s32[], f32[4])) -> pred[] {
+  %limit = s32[] constant(10)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %start = (f32[2,3]{1,0}, f32[16,3]{1,0}) all-gather-start(%a), channel_id=2, dimensions={0}
+  %done = f32[16,3]{1,0} all-gather-done(%start)
+  %loop = (s32[], f32[4]) while(%init), condition=%condition, body=%body
+}
+"""
+
+
+def test_collectives_count_as_often_as_their_loops_and_once_a_channel():
+    found = collective_bytes(PROGRAM)
+    assert found == {"all-reduce": 10 * 4 * 4, "all-gather": 10 * 64 * 2 + 16 * 3 * 4}
+
+
+@pytest.mark.usefixtures("quick_to_compile")
+def test_collectives_of_a_real_program_are_found(recipe):
+    program = build(recipe, make_mesh(MeshConfig(fsdp=8)))
+    text = program.step.lower(program.state, program.params, program.batch).compile().as_text()
+    gathered = collective_bytes(text)["all-gather"]
+    layers = program.params["model"]["layers"]
+    base = sum(
+        leaf.size * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(layers)
+        if leaf.ndim == 3
+    )
+    assert gathered > base  # forward and backward put every layer together
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9x:2x2", "gpu:8", "v5e:4xfour", "gpu:8x"])
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match="is not known: give a TPU's"):
+        parse_topology(name)
+
+
+def test_a_topology_is_chips_and_their_memory():
+    assert parse_topology("v5p:2x2x4").count == 16
+    gpus = parse_topology("gpu:8x80")
+    assert (gpus.count, gpus.chip.memory, gpus.chip.tpu) == (8, 80 * GIB, False)
+
+
+def test_the_command_prints_the_meshes_and_the_chosen_one(file, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    main(["plan", "--config", str(file), "--topology", "gpu:8x80"])
+    out = capsys.readouterr().out
+    assert "1 x 8 x 1" in out
+    assert "the recipe's" in out
+    assert "memory left" in out
+    for arguments, message in (
+        (["--topology", "nowhere"], "topology 'nowhere' is not known"),
+        (["--topology", "gpu:3x80"], "no mesh of 3 chips divides data.batch_size"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", "--config", str(file), *arguments])
+        assert message in capsys.readouterr().err
+
+
+RECIPES = {
+    "llama3_8b_gpu.yaml": "gpu:1x80",
+    "llama3_8b_gpu_8.yaml": "gpu:8x80",
+    "llama3_8b_v5e_16.yaml": "v5e:4x4",
+    "llama3_70b_v5p_64.yaml": "v5p:2x4x4",
+}
+
+
+@pytest.mark.parametrize(("name", "topology"), RECIPES.items())
+def test_a_recipe_fits_the_chips_that_it_is_for(name, topology):
+    file = REPOSITORY / "train" / "recipes" / name
+    assert topology in file.read_text().splitlines()[0]
+    recipe, topology = parse(Recipe, ["--config", str(file)]), parse_topology(topology)
+    assert estimate(recipe, topology.chip, resolve(recipe.mesh, topology.count)).fits
