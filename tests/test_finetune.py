@@ -1,5 +1,6 @@
 """`train/finetune.py`: a run, its errors, and what a killed run leaves."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 from tiny_base import REPOSITORY, write_base
 
 import train.finetune as script
+from genlora_jax.models.config import LlamaConfig
 from genlora_jax.sharding import make_mesh
 from genlora_jax.training import processes
 
@@ -320,6 +322,19 @@ def test_a_loss_that_is_not_finite_says_so_when_nothing_is_saved(run, tmp_path):
     assert status == 1
     assert "at step 2;" in err
     assert "None" not in err
+
+
+def test_a_shape_that_is_not_the_checkpoints_is_named(workshop, run, tmp_path):
+    config = json.loads((workshop / "base" / "config.json").read_text())
+    names = {field.name for field in dataclasses.fields(LlamaConfig)}
+    shape = {name: value for name, value in config.items() if name in names}
+    arguments = ["--train.steps", 1, "--model.shape", json.dumps(shape)]
+    assert run(tmp_path / "right", *arguments)[0] == 0
+    arguments[-1] = json.dumps(shape | {"rope_theta": 5e5})
+    status, _, err = run(tmp_path / "wrong", *arguments)
+    assert status == 1
+    assert "model.shape: rope_theta is 500000.0; the checkpoint has 10000.0" in err
+    assert not (tmp_path / "wrong").exists()
 
 
 # Interruptions.

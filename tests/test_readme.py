@@ -41,7 +41,7 @@ def test_command_lines_of_the_readme_run_in_order(tmp_path):
     # `make` is what runs this; `pip install` is in the Makefile.
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     lines = [line for line in lines if not line.startswith(("make ", "pip "))]
-    assert [line.split()[0] for line in lines] == ["python"] * 2 + ["genlora"] * 4
+    assert [line.split()[0] for line in lines] == ["python"] * 2 + ["genlora"] * 6
     (text,) = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(text)
     (tmp_path / "train").symlink_to(ROOT / "train")

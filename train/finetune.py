@@ -122,9 +122,8 @@ def finetune(recipe: Recipe) -> int | None:
         held_out = eval_batches(eval_examples, recipe.data)
 
     options = dataclasses.asdict(recipe.model)
-    model, params = gl.load_llama(
-        source, **{k: v for k, v in options.items() if k != "path"}, mesh=mesh
-    )
+    del options["path"], options["shape"]
+    model, params = gl.load_llama(source, **options, mesh=mesh)
     check_shape(recipe, model)
     adapter = initial_adapter(recipe, params, model)
     say(f"{gl.count_parameters(adapter):,} parameters to train")
