@@ -12,8 +12,11 @@ import gc
 import importlib
 import json
 import os
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -103,12 +106,16 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
 
         results[f"merge_r{rank}_ms"] = median_ms(merge)
     # What the program holds beyond its arguments: the kernels it was given are those it returns.
-    pairs = merge_module.pair_kernels(flatten_dict(tree), factors)
+    kernels, sides = merge_module.pair_kernels(flatten_dict(tree), factors)
     gpu = jax.default_backend() == "gpu"
-    memory = merge_module._merge_donating.lower(*pairs, 1.0, gpu).compile().memory_analysis()
-    extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    extra = 0
+    for path, kernel in kernels.items():
+        lowered = merge_module._merge_donating.lower(kernel, *sides[path], 1.0, gpu)
+        memory = lowered.compile().memory_analysis()
+        used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        extra = max(extra, used - memory.alias_size_in_bytes)
     results[f"merge_r{RANKS[-1]}_extra_gib"] = extra / GIB
-    del pairs
+    del kernels, sides
     program = jax.jit(gl.merge, donate_argnums=0)  # within a program it is XLA's alone
 
     def merge_by_xla() -> None:
@@ -117,6 +124,25 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
 
     results[f"merge_r{RANKS[-1]}_xla_ms"] = median_ms(merge_by_xla)
     return tree
+
+
+def measure_command(base: Path, params: Any, results: dict[str, Any]) -> None:
+    """Peak memory of `genlora merge`, disk to disk, above that of a command without a model."""
+    cfg = gl.LoRAConfig(rank=RANKS[0])
+    adapter, merged = base.parent / "adapter", base.parent / "merged"
+    gl.save_adapter(adapter, cfg, gl.init_adapter(cfg, jax.random.key(0), params))
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    peaks = []
+    command = [sys.executable, "-m", "genlora_jax.cli"]
+    for arguments in (
+        ["inspect", "--adapter", adapter],
+        ["merge", "--base", base, "--adapter", adapter, "--out", merged],
+    ):
+        subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
+        peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    results["merge_command_host_gib"] = (peaks[1] - peaks[0]) / GIB
+    shutil.rmtree(merged)
 
 
 class HostPeak:
@@ -166,6 +192,9 @@ def measure_files(params: Any, base: Path, results: dict[str, Any], times: int) 
     results["load_host_gib"] = peak.gib
     for path, leaf in _flat(loaded):
         assert int(jnp.sum(leaf.view(jnp.uint16).astype(jnp.uint32))) == int(sums[path]), path
+    if jax.default_backend() == "cpu":
+        measure_command(out, loaded, results)
+    for leaf in jax.tree.leaves(loaded):
         leaf.delete()
 
     shards: dict[str, Any] = {}
