@@ -1,12 +1,15 @@
-"""Softmax attention with grouped key-value heads: XLA's, cuDNN's, and one made for CPUs."""
+"""Softmax attention with grouped key-value heads: XLA's, cuDNN's, the TPU's, and one for CPUs."""
 
 import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-Attention = Literal["auto", "xla", "cudnn", "blocks"]
+from genlora_jax.models import splash
+
+Attention = Literal["auto", "xla", "cudnn", "blocks", "splash"]
 Array = jax.Array
 
 # Queries a block: few enough for their scores to fit a core's cache, and no more than this many
@@ -14,7 +17,16 @@ Array = jax.Array
 BLOCK, MOST_BLOCKS = 32, 16
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array | None, implementation: Attention) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    implementation: Attention,
+    *,
+    segments: Array | None = None,
+    mesh: Mesh | None = None,
+) -> Array:
     """Softmax attention.
 
     Args:
@@ -23,16 +35,36 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, implementation: Att
         v: As k.
         mask: Bool `[batch or 1, 1, length, slots]`, True where a query sees a key, and False
             wherever a key comes after its query; None for just that.
-        implementation: `"xla"`; `"cudnn"` (GPUs, even lengths, half precision); `"blocks"` (see
-            `attend_in_blocks`); `"auto"`: `"blocks"` on CPUs, else `"xla"`.
+        implementation: `"xla"`; `"cudnn"` (GPUs, even lengths, half precision); `"splash"` (TPUs,
+            lengths in multiples of 128; elsewhere interpreted, for tests); `"blocks"` (see
+            `attend_in_blocks`); `"auto"`: `"splash"` on TPUs where it can be, `"blocks"` on a
+            CPU, else `"xla"`.
+        segments: Int `[batch, length]` if the mask says no more than that tokens see what comes
+            before them in their own segment.
+        mesh: Devices over which batch and heads are cut.
 
     Returns:
         `[batch, length, heads, head_dim]`.
+
+    Raises:
+        ValueError: If splash attention is asked for and does not suit.
     """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    suits = segments is not None and splash.suits(q, k, mesh)
     if implementation == "auto":
-        implementation = "blocks" if jax.default_backend() == "cpu" else "xla"
+        implementation = "blocks" if platform == "cpu" and mesh is None else "xla"
+        if platform == "tpu" and suits:
+            implementation = "splash"
     if q.shape[1] != k.shape[1]:  # with a key-value cache; a handful of queries at most
         implementation = "xla"
+    if implementation == "splash":
+        if not suits or segments is None:
+            raise ValueError(
+                f"attention splash takes no {q.shape[0]} rows of {q.shape[1]} tokens and "
+                f"{k.shape[2]} heads here (multiples of {splash.LANES} tokens, of the mesh's "
+                "sizes, and no sliding window): take auto"
+            )
+        return splash.splash(q, k, v, segments, mesh, interpret=platform != "tpu")
     if implementation == "blocks":
         return attend_in_blocks(q, k, v, mask)
     return jax.nn.dot_product_attention(

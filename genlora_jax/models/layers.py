@@ -86,12 +86,15 @@ class Context:
         mask: Bool `[batch, 1, length, slots]`, True where a query sees a key; None: causal.
         sliding_mask: The mask of layers with a sliding window, where not all layers are alike.
         start: The first slot of the cache that is written.
+        segments: Int `[batch, length]`, if tokens see all that comes before them in their own, and
+            nothing else.
     """
 
     rope: tuple[Array, Array]
     mask: Any
     sliding_mask: Any
     start: Any
+    segments: Any
 
 
 class LlamaAttention(nn.Module):
@@ -126,10 +129,10 @@ class LlamaAttention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, context.start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, context.start, axis=1)
             cache = {"k": k, "v": v}
-        attention = self.blueprint.attention
-        if attention == "auto" and self.blueprint.mesh is not None:
-            attention = "xla"  # the blocks of CPUs go through a batch row by row
-        out = attend(q, k, v, mask, attention)
+        blueprint = self.blueprint
+        out = attend(
+            q, k, v, mask, blueprint.attention, segments=context.segments, mesh=blueprint.mesh
+        )
         out = out.reshape(*x.shape[:2], heads * size)
         return dense(cfg.hidden_size, cfg.attention_output_bias, "o_proj")(out), cache
 

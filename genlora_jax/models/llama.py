@@ -94,7 +94,7 @@ class LlamaForCausalLM(nn.Module):
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
         remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
             outputs of matrix products (`"dots"`).
-        attention: `"auto"`, `"xla"`, `"cudnn"` or `"blocks"`; see `attend`.
+        attention: `"auto"`, `"xla"`, `"cudnn"`, `"splash"` or `"blocks"`; see `attend`.
         mesh: Devices, with axes `data`, `fsdp` and `tensor`, over which activations are cut.
     """
 
@@ -151,7 +151,9 @@ class LlamaForCausalLM(nn.Module):
     ) -> Array:
         """Normalised hidden states `[batch, length, hidden]`: what `head` takes."""
         length = input_ids.shape[1]
-        mask = None
+        mask, segments = None, jnp.ones_like(input_ids) if segment_ids is None else segment_ids
+        if attention_mask is not None:
+            segments = jnp.where(attention_mask != 0, segments, -1)
         if attention_mask is not None or segment_ids is not None:
             mask = jnp.tril(jnp.ones((length, length), bool))[None]
             if attention_mask is not None:
@@ -164,7 +166,7 @@ class LlamaForCausalLM(nn.Module):
             positions = jnp.maximum(jnp.cumsum(attention_mask != 0, axis=1) - 1, 0)
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
-        hidden, _ = self._run(input_ids, positions, mask, 0, length, None)
+        hidden, _ = self._run(input_ids, positions, mask, 0, length, None, segments)
         return hidden
 
     def _run(
@@ -175,10 +177,12 @@ class LlamaForCausalLM(nn.Module):
         start: Any,
         slots: int,
         cache: Cache,
+        segments: Array | None,
     ) -> tuple[Array, Cache]:
         """Hidden states and cache; sees to the layers' sliding windows."""
         cfg, sliding_mask, slides = self.config, None, None
         if cfg.sliding_window is not None and cfg.sliding_window < slots:
+            segments = None  # they are not all that a token's view depends on
             own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
             causal = (other <= own)[None, None] if mask is None else mask
             sliding_mask = causal & (other > own - cfg.sliding_window)
@@ -188,7 +192,7 @@ class LlamaForCausalLM(nn.Module):
                 mask = causal
                 chosen = [i in cfg.sliding_layers for i in range(cfg.num_hidden_layers)]
                 slides = jnp.array(chosen)
-        context = Context(rotary(cfg, positions), mask, sliding_mask, start)
+        context = Context(rotary(cfg, positions), mask, sliding_mask, start, segments)
         return self.model(input_ids, context, slides, cache)
 
     def head(self, hidden: Array) -> Array:
@@ -215,7 +219,7 @@ class LlamaForCausalLM(nn.Module):
         slots = visible.shape[1]
         own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
         mask = ((other <= own) & visible[:, None, :] | (other == own))[:, None]
-        hidden, cache = self._run(input_ids, positions, mask, start, slots, cache)
+        hidden, cache = self._run(input_ids, positions, mask, start, slots, cache, None)
         return self.head(hidden), cache
 
     def init_cache(self, batch: int, slots: int) -> Cache:

@@ -104,7 +104,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     inner = 6 * hidden + (2 * heads + 2 * groups) * cfg.head_dim // tensor
     inner += 4 * cfg.intermediate_size // tensor
     scores = rows * heads // tensor * length * length * (4 + width)
-    working = tokens * inner * width + (0 if _flash(recipe) else scores)
+    working = tokens * inner * width + (0 if _keeps_no_scores(recipe, chip) else scores)
     kept = layers * tokens * hidden * width if model.remat == "full" else layers * working
     chunk = max(1, -(-train.chunk // rows)) * rows
     temporaries = {
@@ -148,8 +148,10 @@ def _factor_values(mesh: MeshConfig, adapter: Any, rank: int) -> int:
     return total
 
 
-def _flash(recipe: Recipe) -> bool:
-    return recipe.model.attention == "cudnn"
+def _keeps_no_scores(recipe: Recipe, chip: Chip) -> bool:
+    """Whether attention's scores stay within the chip."""
+    attention = recipe.model.attention
+    return attention in ("cudnn", "splash") or (attention == "auto" and chip.tpu)
 
 
 def _abstract(mesh: MeshConfig) -> Any:

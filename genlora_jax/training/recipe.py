@@ -22,7 +22,7 @@ class ModelConfig:
         revision: Branch, tag or commit on the hub.
         scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
         remat: `none`, `full` or `dots`: what the backward pass recomputes.
-        attention: `auto`, `xla`, `cudnn` or `blocks`.
+        attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         shape: What the checkpoint's `config.json` says, for planning without it.
     """
 

@@ -1,0 +1,78 @@
+"""Splash attention: the TPU's kernel, which never writes scores to memory, over a mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+BLOCK, LANES = 512, 128
+Array = jax.Array
+
+
+def suits(q: Array, k: Array, mesh: Mesh | None) -> bool:
+    """Whether the kernel takes these: no cache, whole blocks, heads that the mesh divides."""
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return (
+        q.shape[1] == k.shape[1]
+        and q.shape[1] % LANES == 0
+        and k.shape[2] % tensor == 0
+        and q.shape[0] % rows == 0
+    )
+
+
+def splash(
+    q: Array, k: Array, v: Array, segments: Array, mesh: Mesh | None, *, interpret: bool = False
+) -> Array:
+    """Causal softmax attention within segments.
+
+    Args:
+        q: `[batch, length, heads, head_dim]`.
+        k: `[batch, length, kv_heads, head_dim]`.
+        v: As k.
+        segments: Int `[batch, length]`.
+        mesh: Devices over which batch and heads are cut.
+        interpret: Run as plain JAX, on any device.
+
+    Returns:
+        `[batch, length, heads, head_dim]`.
+    """
+
+    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        batch, length, heads, size = q.shape
+        groups = k.shape[2]
+        mask = kernels.MultiHeadMask([kernels.CausalMask((length, length))] * (heads // groups))
+        block = next(b for b in (BLOCK, 256, LANES) if length % b == 0)
+        sizes = kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        )
+        one: Any = kernels.make_splash_mqa_single_device(
+            mask, block_sizes=sizes, interpret=interpret
+        )
+        scaled = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
+        scaled = scaled.reshape(batch, length, groups, heads // groups, size)
+        out = jax.vmap(jax.vmap(one, in_axes=(0, 0, 0, None)))(
+            scaled.transpose(0, 2, 3, 1, 4),
+            k.swapaxes(1, 2),
+            v.swapaxes(1, 2),
+            kernels.SegmentIds(segments, segments),
+        )
+        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+    if mesh is None:
+        return local(q, k, v, segments)
+    batch = ("data", "fsdp")
+    own = P(batch, None, "tensor", None)
+    # Whether values differ between devices is not followed through the kernel.
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=(own, own, own, P(batch)), out_specs=own, check_vma=False
+    )
+    return spread(q, k, v, segments)
