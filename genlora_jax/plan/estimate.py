@@ -103,19 +103,17 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     # Of one layer, for its backward pass: what goes in and out of every product, and the scores.
     inner = 6 * hidden + (2 * heads + 2 * groups) * cfg.head_dim // tensor
     inner += 4 * cfg.intermediate_size // tensor
-    scores = rows * heads // tensor * length * length * (4 + width)
+    scores = rows * heads // tensor * length * length * (4 + width + 4)  # and their gradient
     working = tokens * inner * width + (0 if _keeps_no_scores(recipe, chip) else scores)
     kept = layers * tokens * hidden * width if model.remat == "full" else layers * working
     chunk = max(1, -(-train.chunk // rows)) * rows
-    temporaries = {
-        "layers' inputs": kept,
-        "one layer": working if model.remat == "full" else 0,
-        "a layer's kernels": layer_bytes if mesh.fsdp > 1 else 0,
-        "head": head_values * width // tensor if mesh.fsdp > 1 else 0,
-        "a chunk's logits": 2 * chunk * cfg.vocab_size * 4 // tensor,
-        # In float32, their gradients likewise, and a copy in the model's dtype.
-        "factors": _factor_values(mesh, adapter, rank) * (4 + 4 + width),
-    }
+    # In float32, their gradients likewise, and a copy in the model's dtype.
+    factors = _factor_values(mesh, adapter, rank) * (4 + 4 + width)
+    put_together = layer_bytes, head_values * width // tensor
+    gathered = put_together if mesh.fsdp > 1 else (0, 0)
+    in_a_layer = gathered[0] + (working if model.remat == "full" else 0)
+    in_the_head = gathered[1] + 2 * chunk * cfg.vocab_size * 4 // tensor
+    temporaries = kept + factors + max(in_a_layer, in_the_head)
     arguments = params + 3 * 4 * trained + 13 * rows * train.accumulate * length
 
     steps = train.accumulate
@@ -132,8 +130,8 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     flops /= tensor
     read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
     seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
-    total = sum(temporaries.values())
-    return Estimate(mesh, arguments, total, flops, moved, seconds, arguments + total < chip.memory)
+    fits = arguments + temporaries < chip.memory
+    return Estimate(mesh, arguments, temporaries, flops, moved, seconds, fits)
 
 
 def _factor_values(mesh: MeshConfig, adapter: Any, rank: int) -> int:
