@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared foreign clean
+.PHONY: quickstart test check shared foreign soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -40,6 +40,10 @@ $(FOREIGN)/ready: pyproject.toml constraints.txt
 	$(FOREIGN)/bin/pip install --quiet --requirement $(FOREIGN)/pins.txt transformers==4.57.6
 	$(FOREIGN)/bin/pip install --quiet --no-deps --editable .
 	touch $@
+
+# A run killed a hundred times; a quarter of an hour, and so not in `test`.
+soak: $(VENV)/ready
+	$(BIN)/python -m pytest -s tests/soak.py
 
 clean:
 	rm -rf $(VENV) $(FOREIGN) out
