@@ -51,22 +51,32 @@ def unmerge(merged: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bo
 def _add(params: Mapping[str, Any], factors: Mapping[str, Any], sign: float, donate: bool) -> Any:
     flat = flatten_dict(dict(params))
     kernels, sides = pair_kernels(flat, factors)
-    program = _merge_donating if donate else _merge_copying
     # A kernel a program: each needs memory of its own only while it runs, and the parameters
     # without factors are neither copied nor donated.
     merged = {
-        path: program(kernel, *sides[path], sign, _on_one_gpu(kernel))
-        for path, kernel in kernels.items()
+        path: _merge_one(kernel, *sides[path], sign, donate) for path, kernel in kernels.items()
     }
     return unflatten_dict(flat | merged)
 
 
-def _on_one_gpu(kernel: Any) -> bool:
-    """Whether our own kernel may take it: it runs on NVIDIA GPUs, and XLA cannot partition it."""
+def _merge_one(kernel: Any, a: Any, b: Any, sign: float, donate: bool) -> Any:
+    platform = _platform(kernel)
+    if platform == "cpu" and kernel.ndim == 3:
+        # In one program XLA would copy a whole bfloat16 stack on CPUs before it writes to it.
+        kernel = kernel if donate else jnp.copy(kernel)
+        for i in range(kernel.shape[0]):
+            kernel = _write_layer(kernel, _merge_layer(kernel, a, b, i, sign), i)
+        return kernel
+    program = _merge_donating if donate else _merge_copying
+    return program(kernel, a, b, sign, platform == "gpu")
+
+
+def _platform(kernel: Any) -> str | None:
+    """The platform of a concrete array on one device; None for what XLA has to partition."""
     if not isinstance(kernel, jax.Array) or isinstance(kernel, jax.core.Tracer):
-        return False
+        return None
     devices = kernel.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "gpu"
+    return next(iter(devices)).platform if len(devices) == 1 else None
 
 
 def pair_kernels(
@@ -105,27 +115,39 @@ def pair_kernels(
     return kernels, pairs
 
 
+def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, sign: float) -> jax.Array:
+    delta = jnp.matmul(
+        a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return (kernel.astype(jnp.float32) + sign * delta).astype(kernel.dtype)
+
+
 def _merge(
     kernel: jax.Array, a: jax.Array, b: jax.Array, sign: float, on_one_gpu: bool
 ) -> jax.Array:
     if on_one_gpu and merge_kernel.fits(kernel.shape):
         return merge_kernel.add_product(kernel, a, b, sign=sign)
-
-    def one(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        delta = jnp.matmul(
-            a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
-        return (kernel.astype(jnp.float32) + sign * delta).astype(kernel.dtype)
-
     if kernel.ndim == 2:
-        return one(kernel, a, b)
+        return _sum(kernel, a, b, sign)
 
     # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
     def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
         own = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(kernel, one(own, a[i], b[i]), i, 0)
+        return jax.lax.dynamic_update_index_in_dim(kernel, _sum(own, a[i], b[i], sign), i, 0)
 
     return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
+
+
+@functools.partial(jax.jit, static_argnames="sign")
+def _merge_layer(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, i: jax.Array, sign: float
+) -> jax.Array:
+    return _sum(kernel[i], a[i], b[i], sign)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(kernel: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(kernel, layer, i, 0)
 
 
 _STATIC = ("sign", "on_one_gpu")

@@ -28,8 +28,8 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 NAMES = {kind: name for name, kind in DTYPES.items()}
-# Tensors in flight: enough for the disk to be busy, few enough to cost no memory to speak of.
-WINDOW = 4
+# Tensors in flight: enough to keep the disk busy, few enough to cost no memory to speak of.
+WINDOW = 2
 STRIP = 32  # rows transposed at a time: their columns' cache lines fit the cache
 
 

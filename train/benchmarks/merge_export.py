@@ -12,7 +12,6 @@ import gc
 import importlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -105,17 +104,8 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
             tree = jax.block_until_ready(gl.merge(tree, factors, donate=True))  # noqa: B023
 
         results[f"merge_r{rank}_ms"] = median_ms(merge)
-    # What the program holds beyond its arguments: the kernels it was given are those it returns.
-    kernels, sides = merge_module.pair_kernels(flatten_dict(tree), factors)
-    gpu = jax.default_backend() == "gpu"
-    extra = 0
-    for path, kernel in kernels.items():
-        lowered = merge_module._merge_donating.lower(kernel, *sides[path], 1.0, gpu)
-        memory = lowered.compile().memory_analysis()
-        used = memory.temp_size_in_bytes + memory.output_size_in_bytes
-        extra = max(extra, used - memory.alias_size_in_bytes)
-    results[f"merge_r{RANKS[-1]}_extra_gib"] = extra / GIB
-    del kernels, sides
+    if jax.default_backend() == "gpu":
+        results[f"merge_r{RANKS[-1]}_extra_gib"] = program_memory(tree, factors) / GIB
     program = jax.jit(gl.merge, donate_argnums=0)  # within a program it is XLA's alone
 
     def merge_by_xla() -> None:
@@ -126,6 +116,18 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
     return tree
 
 
+def program_memory(tree: Any, factors: Any) -> int:
+    """Most that merging a kernel holds beyond its arguments, in whose memory its result lies."""
+    kernels, sides = merge_module.pair_kernels(flatten_dict(tree), factors)
+    extra = 0
+    for path, kernel in kernels.items():
+        lowered = merge_module._merge_donating.lower(kernel, *sides[path], 1.0, True)
+        memory = lowered.compile().memory_analysis()
+        used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        extra = max(extra, used - memory.alias_size_in_bytes)
+    return extra
+
+
 def measure_command(base: Path, params: Any, results: dict[str, Any]) -> None:
     """Peak memory of `genlora merge`, disk to disk, above that of a command without a model."""
     cfg = gl.LoRAConfig(rank=RANKS[0])
@@ -133,14 +135,20 @@ def measure_command(base: Path, params: Any, results: dict[str, Any]) -> None:
     gl.save_adapter(adapter, cfg, gl.init_adapter(cfg, jax.random.key(0), params))
     for leaf in jax.tree.leaves(params):
         leaf.delete()
+    # The command's own word: what the kernel says of children includes the parent they come from.
+    code = (
+        "import sys; from pathlib import Path; from genlora_jax.cli import main; main();"
+        "print(next(line for line in Path('/proc/self/status').read_text().splitlines()"
+        " if line.startswith('VmHWM')))"
+    )
     peaks = []
-    command = [sys.executable, "-m", "genlora_jax.cli"]
     for arguments in (
         ["inspect", "--adapter", adapter],
         ["merge", "--base", base, "--adapter", adapter, "--out", merged],
     ):
-        subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
-        peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks.append(int(said.split()[-2]) * 1024)
     results["merge_command_host_gib"] = (peaks[1] - peaks[0]) / GIB
     shutil.rmtree(merged)
 
