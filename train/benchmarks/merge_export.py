@@ -66,7 +66,8 @@ def random_params(model: LlamaForCausalLM) -> Any:
     return unflatten_dict(flat)
 
 
-def median_ms(run: Callable[[], Any], times: int = 9) -> float:
+def median_ms(run: Callable[[], Any]) -> float:
+    times = 9 if jax.default_backend() == "gpu" else 3
     run()
     spans = []
     for _ in range(times):
