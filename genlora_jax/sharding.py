@@ -17,8 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+from genlora_jax.models.config import AXES, BATCH
 
 _IN, _OUT = ("fsdp", "tensor"), ("tensor", "fsdp")
 # Pattern on a parameter's last two names -> axes of the mesh over its last dimensions. What no
@@ -122,6 +121,11 @@ def _spec(path: tuple[str, ...], dimensions: int) -> P:
 def named(mesh: Mesh, specs: Any) -> Any:
     """Specs as shardings of a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def constrain(x: jax.Array, where: NamedSharding | None) -> jax.Array:
+    """Inside a program: x, laid out so; None leaves it to the compiler."""
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
 def check_params(mesh: Mesh, params: Mapping[str, Any]) -> None:

@@ -7,13 +7,15 @@ starts, restores, trains or saves. The losses must be those of a run that was le
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
-from tiny_base import REPOSITORY, write_base
+from finetune_process import start_finetune
+from tiny_base import write_base
+
+from genlora_jax.training.metrics import read_records
 
 KILLS = int(os.environ.get("KILLS", "100"))
 STEPS = 40 * KILLS
@@ -27,27 +29,11 @@ train: {{output: {here}/out, steps: {steps}, progress: false, save_every: 7}}
 
 
 def launch(here, *arguments):
-    command = [sys.executable, "train/finetune.py", "--config", here / "recipe.yaml", *arguments]
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_COMPILATION_CACHE_DIR": str(here / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    return start_finetune(here / "recipe.yaml", *arguments, cache=here / "compiled")
 
 
 def losses(output):
-    found = {}
-    if (output / "metrics.jsonl").exists():
-        for line in (output / "metrics.jsonl").read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # what a kill left of a line
-            found[record["step"]] = record["loss"]
-    return found
+    return {record["step"]: record["loss"] for record in read_records(output, STEPS)}
 
 
 def saved(output):
@@ -61,19 +47,19 @@ def test_no_kill_at_any_moment_changes_the_losses(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(here=tmp_path, steps=STEPS))
     alone = launch(tmp_path, "--train.output", tmp_path / "alone")
-    assert alone.wait() == 0, alone.stderr.read().decode()
+    assert alone.wait() == 0, alone.stderr.read()
 
     output, rng, newest = tmp_path / "out", random.Random(0), 0
     for kill in range(KILLS):
         resume = ["--train.resume", "true"] if newest else []
         if not newest and output.exists():
-            subprocess.run(["rm", "-r", output], check=True)  # killed before its first save
+            shutil.rmtree(output)  # killed before its first save
         life = launch(tmp_path, *resume)
         began, end = time.monotonic(), rng.uniform(0.5, 12.0)
         while time.monotonic() < began + end and life.poll() is None:
             time.sleep(0.01)
         if life.poll() is not None:
-            assert life.returncode == 0, life.stderr.read().decode()
+            assert life.returncode == 0, life.stderr.read()
             break
         life.send_signal(signal.SIGKILL)
         life.wait()
@@ -83,7 +69,7 @@ def test_no_kill_at_any_moment_changes_the_losses(tmp_path):
         print(f"kill {kill}: at {end:.1f} s, newest checkpoint {newest}", flush=True)
     else:
         life = launch(tmp_path, "--train.resume", "true")
-        assert life.wait() == 0, life.stderr.read().decode()
+        assert life.wait() == 0, life.stderr.read()
     ours, theirs = losses(output), losses(tmp_path / "alone")
     assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
     np.testing.assert_array_equal(list(ours.values()), list(theirs.values()))

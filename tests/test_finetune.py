@@ -3,18 +3,17 @@
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from finetune_process import start_finetune
 from safetensors.numpy import load_file
-from tiny_base import REPOSITORY, write_base
+from tiny_base import write_base
 
 import train.finetune as script
 from genlora_jax.models.config import LlamaConfig
@@ -81,21 +80,8 @@ def launch(workshop, compilation_cache):
     """A function that starts the script in a process of its own."""
 
     def start(output, *arguments):
-        environment = os.environ | {
-            "PYTHONPATH": str(REPOSITORY),
-            "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
-        command = [sys.executable, "train/finetune.py", "--config", workshop / "recipe.yaml"]
-        return subprocess.Popen(
-            [*command, "--train.output", output, *arguments],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        recipe = workshop / "recipe.yaml"
+        return start_finetune(recipe, "--train.output", output, *arguments, cache=compilation_cache)
 
     return start
 

@@ -2,23 +2,24 @@
 
 import itertools
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from tiny_base import REPOSITORY, write_base
+from finetune_process import start_finetune
+from tiny_base import write_base
 
+from genlora_jax.training.metrics import read_records
+
+STEPS = 40
 RECIPE = """
 model: {{path: {here}/base, dtype: float32, param_dtype: float32}}
 adapter: {{rank: 4, alpha: 8.0, group_size: 4, kernels: 2, targets: [q_proj, up_proj]}}
 data: {{train: {here}/rows.jsonl, eval: {here}/eval.jsonl, length: 8, batch_size: 8, pack: false}}
 optim: {{learning_rate: 0.003}}
-train: {{output: out, steps: 40, progress: false, save_every: 5, eval_every: 20}}
+train: {{output: out, steps: {steps}, progress: false, save_every: 5, eval_every: 20}}
 """
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
 
@@ -30,7 +31,7 @@ def workshop(tmp_path_factory):
     for name, count in (("rows", 52), ("eval", 11)):  # no multiples of a batch
         rows = [{"prompt": f"{i % 7} and", "completion": f" {i % 5}"} for i in range(count)]
         (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (here / "recipe.yaml").write_text(RECIPE.format(here=here))
+    (here / "recipe.yaml").write_text(RECIPE.format(here=here, steps=STEPS))
     return here
 
 
@@ -43,33 +44,21 @@ def launch(workshop, tmp_path_factory):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "train/finetune.py", "--config", workshop / "recipe.yaml"]
-        command += ["--train.output", output, *arguments]
+        flags = ["--train.distributed", "true"] if processes > 1 else []
         started = []
         for index in range(processes):
-            environment = os.environ | {
-                "PYTHONPATH": str(REPOSITORY),
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            }
+            environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
             if processes > 1:
                 environment |= {
                     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                     "JAX_NUM_PROCESSES": str(processes),
                     "JAX_PROCESS_ID": str(index),
                 }
-            flags = ["--train.distributed", "true"] if processes > 1 else []
-            started.append(
-                subprocess.Popen(
-                    [*command, *flags],
-                    cwd=REPOSITORY,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
+            recipe = workshop / "recipe.yaml"
+            process = start_finetune(
+                recipe, "--train.output", output, *arguments, *flags, cache=cache, **environment
             )
+            started.append(process)
         return started
 
     return start
@@ -84,8 +73,7 @@ def finish(started):
 
 def losses(output):
     """The losses of a run by step, and those of its evaluations."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(output, STEPS)
     training = {record["step"]: record["loss"] for record in records if "loss" in record}
     return training, {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
 
@@ -150,15 +138,10 @@ def test_a_killed_process_and_a_restart_elsewhere_change_nothing(launch, alone, 
 
 
 def test_a_process_without_its_fellows_is_told_what_is_missing(workshop, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_PROCESSES": "2"}
-    command = [sys.executable, "train/finetune.py", "--config", workshop / "recipe.yaml"]
-    done = subprocess.run(
-        [*command, "--train.output", tmp_path / "out", "--train.distributed", "true"],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    arguments = ("--train.output", tmp_path / "out", "--train.distributed", "true")
+    recipe = workshop / "recipe.yaml"
+    done = start_finetune(recipe, *arguments, cache=tmp_path, JAX_NUM_PROCESSES="2")
+    _, err = done.communicate(timeout=240)
     assert done.returncode == 1
-    assert "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID must be set as well" in done.stderr
+    assert "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID must be set as well" in err
     assert not (tmp_path / "out").exists()

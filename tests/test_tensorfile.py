@@ -54,6 +54,14 @@ def test_safetensors_reads_what_is_written_in_any_order(arrays, tmp_path):
         np.testing.assert_array_equal(found[name], value)
 
 
+def test_a_tensor_of_another_size_than_announced_is_refused(arrays, tmp_path):
+    with (
+        TensorWriter(tmp_path / "file", arrays) as writer,
+        pytest.raises(ValueError, match="tensor matrix has 56 bytes, not 140"),
+    ):
+        writer.write("matrix", arrays["matrix"][:2])
+
+
 def test_other_dtypes_are_refused_by_name(tmp_path):
     save_file({"packed": np.zeros(4, np.int8)}, tmp_path / "file")
     with pytest.raises(ValueError, match="tensor packed is of dtype I8"):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
-from genlora_jax.hf.checkpoint import load_tokenizer, locate
+from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
@@ -74,10 +74,11 @@ def make_output(output: Path) -> None:
         raise PermissionError(f"cannot make train.output {output}: {error.strerror}") from error
 
 
-def check_shape(recipe: Recipe, model: Any) -> None:
+def check_shape(recipe: Recipe, source: Path) -> None:
     """Raises ValueError if the recipe's shape of the model, where it has one, is another."""
-    for field in dataclasses.fields(model.config) if recipe.model.shape else ():
-        said, found = (getattr(x, field.name) for x in (recipe.model.shape, model.config))
+    config = model_config(source)
+    for field in dataclasses.fields(config) if recipe.model.shape else ():
+        said, found = (getattr(x, field.name) for x in (recipe.model.shape, config))
         if said != found:
             raise ValueError(f"model.shape: {field.name} is {said}; the checkpoint has {found}")
 
@@ -123,8 +124,8 @@ def finetune(recipe: Recipe) -> int | None:
 
     options = dataclasses.asdict(recipe.model)
     del options["path"], options["shape"]
+    check_shape(recipe, source)  # before minutes of loading, not after
     model, params = gl.load_llama(source, **options, mesh=mesh)
-    check_shape(recipe, model)
     adapter = initial_adapter(recipe, params, model)
     say(f"{gl.count_parameters(adapter):,} parameters to train")
 

@@ -24,7 +24,7 @@ from genlora_jax.hf.checkpoint import (
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import TensorWriter, in_threads, transpose
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
-from genlora_jax.sharding import replicated
+from genlora_jax.sharding import constrain, replicated
 from genlora_jax.storage import new_directory
 
 
@@ -91,7 +91,7 @@ def _check_shapes(source: Path, params: Mapping[str, Any], flat: Mapping[Any, An
 
 
 def _bytes(tensor: Tensor, flat: Mapping[Any, Any], kind: np.dtype) -> int:
-    return int(np.prod(_shape(tensor, flat))) * kind.itemsize
+    return int(np.prod(tensor.shape_in_file(flat[tensor.path].shape))) * kind.itemsize
 
 
 def _shards(
@@ -128,15 +128,13 @@ def _write_shards(
     with contextlib.ExitStack() as stack:
         writers = []
         for file, shard in zip(files, shards, strict=True):
-            shapes = {t.name: jax.ShapeDtypeStruct(_shape(t, flat), kind) for t in shard}
+            shapes = {
+                t.name: jax.ShapeDtypeStruct(t.shape_in_file(flat[t.path].shape), kind)
+                for t in shard
+            }
             writers.append(stack.enter_context(TensorWriter(file, shapes)))
         for _ in in_threads(write, fetched(writers)):
             pass
-
-
-def _shape(tensor: Tensor, flat: Mapping[Any, Any]) -> tuple[int, ...]:
-    shape = flat[tensor.path].shape[0 if tensor.index is None else 1 :]
-    return shape[::-1] if tensor.transposed else shape
 
 
 def _fetch(leaf: Any, index: int | None, kind: np.dtype, turn: bool) -> Any:
@@ -147,7 +145,7 @@ def _fetch(leaf: Any, index: int | None, kind: np.dtype, turn: bool) -> Any:
     if index is not None or turn or leaf.dtype != kind or spread:
         mesh = getattr(leaf.sharding, "mesh", None)
         leaf = _cut(leaf, index, kind, turn, replicated(mesh) if spread and mesh else None)
-    if spread:  # each device has it all now; one is enough
+    if spread and leaf.is_fully_replicated:  # one device's copy is enough
         leaf = leaf.addressable_data(0)
     if jax.default_backend() == "cpu":
         return leaf
@@ -159,7 +157,7 @@ def _fetch(leaf: Any, index: int | None, kind: np.dtype, turn: bool) -> Any:
 def _cut(leaf: jax.Array, index: int | None, kind: np.dtype, turn: bool, home: Any) -> jax.Array:
     value = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
     value = (value.T if turn else value).astype(kind)
-    return value if home is None else jax.lax.with_sharding_constraint(value, home)
+    return constrain(value, home)
 
 
 def _copy_companions(source: Path, directory: Path, kind: np.dtype) -> None:

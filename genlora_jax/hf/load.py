@@ -114,8 +114,7 @@ def _read_leaves(
         homes = {path: NamedSharding(mesh, specs[path]) for path in shapes}
 
     def read(tensor: Tensor) -> Any:
-        shape = shapes[tensor.path].shape[0 if tensor.index is None else 1 :]
-        stored = shape[::-1] if tensor.transposed else shape
+        stored = tensor.shape_in_file(shapes[tensor.path].shape)
         turn = tensor.transposed and on_host
 
         def rows(index: Any) -> np.ndarray:
@@ -125,7 +124,7 @@ def _read_leaves(
 
         if mesh is None:
             return jax.device_put(rows(None))
-        shape = shape if turn else stored
+        shape = stored[::-1] if turn else stored
         home = _reading(mesh, shape, axis=len(shape) - 1 if turn else 0)
         return jax.make_array_from_callback(shape, home, rows)
 
@@ -158,11 +157,11 @@ def _reading(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:
 @functools.partial(jax.jit, static_argnames=("dtype", "turn", "home"))
 def _convert(value: jax.Array, dtype: Any, turn: bool, home: Any) -> jax.Array:
     value = (value.T if turn else value).astype(dtype)
-    return value if home is None else jax.lax.with_sharding_constraint(value, home)
+    return sharding.constrain(value, home)
 
 
 @functools.partial(jax.jit, static_argnames=("turn", "home"), donate_argnums=0)
 def _place(leaf: jax.Array, value: jax.Array, index: int, turn: bool, home: Any) -> jax.Array:
     value = (value.T if turn else value).astype(leaf.dtype)
     whole = jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0)
-    return whole if home is None else jax.lax.with_sharding_constraint(whole, home)
+    return sharding.constrain(whole, home)

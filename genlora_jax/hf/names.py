@@ -36,6 +36,11 @@ class Tensor:
     index: int | None
     transposed: bool
 
+    def shape_in_file(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the tensor whose place is in a leaf of this shape."""
+        own = leaf if self.index is None else leaf[1:]
+        return own[::-1] if self.transposed else own
+
 
 def tensors(params: Mapping[str, Any]) -> Iterator[Tensor]:
     """Every tensor of a tree of parameters, scanned or unrolled, in the tree's order."""

@@ -117,15 +117,22 @@ class TensorWriter:
         self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.truncate(self._file, 8 + len(text) + end)
         self._put(struct.pack("<Q", len(text)) + text, 0)
-        self._starts = {
-            name: 8 + len(text) + said["data_offsets"][0]
+        self._places = {
+            name: [8 + len(text) + offset for offset in said["data_offsets"]]
             for name, said in header.items()
             if name != "__metadata__"
         }
 
     def write(self, name: str, value: np.ndarray) -> None:
-        """Writes one tensor; threads may write several at once."""
-        self._put(np.ascontiguousarray(value).reshape(-1).view(np.uint8), self._starts[name])
+        """Writes one tensor; threads may write several at once.
+
+        Raises:
+            ValueError: If it is not of the size that was announced.
+        """
+        start, end = self._places[name]
+        if value.nbytes != end - start:
+            raise ValueError(f"tensor {name} has {value.nbytes} bytes, not {end - start}")
+        self._put(np.ascontiguousarray(value).reshape(-1).view(np.uint8), start)
 
     def _put(self, data: Any, start: int) -> None:
         view = memoryview(data)

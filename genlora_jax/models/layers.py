@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genlora_jax.models.attention import Attention, attend
-from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.config import BATCH, LlamaConfig
 from genlora_jax.models.rope import rotate
 
 Cache = Any  # per layer {"k", "v": [..., batch, slots, kv_heads, head_dim]}
@@ -30,9 +30,6 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         return wide.astype(x.dtype) * scale.astype(x.dtype)
-
-
-BATCH = ("data", "fsdp")  # axes of the mesh that cut a batch
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Splash attention: the TPU's kernel, which never writes scores to memory, over a mesh."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from genlora_jax.models.config import BATCH
+
 BLOCK, LANES = 512, 128
 Array = jax.Array
 
@@ -15,7 +18,7 @@ Array = jax.Array
 def suits(q: Array, k: Array, mesh: Mesh | None) -> bool:
     """Whether the kernel takes these: no cache, whole blocks, heads that the mesh divides."""
     tensor = 1 if mesh is None else mesh.shape["tensor"]
-    rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
     return (
         q.shape[1] == k.shape[1]
         and q.shape[1] % LANES == 0
@@ -69,10 +72,9 @@ def splash(
 
     if mesh is None:
         return local(q, k, v, segments)
-    batch = ("data", "fsdp")
-    own = P(batch, None, "tensor", None)
+    own = P(BATCH, None, "tensor", None)
     # Whether values differ between devices is not followed through the kernel.
     spread = jax.shard_map(
-        local, mesh=mesh, in_specs=(own, own, own, P(batch)), out_specs=own, check_vma=False
+        local, mesh=mesh, in_specs=(own, own, own, P(BATCH)), out_specs=own, check_vma=False
     )
     return spread(q, k, v, segments)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 
@@ -54,8 +54,7 @@ def parse_topology(name: str) -> Topology:
     kind, _, sizes = name.partition(":")
     if kind == "gpu" and (gpus := re.fullmatch(r"(\d+)x(\d+)", sizes)):
         count, memory = map(int, gpus.groups())
-        chip = Chip(memory * GIB, GPU.flops, GPU.bandwidth, GPU.link, False)
-        return Topology(name, chip, count)
+        return Topology(name, replace(GPU, memory=memory * GIB), count)
     if kind in CHIPS and re.fullmatch(r"\d+(x\d+)*", sizes):
         return Topology(name, CHIPS[kind], math.prod(map(int, sizes.split("x"))))
     raise ValueError(

@@ -1,9 +1,10 @@
 """What a step needs on a mesh, from shapes alone.
 
-Arguments are exact. Temporaries and bytes between chips are those of the largest terms, each on a
-line of its own, for attention whose scores exist for one layer at a time.
+Arguments are exact but for padding. Temporaries and bytes between chips are those of the largest
+terms, for attention whose scores exist for one layer at a time.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh
 
-from genlora_jax.adapter import init_adapter
+from genlora_jax.adapter import generate_factors, init_adapter
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Chip, Topology
 from genlora_jax.plan.program import model_shape
@@ -50,7 +50,7 @@ class Estimate:
 
 def candidates(recipe: Recipe, topology: Topology) -> Iterator[MeshConfig]:
     """Every mesh of so many chips that divides the recipe's model and batch."""
-    shapes = parameter_shapes(LlamaForCausalLM(model_shape(recipe)))
+    shapes = _trees(recipe)[0]
     sizes = [n for n in range(1, topology.count + 1) if topology.count % n == 0]
     for data in sizes:
         for fsdp in (n for n in sizes if topology.count % (data * n) == 0):
@@ -84,12 +84,9 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     cfg = model_shape(recipe)
     model, train = recipe.model, recipe.train
     width = jnp.dtype(model.dtype).itemsize
-    shapes = parameter_shapes(LlamaForCausalLM(cfg, param_dtype=jnp.dtype(model.param_dtype)))
-    params = _shard_bytes(mesh, shapes)
-    adapter = jax.eval_shape(lambda: init_adapter(recipe.adapter, jax.random.key(0), shapes))
+    shapes, adapter, factors = _trees(recipe)
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
-    rank = recipe.adapter.rank
-    sides = sum(t.depth * (t.d_in + t.d_out) * rank for t in adapter.spec.targets)
+    sides = sum(leaf.size for leaf in jax.tree.leaves(factors))
 
     rows = recipe.data.batch_size // (mesh.data * mesh.fsdp * train.accumulate)  # of a part
     length, hidden, tensor = recipe.data.length, cfg.hidden_size, mesh.tensor
@@ -107,13 +104,14 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     working = tokens * inner * width + (0 if _keeps_no_scores(recipe, chip) else scores)
     kept = layers * tokens * hidden * width if model.remat == "full" else layers * working
     chunk = max(1, -(-train.chunk // rows)) * rows
-    # In float32, their gradients likewise, and a copy in the model's dtype.
-    factors = _factor_values(mesh, adapter, rank) * (4 + 4 + width)
+    # Factors in float32, their gradients likewise, and a copy in the model's dtype.
+    own_factors = _own_values(mesh, factors, factor_specs(factors)) * (4 + 4 + width)
     put_together = layer_bytes, head_values * width // tensor
     gathered = put_together if mesh.fsdp > 1 else (0, 0)
     in_a_layer = gathered[0] + (working if model.remat == "full" else 0)
     in_the_head = gathered[1] + 2 * chunk * cfg.vocab_size * 4 // tensor
-    temporaries = kept + factors + max(in_a_layer, in_the_head)
+    temporaries = kept + own_factors + max(in_a_layer, in_the_head)
+    params = _own_values(mesh, shapes, param_specs(shapes)) * jnp.dtype(model.param_dtype).itemsize
     arguments = params + 3 * 4 * trained + 13 * rows * train.accumulate * length
 
     steps = train.accumulate
@@ -134,18 +132,6 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     return Estimate(mesh, arguments, temporaries, flops, moved, seconds, fits)
 
 
-def _factor_values(mesh: MeshConfig, adapter: Any, rank: int) -> int:
-    """Values of a chip's share of the factors."""
-    total = 0
-    for target in adapter.spec.targets:
-        sides = {"a": np.empty((target.d_in, rank)), "b": np.empty((rank, target.d_out))}
-        specs = factor_specs({target.kernels[0].path[-1]: sides})
-        for side, spec in specs[target.kernels[0].path[-1]].items():
-            parts = math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
-            total += target.depth * sides[side].size // parts
-    return total
-
-
 def _keeps_no_scores(recipe: Recipe, chip: Chip) -> bool:
     """Whether attention's scores stay within the chip."""
     attention = recipe.model.attention
@@ -156,11 +142,22 @@ def _abstract(mesh: MeshConfig) -> Any:
     return AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
 
 
-def _shard_bytes(mesh: MeshConfig, shapes: Any) -> int:
-    """Bytes of a chip's share of the parameters."""
+@functools.cache
+def _trees(recipe: Recipe) -> tuple[Any, Any, Any]:
+    """Shapes of base, adapter and factors: the same on every mesh."""
+    shapes = parameter_shapes(LlamaForCausalLM(model_shape(recipe)))
+    adapter = jax.eval_shape(lambda: init_adapter(recipe.adapter, jax.random.key(0), shapes))
+    return (
+        shapes,
+        adapter,
+        jax.eval_shape(functools.partial(generate_factors, recipe.adapter), adapter),
+    )
+
+
+def _own_values(mesh: MeshConfig, tree: Any, specs: Any) -> int:
+    """Values of a chip's share of a tree."""
 
     def own(leaf: Any, spec: Any) -> int:
-        parts = math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
-        return leaf.size * np.dtype(leaf.dtype).itemsize // parts
+        return leaf.size // math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
 
-    return sum(jax.tree.leaves(jax.tree.map(own, shapes, param_specs(shapes))))
+    return sum(jax.tree.leaves(jax.tree.map(own, tree, specs)))

@@ -1,0 +1,26 @@
+"""`train/finetune.py` in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+from tiny_base import REPOSITORY
+
+
+def start_finetune(recipe, *arguments, cache, **environment):
+    """Starts the script on a recipe; what it compiles goes to a cache that runs can share."""
+    return subprocess.Popen(
+        [sys.executable, "train/finetune.py", "--config", recipe, *arguments],
+        cwd=REPOSITORY,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(REPOSITORY),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
