@@ -391,3 +391,25 @@ def test_a_rank_that_vllm_does_not_serve_is_warned_of(tmp_path):
     zeros = {"proj": {"a": jnp.zeros((4, 513)), "b": jnp.zeros((513, 4))}}
     with pytest.warns(UserWarning, match="rank 513 exceeds 512, the largest that vLLM serves"):
         gl.export_peft(tmp_path / "out", None, zeros, base="base")
+
+
+def test_a_hub_id_is_taken_from_the_cache(torch_twin, tmp_path, monkeypatch):
+    # As the hub's client leaves a download; it is offline here and must find it.
+    path, _ = torch_twin()
+    home = tmp_path / "hub" / "models--someone--tiny"
+    (home / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (home / "refs" / revision).write_text(commit)
+        shutil.copytree(path, home / "snapshots" / commit)
+    config = home / "snapshots" / ("b" * 40) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, params = load("someone/tiny")
+    assert model.config.rms_norm_eps != 0.5
+    assert load("someone/tiny", revision="v2")[0].config.rms_norm_eps == 0.5
+    for found, expected in zip(
+        jax.tree.leaves(params), jax.tree.leaves(load(path)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(FileNotFoundError, match="someone/other is no local directory"):
+        load("someone/other")
