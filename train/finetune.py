@@ -141,9 +141,10 @@ def finetune(recipe: Recipe) -> int | None:
         optimizer,
         accumulate=recipe.train.accumulate,
         chunk=chunk,
+        packed=recipe.data.pack,
         mesh=mesh,
     )
-    eval_step = make_eval_step(model, chunk=chunk, mesh=mesh)
+    eval_step = make_eval_step(model, chunk=chunk, packed=recipe.data.pack, mesh=mesh)
     state = init_state(adapter, optimizer, recipe.train.seed)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
@@ -155,7 +156,9 @@ def finetune(recipe: Recipe) -> int | None:
         make_output(output)
 
     with (
-        Checkpoints(output / "checkpoints", keep=recipe.train.keep) as checkpoints,
+        Checkpoints(
+            output / "checkpoints", keep=recipe.train.keep, keep_every=recipe.train.keep_every
+        ) as checkpoints,
         Stopping() as stopping,
     ):
         if recipe.train.resume:

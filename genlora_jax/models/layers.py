@@ -57,6 +57,14 @@ class Blueprint:
             spec.append(names if size % count == 0 else None)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
+    def residual(self, x: Array) -> Array:
+        """What passes from layer to layer, `[batch, length, hidden]`.
+
+        `tensor` cuts its length (arXiv 2205.05198): it costs no more communication than to have
+        it whole everywhere, and the backward pass keeps a part instead of a copy.
+        """
+        return self.constrain(x, "tensor", None)
+
     def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
         """A projection."""
         return nn.Dense(
@@ -161,7 +169,7 @@ class LlamaDecoderLayer(nn.Module):
         self, x: Array, context: Context, slides: Array | None, cache: Cache
     ) -> tuple[Array, Cache]:
         """Returns hidden states and cache, as `nn.scan` wants a carry and an output."""
-        norm, constrain = self.blueprint.norm, self.blueprint.constrain
+        norm, residual = self.blueprint.norm, self.blueprint.residual
         mask: Any = context.mask
         if slides is not None:
             mask = jnp.where(slides, context.sliding_mask, mask)
@@ -169,8 +177,8 @@ class LlamaDecoderLayer(nn.Module):
         mlp = LlamaMLP(self.blueprint, name="mlp")
         if self.blueprint.cfg.post_norm:
             h, cache = attention(x, context, mask, cache)
-            x = constrain(x + norm("post_attention_layernorm")(h))
-            return constrain(x + norm("post_feedforward_layernorm")(mlp(x))), cache
+            x = residual(x + norm("post_attention_layernorm")(h))
+            return residual(x + norm("post_feedforward_layernorm")(mlp(x))), cache
         h, cache = attention(norm("input_layernorm")(x), context, mask, cache)
-        x = constrain(x + h)
-        return constrain(x + mlp(norm("post_attention_layernorm")(x))), cache
+        x = residual(x + h)
+        return residual(x + mlp(norm("post_attention_layernorm")(x))), cache

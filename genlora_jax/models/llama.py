@@ -79,9 +79,9 @@ class LlamaModel(nn.Module):
         self, input_ids: Array, context: Context, slides: Array | None, cache: Cache
     ) -> tuple[Array, Cache]:
         """Normalised hidden states and cache."""
-        hidden = self.blueprint.constrain(self.embed_tokens(input_ids))
+        hidden = self.blueprint.residual(self.embed_tokens(input_ids))
         hidden, cache = self.layers(hidden, context, slides, cache)
-        return self.norm(hidden), cache
+        return self.blueprint.constrain(self.norm(hidden)), cache
 
 
 class LlamaForCausalLM(nn.Module):

@@ -102,7 +102,8 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     inner += 4 * cfg.intermediate_size // tensor
     scores = rows * heads // tensor * length * length * (4 + width + 4)  # and their gradient
     working = tokens * inner * width + (0 if _keeps_no_scores(recipe, chip) else scores)
-    kept = layers * tokens * hidden * width if model.remat == "full" else layers * working
+    between = tokens * hidden * width // tensor  # what passes from layer to layer
+    kept = layers * (between if model.remat == "full" else working)
     chunk = max(1, -(-train.chunk // rows)) * rows
     # Factors in float32, their gradients likewise, and a copy in the model's dtype.
     own_factors = _own_values(mesh, factors, factor_specs(factors)) * (4 + 4 + width)

@@ -65,6 +65,7 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
         optimizer,
         accumulate=recipe.train.accumulate,
         chunk=recipe.train.chunk * sharding.batch_shards(mesh),
+        packed=recipe.data.pack,
         mesh=mesh,
     )
     return Program(

@@ -15,7 +15,7 @@ STATE, DATA, SHAPES = "state", "data", "shapes"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last k and the best.
+    """The checkpoints of one run: the last k, the best, and those of every so many steps.
 
     A checkpoint is written beside its place and renamed, so that a killed process leaves the
     last complete one.
@@ -23,22 +23,22 @@ class Checkpoints:
     Args:
         directory: Where they lie.
         keep: How many of the latest to keep.
+        keep_every: Keep also those of steps that this divides.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2):
+    def __init__(self, directory: Path, *, keep: int = 2, keep_every: int | None = None):
         policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -metrics["eval_loss"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept = [policies.LatestN(keep), best]
+        if keep_every is not None:
+            kept.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(keep),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: -metrics["eval_loss"],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
         self._saving: Any = None

@@ -40,6 +40,7 @@ def summed_loss(
     batch: Batch,
     *,
     chunk: int = 1024,
+    packed: bool = True,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -54,6 +55,8 @@ def summed_loss(
         factors: The adapter's factors.
         batch: `input_ids`, `loss_mask`, `segment_ids`, `positions`: `[rows, length]`.
         chunk: Tokens a chunk; rounded up to the same number in every row.
+        packed: Whether a row may hold several segments. Where none does, padding comes last, and
+            attention needs no mask but the causal one.
         dropout: Rate on the adapter's inputs.
         key: PRNG key of the dropout.
 
@@ -70,7 +73,7 @@ def summed_loss(
         batch["input_ids"],
         method="hidden_states",
         positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
+        segment_ids=batch["segment_ids"] if packed else None,
         dropout=dropout,
         rngs=None if body_key is None else {"dropout": body_key},
     )

@@ -48,6 +48,7 @@ class TrainConfig:
         eval_every: Steps between evaluations; None for one at the end only.
         save_every: Steps between checkpoints; None for one at the end only.
         keep: Latest checkpoints to keep, beside the best.
+        keep_every: Keep also the checkpoints of every so many steps; None for none of them.
         chunk: Tokens of a chunk of the loss, on each device that has rows of its own.
         seed: Seed of the adapter's initial values and of dropout.
         init_from: An adapter directory to start from; its config must be the recipe's.
@@ -64,6 +65,7 @@ class TrainConfig:
     eval_every: int | None = None
     save_every: int | None = None
     keep: int = 2
+    keep_every: int | None = None
     chunk: int = 1024
     seed: int = 0
     init_from: str | None = None
@@ -74,10 +76,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
-        for name in ("steps", "epochs", "accumulate", "eval_every", "save_every", "keep", "chunk"):
+        counts = ("steps", "epochs", "accumulate", "eval_every", "save_every", "chunk")
+        for name in (*counts, "keep", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {value}")
+        if self.keep_every and (self.save_every is None or self.keep_every % self.save_every):
+            raise ValueError(
+                f"train.keep_every ({self.keep_every}) must be a multiple of train.save_every "
+                f"({self.save_every}): other steps are not saved"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

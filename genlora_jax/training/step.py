@@ -60,6 +60,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     chunk: int = 1024,
+    packed: bool = True,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]:
     """A jitted step `(state, params, batch) -> (state, metrics)`; it is traced once.
@@ -73,6 +74,7 @@ def make_train_step(
         optimizer: From `make_optimizer`.
         accumulate: Parts into which a batch's rows are cut; a token weighs the same in each.
         chunk: Tokens a chunk of the loss.
+        packed: Whether a row may hold several segments.
         mesh: Devices over which base and batch lie; state and metrics are on all of them.
 
     Returns:
@@ -103,6 +105,7 @@ def make_train_step(
                 factors,
                 part,
                 chunk=chunk,
+                packed=packed,
                 dropout=cfg.dropout,
                 key=jax.random.fold_in(key, index) if cfg.dropout else None,
             )
@@ -140,14 +143,14 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, *, chunk: int = 1024, mesh: Mesh | None = None
+    model: nn.Module, *, chunk: int = 1024, packed: bool = True, mesh: Mesh | None = None
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any], Batch], tuple[jax.Array, jax.Array]]:
     """A jitted `(params, factors, batch) -> (summed loss, number of tokens)`; traced once."""
 
     def step(
         params: Mapping[str, Any], factors: Mapping[str, Any], batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
-        loss = summed_loss(model, params, factors, batch, chunk=chunk)
+        loss = summed_loss(model, params, factors, batch, chunk=chunk, packed=packed)
         return loss, next_token_targets(batch)[1].sum()
 
     everywhere = None if mesh is None else sharding.replicated(mesh)
