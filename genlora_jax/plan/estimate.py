@@ -23,6 +23,8 @@ from genlora_jax.training.recipe import Recipe
 
 # Passes over the layers: forward, backward, and forward again where nothing was kept.
 PASSES = {"none": 2, "dots": 2, "full": 3}
+# Estimates of memory were found within 15 % of the compiler's (train/benchmarks/results/plan.json).
+MARGIN = 0.15
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Estimate:
         flops: FLOP of a step.
         moved: Bytes that a chip receives from others, by what for.
         seconds: Roofline: the longest of computing, of reading memory, and of receiving.
-        fits: Whether it fits the chip's memory.
+        fits: Whether it fits the chip's memory, with a margin for the error of an estimate.
     """
 
     mesh: MeshConfig
@@ -129,7 +131,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     flops /= tensor
     read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
     seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
-    fits = arguments + temporaries < chip.memory
+    fits = arguments + temporaries < (1 - MARGIN) * chip.memory
     return Estimate(mesh, arguments, temporaries, flops, moved, seconds, fits)
 
 
