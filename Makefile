@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared foreign soak clean
+.PHONY: quickstart test check shared foreign tpu soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -41,9 +41,19 @@ $(FOREIGN)/ready: pyproject.toml constraints.txt
 	$(FOREIGN)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+# A step compiled for TPUs that are not there. libtpu lies where no other run meets it: JAX would look
+# for TPUs at every start.
+TPU := .tpu
+tpu: $(VENV)/ready $(TPU)/ready
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest tests/compiled_for_tpu.py
+
+$(TPU)/ready: $(VENV)/ready constraints.txt
+	$(BIN)/pip install --quiet --no-deps --target $(TPU) $$(grep '^libtpu==' constraints.txt)
+	touch $@
+
 # A run killed a hundred times; a quarter of an hour, and so not in `test`.
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/soak.py
 
 clean:
-	rm -rf $(VENV) $(FOREIGN) out
+	rm -rf $(VENV) $(FOREIGN) $(TPU) out

@@ -11,6 +11,7 @@ import pytest
 import genlora_jax as gl
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.recipe import TrainConfig
 from genlora_jax.training.step import init_state
 
 CFG = gl.GenLoRAConfig(rank=4, group_size=4, kernels=2)
@@ -87,3 +88,16 @@ def test_a_checkpoint_holds_the_adapter_and_the_optimizer_and_little_else(saved,
     written = sum(file.stat().st_size for file in (saved / "9").rglob("*") if file.is_file())
     assert held > 3 * 4 * gl.count_parameters(state.adapter)  # Adam has two moments
     assert written < held + 100_000  # names and shapes of the leaves
+
+
+def test_the_latest_and_those_of_every_so_many_steps_are_kept(state, tmp_path):
+    with Checkpoints(tmp_path / "run", keep=1, keep_every=4) as checkpoints:
+        for step in range(2, 16, 2):
+            checkpoints.save(at(state, step), numbers())
+    left = {int(f.name) for f in (tmp_path / "run").iterdir() if f.name.isdecimal()}
+    assert left == {4, 8, 12, 14}
+
+
+def test_keeping_steps_that_are_never_saved_is_refused():
+    with pytest.raises(ValueError, match=r"keep_every \(10\) must be a multiple .*save_every \(4"):
+        TrainConfig(output="out", save_every=4, keep_every=10)

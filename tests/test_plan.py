@@ -1,6 +1,7 @@
 """Plans: estimates against programs compiled for CPU devices, and bytes counted in a text."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -12,7 +13,7 @@ from genlora_jax.cli import main
 from genlora_jax.command import parse
 from genlora_jax.plan.chips import CHIPS, GIB, parse_topology
 from genlora_jax.plan.compiled import collective_bytes
-from genlora_jax.plan.estimate import candidates, estimate, rank_meshes
+from genlora_jax.plan.estimate import MARGIN, candidates, estimate, rank_meshes
 from genlora_jax.plan.program import build
 from genlora_jax.sharding import MeshConfig, make_mesh, resolve
 from genlora_jax.training.recipe import Recipe
@@ -176,8 +177,10 @@ RECIPES = {
     "llama3_8b_gpu.yaml": "gpu:1x80",
     "llama3_8b_gpu_8.yaml": "gpu:8x80",
     "llama3_8b_v5e_16.yaml": "v5e:4x4",
+    "llama3_8b_32k_v5e_16.yaml": "v5e:4x4",
     "llama3_70b_v5p_64.yaml": "v5p:2x4x4",
 }
+STORED = json.loads((REPOSITORY / "train/benchmarks/results/plan.json").read_text())["programs"]
 
 
 @pytest.mark.parametrize(("name", "topology"), RECIPES.items())
@@ -186,3 +189,16 @@ def test_a_recipe_fits_the_chips_that_it_is_for(name, topology):
     assert topology in file.read_text().splitlines()[0]
     recipe, topology = parse(Recipe, ["--config", str(file)]), parse_topology(topology)
     assert estimate(recipe, topology.chip, resolve(recipe.mesh, topology.count)).fits
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda s: f"{s['recipe']}-{s['topology']}")
+def test_estimates_are_near_what_the_compiler_said(stored):
+    # Compiled by `python -m train.benchmarks.plan`; the smallest again by `make tpu`.
+    file = REPOSITORY / "train" / "recipes" / stored["recipe"]
+    recipe, topology = parse(Recipe, ["--config", str(file)]), parse_topology(stored["topology"])
+    guess = estimate(recipe, topology.chip, MeshConfig(**stored["mesh"]))
+    found = stored["compiled"]
+    held = found["arguments"] + found["temporaries"]
+    assert held < topology.chip.memory
+    assert guess.arguments == pytest.approx(found["arguments"], rel=0.02)
+    assert guess.arguments + guess.temporaries == pytest.approx(held, rel=MARGIN)

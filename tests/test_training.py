@@ -150,6 +150,30 @@ def test_the_loss_in_chunks_is_the_whole_loss(random_llama, make_adapter, batch,
         assert_close(ours, expected)
 
 
+def test_rows_of_one_segment_need_no_mask(random_llama, make_adapter, batch):
+    model, params = random_llama(**SIZES)
+    factors = gl.generate_factors(LORA, make_adapter(LORA, params))
+    alone = batch["segment_ids"] == 1  # the first segment of each row, and padding after it
+    single = batch | {"segment_ids": alone * 1, "loss_mask": batch["loss_mask"] & alone}
+
+    def loss(factors, packed):
+        return summed_loss(model, params, factors, single, packed=packed)
+
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(factors, packed)
+        for packed in (False, True)
+    )
+    assert_close(ours, theirs)
+
+    def masks(packed):
+        jaxpr = jax.make_jaxpr(loss, static_argnums=1)(factors, packed).jaxpr
+        values = [v.aval for e in equations(jaxpr) for v in e.outvars]
+        return [v for v in values if v.dtype == bool and v.shape == (ROWS, 1, LENGTH, LENGTH)]
+
+    assert masks(True)
+    assert masks(False) == []
+
+
 def test_the_logits_never_exist_whole(base, make_adapter, batch):
     model, params = base
     factors = gl.generate_factors(LORA, make_adapter(LORA))

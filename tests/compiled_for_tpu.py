@@ -1,0 +1,33 @@
+"""A recipe's step compiled for TPUs that are not there: `make tpu`, with libtpu in its place."""
+
+import pytest
+from tiny_base import REPOSITORY
+
+from genlora_jax.cli import main
+from genlora_jax.command import parse
+from genlora_jax.plan import report
+from genlora_jax.plan.chips import GIB, parse_topology
+from genlora_jax.plan.compiled import compile_step
+from genlora_jax.plan.estimate import MARGIN, rank_meshes
+from genlora_jax.training.recipe import Recipe
+
+FILE = str(REPOSITORY / "train" / "recipes" / "llama3_8b_v5e_16.yaml")
+
+
+def test_the_8b_recipe_compiles_for_16_chips_and_fits_as_estimated(capsys, monkeypatch):
+    recipe, topology = parse(Recipe, ["--config", FILE]), parse_topology("v5e:4x4")
+    chosen = rank_meshes(recipe, topology)[0]
+    found = compile_step(recipe, topology, chosen.mesh)
+    held = found.arguments + found.temporaries
+    assert held < topology.chip.memory
+    assert chosen.arguments == pytest.approx(found.arguments, rel=0.02)
+    assert chosen.arguments + chosen.temporaries == pytest.approx(held, rel=MARGIN)
+    assert found.collectives  # 16 chips have something to tell one another
+
+    # The command shows it; compiled already, it need not be again.
+    monkeypatch.setattr(report, "compile_step", lambda *_: found)
+    main(["plan", "--config", FILE, "--topology", "v5e:4x4"])
+    out = capsys.readouterr().out
+    assert f"{found.temporaries / GIB:.2f} GiB" in out
+    for kind in found.collectives:
+        assert kind in out
