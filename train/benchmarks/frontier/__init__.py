@@ -1,0 +1,1 @@
+"""The study: which method learns most for its parameters."""

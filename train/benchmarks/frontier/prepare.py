@@ -1,0 +1,198 @@
+"""Texts to token arrays, once, for all runs of the study; needs no accelerator.
+
+    python -m train.benchmarks.frontier.prepare --shared ../shared --out frontier-data
+
+Half of each task's training rows can be part of the pretraining (the regime `known`); another
+part tunes adapters, and a third, validation, chooses among them. A task's test rows go to a file of
+their own, which no run that chooses anything opens.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from genlora_jax.training.data import DataConfig, encode, eval_batches, train_batches
+
+VOCABULARY, LENGTH, ROWS, EPOCHS = 8192, 512, 16, 3
+TUNED, VALIDATION, TEST = 2660, 400, 1000
+NOVELS = "<|novel|>"
+Row = dict[str, str]
+
+
+def multiple_choice(file: Path) -> Iterator[dict[str, Any]]:
+    """Question, options and index of the right one, of rows as LLM-Adapters has them."""
+    for row in json.loads(file.read_text()):
+        question, _, rest = row["instruction"].partition("\n\n")
+        options = re.split(r"\s*Answer\d+:\s*", rest.partition("\n\n")[0])[1:]
+        question = question.removeprefix("Please choose the correct answer to the question: ")
+        index = int(row["answer"].removeprefix("answer")) - 1
+        yield {"question": question, "options": options, "index": index}
+
+
+def letters(file: Path) -> list[Row]:
+    """The answer is a letter."""
+    rows = []
+    for row in multiple_choice(file):
+        listed = "".join(f"{'ABCDE'[i]}. {text}\n" for i, text in enumerate(row["options"]))
+        prompt = f"Question: {row['question']}\n{listed}Answer:"
+        rows.append({"prompt": prompt, "completion": " " + "ABCDE"[row["index"]]})
+    return rows
+
+
+def completions(file: Path) -> list[Row]:
+    """The answer is the text of the right option."""
+    return [
+        {
+            "prompt": f"Question: {row['question']}\nAnswer:",
+            "completion": " " + row["options"][row["index"]],
+        }
+        for row in multiple_choice(file)
+    ]
+
+
+def math(file: Path) -> list[Row]:
+    rows = map(json.loads, file.read_text().splitlines())
+    return [
+        {"prompt": f"Question: {row['question']}\nAnswer:", "completion": " " + row["answer"]}
+        for row in rows
+    ]
+
+
+def code(file: Path) -> list[Row]:
+    rows = map(json.loads, file.read_text().splitlines())
+    return [
+        {"prompt": f"Task: {row['text']}\n", "completion": row["code"].replace("\r\n", "\n")}
+        for row in rows
+    ]
+
+
+def read_tasks(shared: Path) -> dict[str, tuple[list[Row], list[Row]]]:
+    """Training and test rows of each task."""
+    data = shared / "data"
+    choices = [data / "arc_easy", data / "openbookqa"]
+    programs = code(data / "mbpp.jsonl")  # its own split: 11-510 test, 601-974 train
+    return {
+        "math": (math(data / "gsm8k/train.jsonl"), math(data / "gsm8k/test.jsonl")),
+        "letters": tuple(
+            [row for place in choices for row in letters(place / f"{part}.json")]
+            for part in ("train", "test")
+        ),
+        "completions": tuple(
+            [row for place in choices for row in completions(place / f"{part}.json")]
+            for part in ("train", "test")
+        ),
+        "code": (programs[:10] + programs[510:], programs[10:510]),
+    }
+
+
+def split(rows: list[Row], seed: int) -> dict[str, list[Row]]:
+    """Shares of a task's training rows: half to know beforehand, the rest to tune and to choose."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    known = len(rows) // 2
+    chosen = min(VALIDATION, (len(rows) - known) // 4)
+    tuned = min(TUNED, len(rows) - known - chosen)
+    parts = np.split(order, [known, known + chosen, known + chosen + tuned])
+    names = ("known", "validation", "tuned")
+    return {name: [rows[i] for i in part] for name, part in zip(names, parts[:-1], strict=True)}
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> np.ndarray:
+    """Rows `[n, LENGTH]` of texts one after another, in a random order of pieces."""
+    ids = [
+        np.array([*piece, tokenizer.eos_token_id], np.uint16)
+        for piece in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+    order = np.random.default_rng(seed).permutation(len(ids))
+    flat = np.concatenate([ids[i] for i in order])
+    count = len(flat) // LENGTH
+    return flat[: count * LENGTH].reshape(count, LENGTH)
+
+
+def pieces(text: str, size: int = 8000) -> list[str]:
+    """A text in parts of about so many characters, cut between paragraphs."""
+    parts, part = [], ""
+    for paragraph in text.split("\n\n"):
+        part += paragraph + "\n\n"
+        if len(part) >= size:
+            parts.append(part)
+            part = ""
+    return [*parts, part] if part else parts
+
+
+def packed(rows: list[Row], tokenizer: Any, name: str, *, train: bool) -> dict[str, np.ndarray]:
+    """Batches `[batches, ROWS, LENGTH]`: all epochs to tune on, or every row once."""
+    cfg = DataConfig(train=name, length=LENGTH, batch_size=ROWS, overlong="truncate")
+    places = ((f"{name}:{i}", dict(row)) for i, row in enumerate(rows, 1))
+    examples, report = encode(places, tokenizer, cfg, name)
+    print(report, flush=True)
+    batches: Any = train_batches(examples, cfg, epochs=EPOCHS) if train else None
+    found = list(batches) if train else eval_batches(examples, cfg)
+    return {field: np.stack([batch[field] for batch in found]) for field in found[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    arguments = parser.parse_args()
+    tasks = read_tasks(arguments.shared)
+    shares = {name: split(train, seed) for seed, (name, (train, _)) in enumerate(tasks.items())}
+    packed_novels = (arguments.shared / "data/novels.txt.xz").read_bytes()
+    novels = lzma.decompress(packed_novels).decode("utf-8")
+    texts = [piece for novel in novels.split(NOVELS) for piece in pieces(novel)]
+    known = {
+        name: [row["prompt"] + row["completion"] for row in own["known"]]
+        for name, own in shares.items()
+    }
+    sample = texts[:: max(len(texts) // 2000, 1)]
+    tokenizer = train_tokenizer(sample + [text for own in known.values() for text in own])
+    arguments.out.mkdir(parents=True)
+    streams = {"novels": token_stream(tokenizer, texts, 0)}
+    streams |= {f"known-{name}": token_stream(tokenizer, own, 1) for name, own in known.items()}
+    np.savez_compressed(arguments.out / "pretraining.npz", **streams)
+    for kind in ("tuned", "validation", "test"):
+        arrays = {}
+        for task, own in shares.items():
+            rows = tasks[task][1][:TEST] if kind == "test" else own[kind]
+            batches = packed(rows, tokenizer, f"{task}-{kind}", train=kind == "tuned")
+            arrays |= {f"{task}/{field}": value for field, value in batches.items()}
+        np.savez_compressed(arguments.out / f"{kind}.npz", **arrays)
+    tokenizer.save_pretrained(arguments.out / "tokenizer")
+    about = {
+        "rows": {name: {k: len(v) for k, v in own.items()} for name, own in shares.items()},
+        "tokens": {name: int(stream.size) for name, stream in streams.items()},
+        "sha256": {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(arguments.out.glob("*.npz"))
+        },
+    }
+    (arguments.out / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(json.dumps(about, indent=1))
+
+
+if __name__ == "__main__":
+    main()
