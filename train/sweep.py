@@ -126,7 +126,7 @@ def sweep(recipe: SweepRecipe) -> SweepResult:
         FloatingPointError: If every member diverged; nothing is written.
     """
     output = Path(recipe.train.output)
-    refuse_existing(output)
+    refuse_existing(output, overwrite=False)
     members = choose_members(recipe)
     mesh = make_mesh(recipe.mesh)
     if len(members) % mesh.shape["data"] or recipe.data.batch_size % mesh.shape["fsdp"]:

@@ -107,18 +107,18 @@ def _one_batch_forward(
     if mask is not None:
         mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
 
-    def run(*operands: Array | None) -> Array:
+    def run(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        attention = functools.partial(_attend_plainly, mask=mask, implementation=implementation)
         # As the backward pass runs it, so that under remat the compiler sees one call, not two.
-        return jax.vjp(
-            lambda *qkv: _attend_plainly(*qkv, operands[3], implementation), *operands[:3]
-        )[0]
+        return jax.vjp(attention, q, k, v)[0]
 
     return _rows_together(run)(q, k, v, mask), (q, k, v, mask)
 
 
 def _one_batch_backward(implementation: str, residuals: Any, d_out: Array) -> Any:
     def run(q: Array, k: Array, v: Array, mask: Array | None, d_out: Array) -> Any:
-        return jax.vjp(lambda *qkv: _attend_plainly(*qkv, mask, implementation), q, k, v)[1](d_out)
+        attention = functools.partial(_attend_plainly, mask=mask, implementation=implementation)
+        return jax.vjp(attention, q, k, v)[1](d_out)
 
     return (*_rows_together(run)(*residuals, d_out), None)
 
