@@ -245,6 +245,8 @@ def test_no_members_and_no_evaluation_are_refused(run, base, batches):
         run([])
     with pytest.raises(ValueError, match="which member is best"):
         run_sweep(*base, CFG, MEMBERS, iter(batches), [], optim=OPTIM, steps=1)
+    with pytest.raises(ValueError, match="batches ended before step 2"):
+        run_sweep(*base, CFG, MEMBERS, iter(batches[:1]), batches, optim=OPTIM, steps=2)
 
 
 def test_a_sweep_needs_neither_a_command_line_nor_a_data_library():
@@ -315,6 +317,7 @@ def test_the_script_writes_what_it_found(command, workshop, tmp_path, monkeypatc
     assert [r["learning_rate"] for r in results] == [0.01, 0.01, 1e38, 1e38]
     assert results[0]["best_eval_loss"] <= results[1]["best_eval_loss"]
     assert results[3]["diverged_at"] is not None
+    assert (results[3]["best_eval_loss"], results[3]["best_step"]) == (None, None)
     assert [record["step"] for record in metrics] == [1, 2, 3, 4]
     assert metrics[3]["eval_loss"][3] is None
     assert [len(r["loss"]) for r in results] == [4] * 4

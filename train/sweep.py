@@ -202,7 +202,7 @@ def summaries(result: SweepResult) -> list[dict[str, Any]]:
         dataclasses.asdict(result.members[i])
         | {
             "best_eval_loss": float(result.best_loss[i]),
-            "best_step": int(result.best_step[i]),
+            "best_step": int(result.best_step[i]) or None,
             "final_eval_loss": float(result.eval_loss[-1, i]),
             "diverged_at": int(result.diverged[i]) or None,
             "loss_every": every,
@@ -247,13 +247,13 @@ def at_edge(result: SweepResult) -> str | None:
 
 def show(result: SweepResult) -> None:
     """A table of the members, best first."""
-    table = Table(*FIELDS, "best eval loss", "at step", "final eval loss", "")
+    table = Table("rate", "ratio", "seed", "alpha", "best loss", "at step", "last loss", "")
     for record in summaries(result):
         diverged = record["diverged_at"]
         table.add_row(
             *(f"{record[name]:g}" for name in FIELDS),
             f"{record['best_eval_loss']:.4f}",
-            str(record["best_step"]),
+            str(record["best_step"] or ""),
             f"{record['final_eval_loss']:.4f}",
             f"diverged at step {diverged}" if diverged else "",
         )

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh
 
 from genlora_jax.models import splash
@@ -128,7 +129,7 @@ attend_as_one_batch.defvjp(_one_batch_forward, _one_batch_backward)
 
 def _rows_together(function: Any) -> Any:
     """A function of arrays `[rows, ...]` that under `vmap` is called once, with all rows."""
-    wrapped = jax.custom_batching.custom_vmap(function)
+    wrapped = custom_vmap(function)
 
     @wrapped.def_vmap
     def rule(size: int, batched: Any, *operands: Any) -> Any:

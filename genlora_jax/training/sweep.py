@@ -5,6 +5,7 @@ by `vmap` over adapters and optimizer states; the base's products take all rows 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -229,9 +230,10 @@ class SweepResult:
 
     @property
     def best_step(self) -> np.ndarray:
-        """Steps of the lowest evaluation losses, `[members]`."""
+        """Steps of the lowest evaluation losses, `[members]`; 0 if none was finite."""
         finite = np.where(np.isfinite(self.eval_loss), self.eval_loss, np.inf)
-        return self.eval_steps[finite.argmin(axis=0)]
+        steps = self.eval_steps[finite.argmin(axis=0)]
+        return np.where(np.isfinite(self.best_loss), steps, 0)
 
     @property
     def ranking(self) -> list[int]:
@@ -315,7 +317,10 @@ def run_sweep(
 
     metrics, eval_steps, eval_losses = [], [], []
     for step in range(per_call, steps + 1, per_call):
-        stacked = _stack([next(batches) for _ in range(per_call)])
+        taken = list(itertools.islice(batches, per_call))
+        if len(taken) < per_call:
+            raise ValueError(f"the batches ended before step {step}; a sweep of {steps} needs more")
+        stacked = _stack(taken)
         states, new = train_members(states, numbers, params, stacked, program=program)
         metrics.append(new)  # on the device: nobody waits for them before the next evaluation
         if step % due == 0 or step == steps:
