@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh
 
 from genlora_jax.models import splash
 
-Attention = Literal["auto", "xla", "cudnn", "blocks", "splash"]
+Attention = Literal["auto", "xla", "cudnn", "cudnn_vmap", "blocks", "splash"]
 Array = jax.Array
 
 # Queries a block: few enough for their scores to fit a core's cache, and no more than this many
@@ -35,8 +36,9 @@ def attend(
         v: As k.
         mask: Bool `[batch or 1, 1, length, slots]`, True where a query sees a key, and False
             wherever a key comes after its query; None for just that.
-        implementation: `"xla"`; `"cudnn"` (GPUs, even lengths, half precision); `"splash"` (TPUs,
-            lengths in multiples of 128; elsewhere interpreted, for tests); `"blocks"` (see
+        implementation: `"xla"`; `"cudnn"` (GPUs, even lengths, half precision); `"cudnn_vmap"`
+            (the same under `vmap`, see `attend_as_one_batch`); `"splash"` (TPUs, lengths in
+            multiples of 128; elsewhere interpreted, for tests); `"blocks"` (see
             `attend_in_blocks`); `"auto"`: `"splash"` on TPUs where it can be, `"blocks"` on a
             CPU, else `"xla"`.
         segments: Int `[batch, length]` if the mask says no more than that tokens see what comes
@@ -67,9 +69,79 @@ def attend(
         return splash.splash(q, k, v, segments, mesh, interpret=platform != "tpu")
     if implementation == "blocks":
         return attend_in_blocks(q, k, v, mask)
+    if implementation == "cudnn_vmap":
+        return attend_as_one_batch(q, k, v, mask)
+    return _attend_plainly(q, k, v, mask, implementation)
+
+
+def _attend_plainly(q: Array, k: Array, v: Array, mask: Array | None, implementation: Any) -> Array:
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask, is_causal=mask is None, implementation=implementation
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_as_one_batch(
+    q: Array, k: Array, v: Array, mask: Array | None, implementation: str = "cudnn"
+) -> Array:
+    """Attention whose `vmap` makes one larger batch of rows.
+
+    cuDNN's own batching takes no mask that is the same for all heads. The backward pass runs the
+    forward kernel again, which `remat` does anyway.
+
+    Args:
+        q: `[batch, length, heads, head_dim]`.
+        k: `[batch, length, kv_heads, head_dim]`.
+        v: As k.
+        mask: As for `attend`.
+        implementation: As for `jax.nn.dot_product_attention`.
+
+    Returns:
+        `[batch, length, heads, head_dim]`.
+    """
+    return _one_batch_forward(q, k, v, mask, implementation)[0]
+
+
+def _one_batch_forward(
+    q: Array, k: Array, v: Array, mask: Array | None, implementation: str
+) -> tuple[Array, Any]:
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
+
+    def run(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        attention = functools.partial(_attend_plainly, mask=mask, implementation=implementation)
+        # As the backward pass runs it, so that under remat the compiler sees one call, not two.
+        return jax.vjp(attention, q, k, v)[0]
+
+    return _rows_together(run)(q, k, v, mask), (q, k, v, mask)
+
+
+def _one_batch_backward(implementation: str, residuals: Any, d_out: Array) -> Any:
+    def run(q: Array, k: Array, v: Array, mask: Array | None, d_out: Array) -> Any:
+        attention = functools.partial(_attend_plainly, mask=mask, implementation=implementation)
+        return jax.vjp(attention, q, k, v)[1](d_out)
+
+    return (*_rows_together(run)(*residuals, d_out), None)
+
+
+attend_as_one_batch.defvjp(_one_batch_forward, _one_batch_backward)
+
+
+def _rows_together(function: Any) -> Any:
+    """A function of arrays `[rows, ...]` that under `vmap` is called once, with all rows."""
+    wrapped = custom_vmap(function)
+
+    @wrapped.def_vmap
+    def rule(size: int, batched: Any, *operands: Any) -> Any:
+        def merge(x: Array, has: bool) -> Array:
+            x = x if has else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = wrapped(*jax.tree.map(merge, operands, tuple(batched)))
+        apart = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return apart, jax.tree.map(lambda _: True, out)
+
+    return wrapped
 
 
 def attend_in_blocks(q: Array, k: Array, v: Array, mask: Array | None) -> Array:

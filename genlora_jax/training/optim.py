@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import optax
+
+Number = float | jax.Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +52,42 @@ class OptimConfig:
             raise ValueError(f"optim.clip must be positive, got {self.clip}")
 
 
-def learning_rate_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine towards `final_ratio` of the peak; no step is at rate 0."""
+def learning_rate_schedule(
+    cfg: OptimConfig, steps: int, *, peak: Number | None = None
+) -> optax.Schedule:
+    """Linear warm-up, then a cosine towards `final_ratio` of the peak; no step is at rate 0.
+
+    Args:
+        cfg: Settings.
+        steps: Length of the run.
+        peak: Peak rate, which may be traced; by default the config's.
+    """
     warmup = max(round(cfg.warmup * steps), 1)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=cfg.learning_rate / warmup,
-        peak_value=cfg.learning_rate,
+    share = optax.warmup_cosine_decay_schedule(
+        init_value=1.0 / warmup,
+        peak_value=1.0,
         warmup_steps=warmup - 1,
         decay_steps=max(steps, warmup),
-        end_value=cfg.final_ratio * cfg.learning_rate,
+        end_value=cfg.final_ratio,
     )
+    peak = cfg.learning_rate if peak is None else peak
+    return lambda count: peak * share(count)
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimConfig,
+    steps: int,
+    *,
+    learning_rate: Number | None = None,
+    generator_ratio: Number | None = None,
+) -> optax.GradientTransformation:
     """The optimizer of an adapter's `trainable` tree, whose top level names the groups.
 
     Args:
         cfg: Settings.
         steps: Length of the run, for the schedule.
+        learning_rate: Instead of the config's; it may be traced.
+        generator_ratio: Instead of the config's; it may be traced.
     """
     clip = optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip)
 
@@ -76,12 +97,14 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     rates = {
         "latents": optax.identity(),
         "factors": optax.identity(),
-        "generators": optax.scale(cfg.generator_ratio),
+        "generators": optax.scale(
+            cfg.generator_ratio if generator_ratio is None else generator_ratio
+        ),
     }
     return optax.chain(
         clip,
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay),
-        optax.scale_by_learning_rate(learning_rate_schedule(cfg, steps)),
+        optax.scale_by_learning_rate(learning_rate_schedule(cfg, steps, peak=learning_rate)),
         optax.partition(rates, groups),
     )

@@ -53,6 +53,84 @@ def init_state(
     )
 
 
+def train_step(
+    state: TrainState,
+    params: Mapping[str, Any],
+    batch: Batch,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    generate: Callable[[Adapter], Any],
+    dropout: float = 0.0,
+    accumulate: int = 1,
+    chunk: int = 1024,
+    packed: bool = True,
+) -> tuple[TrainState, Metrics]:
+    """One step of one adapter; pure, and `vmap` over states trains several at once.
+
+    Args:
+        state: What the step changes.
+        params: The base's parameters.
+        batch: As `train_batches` makes it.
+        model: The base's model.
+        optimizer: From `make_optimizer`.
+        generate: Adapter -> factors.
+        dropout: Rate on the adapter's inputs.
+        accumulate: As for `make_train_step`.
+        chunk: Tokens a chunk of the loss.
+        packed: Whether a row may hold several segments.
+
+    Returns:
+        The next state, and the metrics that `make_train_step` names.
+    """
+    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    key = jax.random.fold_in(key, state.step)
+
+    def factors_of(trainable: Any) -> Any:
+        return generate(replace(state.adapter, trainable=trainable))
+
+    # Once a step; the parts' gradients meet at the factors and go back through here once.
+    factors, pull_back = jax.vjp(factors_of, state.adapter.trainable)
+
+    def part_loss(factors: Any, part: Batch, index: jax.Array) -> jax.Array:
+        return summed_loss(
+            model,
+            params,
+            factors,
+            part,
+            chunk=chunk,
+            packed=packed,
+            dropout=dropout,
+            key=jax.random.fold_in(key, index) if dropout else None,
+        )
+
+    def accumulate_part(carry: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        value, gradient = jax.value_and_grad(part_loss)(factors, part[1], part[0])
+        return jax.tree.map(jnp.add, carry, (value, gradient)), None
+
+    if accumulate == 1:
+        total, gradient = jax.value_and_grad(part_loss)(factors, batch, jnp.int32(0))
+    else:
+        # Every accumulate-th row, so that devices have their share of every part.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, factors))
+        (total, gradient), _ = jax.lax.scan(accumulate_part, zero, (jnp.arange(accumulate), parts))
+    weight = next_token_targets(batch)[1].sum()
+    (gradient,) = pull_back(jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradient))
+    trainable = state.adapter.trainable
+    updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+    adapter = replace(state.adapter, trainable=optax.apply_updates(trainable, updates))
+    metrics = {
+        "loss": total / jnp.maximum(weight, 1.0),
+        "grad_norm": optax.global_norm(gradient),
+        "trained_tokens": weight.astype(jnp.int32),
+        "tokens": (batch["segment_ids"] != 0).sum(),
+    }
+    return replace(state, adapter=adapter, opt_state=opt_state, step=state.step + 1), metrics
+
+
 def make_train_step(
     model: nn.Module,
     cfg: AdapterConfig,
@@ -82,62 +160,23 @@ def make_train_step(
         `trained_tokens` and `tokens`.
     """
 
-    def step(
-        state: TrainState, params: Mapping[str, Any], batch: Batch
-    ) -> tuple[TrainState, Metrics]:
-        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-        key = jax.random.fold_in(key, state.step)
+    def generate(adapter: Adapter) -> Any:
+        factors = generate_factors(cfg, adapter)
+        if mesh is None:
+            return factors
+        specs = sharding.factor_specs(factors)
+        return jax.lax.with_sharding_constraint(factors, sharding.named(mesh, specs))
 
-        def generate(trainable: Any) -> Any:
-            factors = generate_factors(cfg, replace(state.adapter, trainable=trainable))
-            if mesh is None:
-                return factors
-            specs = sharding.factor_specs(factors)
-            return jax.lax.with_sharding_constraint(factors, sharding.named(mesh, specs))
-
-        # Once a step; the parts' gradients meet at the factors and go back through here once.
-        factors, pull_back = jax.vjp(generate, state.adapter.trainable)
-
-        def part_loss(factors: Any, part: Batch, index: jax.Array) -> jax.Array:
-            return summed_loss(
-                model,
-                params,
-                factors,
-                part,
-                chunk=chunk,
-                packed=packed,
-                dropout=cfg.dropout,
-                key=jax.random.fold_in(key, index) if cfg.dropout else None,
-            )
-
-        def accumulate_part(carry: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            value, gradient = jax.value_and_grad(part_loss)(factors, part[1], part[0])
-            return jax.tree.map(jnp.add, carry, (value, gradient)), None
-
-        if accumulate == 1:
-            total, gradient = jax.value_and_grad(part_loss)(factors, batch, jnp.int32(0))
-        else:
-            # Every accumulate-th row, so that devices have their share of every part.
-            parts = jax.tree.map(
-                lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-            )
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, factors))
-            (total, gradient), _ = jax.lax.scan(
-                accumulate_part, zero, (jnp.arange(accumulate), parts)
-            )
-        weight = next_token_targets(batch)[1].sum()
-        (gradient,) = pull_back(jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradient))
-        trainable = state.adapter.trainable
-        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
-        adapter = replace(state.adapter, trainable=optax.apply_updates(trainable, updates))
-        metrics = {
-            "loss": total / jnp.maximum(weight, 1.0),
-            "grad_norm": optax.global_norm(gradient),
-            "trained_tokens": weight.astype(jnp.int32),
-            "tokens": (batch["segment_ids"] != 0).sum(),
-        }
-        return replace(state, adapter=adapter, opt_state=opt_state, step=state.step + 1), metrics
-
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        generate=generate,
+        dropout=cfg.dropout,
+        accumulate=accumulate,
+        chunk=chunk,
+        packed=packed,
+    )
     everywhere = None if mesh is None else sharding.replicated(mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
 

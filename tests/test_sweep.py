@@ -1,0 +1,361 @@
+"""Sweeps: each member is its own run; one program, one base."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_base import REPOSITORY, write_base
+
+import genlora_jax as gl
+import train.finetune as finetune_script
+import train.sweep as script
+from genlora_jax.models.attention import attend, attend_as_one_batch
+from genlora_jax.sharding import MeshConfig, make_mesh, named, param_specs
+from genlora_jax.training import sweep as sweeps
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
+from genlora_jax.training.sweep import Member, run_sweep
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+STEPS, EVERY = 4, 2
+CFG = gl.GenLoRAConfig(
+    rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"], dropout=0.1
+)
+OPTIM = OptimConfig(clip=0.5, warmup=0.5)
+MEMBERS = [
+    Member(learning_rate=0.01, generator_ratio=0.3, seed=0, alpha=6.0),
+    Member(learning_rate=0.03, generator_ratio=0.1, seed=1, alpha=12.0),
+    Member(learning_rate=0.01, generator_ratio=0.3, seed=2, alpha=6.0),
+    Member(learning_rate=0.002, generator_ratio=1.0, seed=0, alpha=3.0),
+]
+WILD = dataclasses.replace(MEMBERS[1], learning_rate=1e38)
+
+
+@pytest.fixture(scope="module")
+def base(random_llama):
+    return random_llama(num_hidden_layers=2, attention="xla")
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Batches with two segments a row and some tokens that are not trained."""
+    rng = np.random.default_rng(5)
+    segments = np.repeat([[1, 2]], 6, axis=1).astype(np.int32).repeat(2, axis=0)
+    return [
+        {
+            "input_ids": rng.integers(0, 61, (2, 12)).astype(np.int32),
+            "loss_mask": rng.random((2, 12)) < 0.7,
+            "segment_ids": segments,
+            "positions": np.tile(np.arange(6, dtype=np.int32), (2, 2)),
+        }
+        for _ in range(STEPS + 2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(base, batches):
+    """A function that sweeps members."""
+    model, params = base
+
+    def call(members, *, params=params, cfg=CFG, **options):
+        options = {"optim": OPTIM, "steps": STEPS, "eval_every": EVERY} | options
+        data = iter(batches[:STEPS]), batches[STEPS:]
+        return run_sweep(model, params, cfg, members, *data, **options)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def result(run):
+    return run(MEMBERS)
+
+
+def assert_close(ours, theirs, tolerance=2e-5):
+    """Equal to float32 rounding: relative to the largest value of each leaf."""
+
+    def compare(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(float(abs(y).max()), 1e-3))
+
+    jax.tree.map(compare, ours, theirs)
+
+
+def member_of(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+@pytest.mark.parametrize("i", range(len(MEMBERS)))
+def test_each_member_is_its_own_run(base, batches, result, i):
+    model, params = base
+    member = MEMBERS[i]
+    cfg = dataclasses.replace(CFG, alpha=member.alpha)
+    optim = dataclasses.replace(
+        OPTIM, learning_rate=member.learning_rate, generator_ratio=member.generator_ratio
+    )
+    optimizer = make_optimizer(optim, STEPS)
+    step, eval_step = make_train_step(model, cfg, optimizer), make_eval_step(model)
+    adapter = gl.init_adapter(cfg, jax.random.key(member.seed), params)
+    state = init_state(adapter, optimizer, member.seed)
+    losses, norms, eval_losses = [], [], []
+    for number, batch in enumerate(batches[:STEPS], 1):
+        state, metrics = step(state, params, batch)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+        if number % EVERY == 0:
+            factors = gl.generate_factors(cfg, state.adapter)
+            eval_losses.append(evaluate(eval_step, params, factors, batches[STEPS:]))
+    assert_close(result.loss[:, i], np.array(losses))
+    assert_close(result.grad_norm[:, i], np.array(norms))
+    assert_close(result.eval_loss[:, i], np.array(eval_losses))
+    assert_close(member_of(result.final, i).trainable, state.adapter.trainable)
+
+
+def test_members_differ(result):
+    for curve in (result.loss, result.eval_loss):
+        assert len(set(curve[-1].tolist())) == len(MEMBERS)
+
+
+def test_the_best_is_that_of_the_lowest_evaluation(base, batches, result):
+    model, params = base
+    eval_step = make_eval_step(model)
+    for i, member in enumerate(MEMBERS):
+        factors = gl.generate_factors(
+            dataclasses.replace(CFG, alpha=member.alpha), result.adapter(i)
+        )
+        loss = evaluate(eval_step, params, factors, batches[STEPS:])
+        assert_close(result.eval_loss[:, i].min(), np.float64(loss))
+    assert result.ranking == np.argsort(result.eval_loss.min(axis=0)).tolist()
+    assert result.eval_steps.tolist() == [2, 4]
+
+
+def test_a_member_that_diverges_leaves_the_others_as_they_were_to_the_bit(run, result):
+    wild = run([WILD if i == 1 else member for i, member in enumerate(MEMBERS)])
+    assert not np.isfinite(wild.eval_loss[-1, 1])
+    assert wild.diverged.astype(bool).tolist() == [False, True, False, False]
+    assert wild.ranking[-1] == 1
+    others = [0, 2, 3]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        np.testing.assert_array_equal(
+            getattr(wild, name)[:, others], getattr(result, name)[:, others]
+        )
+    for i in others:
+        jax.tree.map(
+            np.testing.assert_array_equal, member_of(wild.final, i), member_of(result.final, i)
+        )
+
+
+def test_sweeps_of_one_size_share_one_program(run, result):
+    before = sweeps.train_members._cache_size(), sweeps.evaluate_members._cache_size()
+    again = run([dataclasses.replace(m, learning_rate=0.5, seed=7 + m.seed) for m in MEMBERS])
+    assert (again.loss[-1] != result.loss[-1]).all()
+    after = sweeps.train_members._cache_size(), sweeps.evaluate_members._cache_size()
+    assert before == after
+
+
+def lowered(base, batches, members, **settings):
+    model, params = base
+    program = sweeps.Program(model=model, cfg=CFG, optim=OPTIM, steps=STEPS, **settings)
+    states, numbers = sweeps.initial_states(program, members, params)
+    stacked = {name: np.stack([b[name] for b in batches[:EVERY]]) for name in batches[0]}
+    traced = sweeps.train_members.trace(states, numbers, params, stacked, program=program)
+    return traced, states
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def size(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_there_is_one_base_and_its_products_are_not_batched(base, batches):
+    traced, states = lowered(base, batches, MEMBERS)
+    batched = [
+        equation
+        for equation in equations(traced.jaxpr.jaxpr)
+        if equation.primitive.name == "dot_general" and equation.params["dimension_numbers"][1][0]
+    ]
+    leaves = [leaf for leaf in jax.tree.leaves(base[1]) if leaf.ndim > 1]
+    kernels = {shape for leaf in leaves for shape in (leaf.shape[-2:], leaf.shape[:-3:-1])}
+    assert batched
+    for equation in batched:  # attention's and the adapters', never the base's
+        for operand in equation.invars:
+            assert operand.aval.shape[1:] not in kernels
+    compiled = traced.lower().compile().memory_analysis()
+    single, one = lowered(base, batches, MEMBERS[:1])
+    alone = single.lower().compile().memory_analysis()
+    grown = compiled.argument_size_in_bytes - alone.argument_size_in_bytes
+    numbers = 3 * 4 * (len(MEMBERS) - 1)
+    assert abs(grown - (size(states) - size(one)) - numbers) <= 64 * len(jax.tree.leaves(states))
+    assert grown < size(base[1]) * (len(MEMBERS) - 1)
+
+
+def test_members_lie_over_data_and_change_nothing(base, run, result):
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    params = jax.device_put(base[1], named(mesh, param_specs(base[1])))
+    cut = run(MEMBERS, params=params, mesh=mesh)
+    for leaf in jax.tree.leaves((cut.final, cut.best)):
+        assert leaf.sharding.spec[0] == "data"
+        assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {1}
+    kernel = params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert_close(getattr(cut, name), getattr(result, name))
+    assert_close(cut.final.trainable, result.final.trainable, 1e-4)
+    with pytest.raises(ValueError, match=r"3 members cannot be shared out over mesh.data = 4"):
+        run(MEMBERS[:3], params=params, mesh=mesh)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_as_one_batch_is_attention(masked):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (3, 2, 8, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True)
+    )
+    mask = jnp.tril(jnp.ones((8, 8), bool))[None, None] if masked else None
+    weights = jnp.arange(8.0)
+
+    def gradients(attention):
+        loss = lambda q, k, v: (attention(q, k, v) * weights).sum()  # noqa: E731
+        return jax.jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2))))
+
+    ours = gradients(lambda q, k, v: attend_as_one_batch(q, k, v, mask, "xla"))
+    theirs = gradients(lambda q, k, v: attend(q, k, v, mask, "xla"))
+    assert_close(ours(q, k, v), theirs(q, k, v))
+    rows = {
+        equation.invars[0].aval.shape[0]
+        for equation in equations(jax.make_jaxpr(ours)(q, k, v).jaxpr)
+        if equation.primitive.name == "dot_general"
+    }
+    assert rows == {6}  # 3 members of 2 rows: one batch
+
+
+def test_no_members_and_no_evaluation_are_refused(run, base, batches):
+    with pytest.raises(ValueError, match="at least one member"):
+        run([])
+    with pytest.raises(ValueError, match="which member is best"):
+        run_sweep(*base, CFG, MEMBERS, iter(batches), [], optim=OPTIM, steps=1)
+    with pytest.raises(ValueError, match="batches ended before step 2"):
+        run_sweep(*base, CFG, MEMBERS, iter(batches[:1]), batches, optim=OPTIM, steps=2)
+
+
+def test_a_sweep_needs_neither_a_command_line_nor_a_data_library():
+    code = (
+        "import sys\n"
+        "for name in ('jsonargparse', 'grain', 'tensorboardX', 'orbax'): sys.modules[name] = None\n"
+        "import train.benchmarks.sweep, genlora_jax.training.sweep"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+# The script.
+
+RECIPE = """
+model: {{path: {here}/base, dtype: float32, param_dtype: float32}}
+adapter: {{rank: 4, alpha: 8.0, group_size: 4, kernels: 2, targets: [q_proj, up_proj]}}
+data:
+  train: {here}/rows.jsonl
+  eval: {here}/rows.jsonl
+  length: 8
+  batch_size: 4
+  pack: false
+optim: {{learning_rate: 0.02}}
+train: {{output: {here}/out, steps: 4, eval_every: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    here = tmp_path_factory.mktemp("sweep")
+    write_base(here / "base")
+    rows = [{"prompt": f"{i % 7} and", "completion": f" {i % 7}"} for i in range(8)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "recipe.yaml").write_text(RECIPE.format(here=here))
+    return here
+
+
+@pytest.fixture
+def command(workshop, monkeypatch, capsys):
+    """A function that runs the script's main on one device: exit status, stdout and stderr."""
+
+    def call(*arguments):
+        one = lambda cfg: make_mesh(cfg, jax.devices()[:1])  # noqa: E731
+        monkeypatch.setattr(script, "make_mesh", one)
+        monkeypatch.setenv("COLUMNS", "160")
+        settings = ["--config", str(workshop / "recipe.yaml")]
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *settings, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            script.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_the_script_writes_what_it_found(command, workshop, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    grid = ["--grid.learning_rate", "[0.01, 1e38]", "--grid.alpha", "[8.0, 16.0]"]
+    status, said, errors = command("--train.output", out, *grid)
+    assert status == 0, errors
+    assert "0.01, is the grid's lowest: widen it downwards" in said
+    assert "diverged at step" in said
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["learning_rate"] for r in results] == [0.01, 0.01, 1e38, 1e38]
+    assert results[0]["best_eval_loss"] <= results[1]["best_eval_loss"]
+    assert results[3]["diverged_at"] is not None
+    assert (results[3]["best_eval_loss"], results[3]["best_step"]) == (None, None)
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    assert metrics[3]["eval_loss"][3] is None
+    assert [len(r["loss"]) for r in results] == [4] * 4
+    cfg, adapter = gl.load_adapter(out / "best")
+    assert cfg.alpha == results[0]["alpha"]
+
+    # The same as a run of train/finetune.py on its own.
+    single = tmp_path / "single"
+    monkeypatch.setattr(finetune_script, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    arguments = ["--config", workshop / "recipe.yaml", "--train.output", single]
+    arguments += ["--optim.learning_rate", 0.01, "--adapter.alpha", cfg.alpha]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
+    finetune_script.main()
+    own = gl.load_adapter(single / "adapter-best")[1]
+    assert_close(adapter.trainable, own.trainable, 1e-4)
+
+    status, _, errors = command("--train.output", out, *grid)
+    assert (status, "exists" in errors) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid.learning_rate", "[]"], "grid.learning_rate is empty"),
+        (["--grid.learning_rate", "[0.1, -0.1]"], "learning_rate must be a positive number"),
+        (["--grid.rank", "[1, 2]"], "grid.rank"),
+        (["--grid.members", "[{rate: 0.1}]"], "unknown field rate"),
+        (["--grid.members", "[{seed: 0.5}]"], "seed must be a whole number"),
+        (["--grid.seed", "[1, 1]"], "twice"),
+        (["--grid.seed", "[1]", "--grid.members", "[{seed: 1}]"], "either members or lists"),
+        (["--data.eval", "null"], "data.eval is missing"),
+        (["--train.resume", "true"], "train.resume"),
+        (["--grid.learning_rate", "[1e38, 2e38]"], "all 2 members diverged"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(command, tmp_path, arguments, message):
+    status, _, errors = command("--train.output", tmp_path / "out", *arguments)
+    assert status == 1
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
