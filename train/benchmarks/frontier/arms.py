@@ -8,7 +8,7 @@ ALPHA = 2.0  # over the rank: every arm's delta has scale 2
 
 # Four a decade. An arm's grid starts at its method's first rate.
 RATES = [10 ** (exponent / 4) for exponent in range(-16, 0)]  # 1e-4 to 0.56
-FIRST = {"lora": 5e-4, "genlora": 1.7e-3}
+FIRST = {"lora": 1e-3, "genlora": 1e-3}
 
 
 def lora(rank: int, **fields: Any) -> gl.AdapterConfig:

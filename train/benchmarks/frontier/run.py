@@ -10,6 +10,7 @@ here opens the test rows.
 import argparse
 import dataclasses
 import json
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ from genlora_jax.training.optim import OptimConfig
 from train.benchmarks.frontier.arms import ARMS, FIRST, RATES
 from train.benchmarks.frontier.pretrain import BASES, REPEATS, make_model, pretrain
 from train.benchmarks.provenance import provenance
+
+# Arms run in threads, and a CUDA graph captured in one of them breaks the others' calls.
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
 
 FIELDS = ("input_ids", "loss_mask", "segment_ids", "positions")
 CHUNK = 16384
