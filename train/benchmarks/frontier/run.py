@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from genlora_jax.training.sweep import Member, run_sweep
 
 import genlora_jax as gl
 from genlora_jax.config import config_to_json
 from genlora_jax.training.optim import OptimConfig
+from genlora_jax.training.sweep import Member, run_sweep
 from train.benchmarks.frontier.arms import ARMS, FIRST, RATES
 from train.benchmarks.frontier.pretrain import BASES, REPEATS, make_model, pretrain
 from train.benchmarks.provenance import provenance
