@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared foreign soak clean
+.PHONY: quickstart test check shared foreign harness soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -41,9 +41,19 @@ $(FOREIGN)/ready: pyproject.toml constraints.txt
 	$(FOREIGN)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+# The class for lm-eval under lm-eval itself, in an environment of its own.
+HARNESS := .venv-harness
+harness: $(HARNESS)/ready
+	GENLORA_SHARED=$(SHARED) $(HARNESS)/bin/python -m pytest tests/lm_eval_harness.py
+
+$(HARNESS)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable ".[test,lm-eval]"
+	touch $@
+
 # A run killed a hundred times; a quarter of an hour, and so not in `test`.
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/soak.py
 
 clean:
-	rm -rf $(VENV) $(FOREIGN) out
+	rm -rf $(VENV) $(FOREIGN) $(HARNESS) out

@@ -16,7 +16,11 @@ def loglikelihood(subject: Subject, requests: Sequence[tuple[str, str]]) -> list
 
 
 def loglikelihood_rolling(subject: Subject, texts: Sequence[str]) -> list[float]:
-    """Log-likelihoods (nats) of whole texts, each token predicted once with what context fits."""
+    """Log-likelihoods (nats) of whole texts, each token predicted once with what context fits.
+
+    One token that begins a text stands before each. (lm-eval's own model for PyTorch predicts a
+    second one where the tokenizer adds it.)
+    """
     windows = [
         list(_windows(subject.encode(text, special=False), subject.prefix, subject.positions))
         for text in texts

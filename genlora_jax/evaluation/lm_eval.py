@@ -8,6 +8,7 @@ is the `lm_eval` command with this model registered; all other arguments are lm-
 
 from typing import Any
 
+import lm_eval.models  # noqa: F401  # lm-eval registers its own only while there is no other
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -55,7 +56,7 @@ class GenLoRALM(LM):
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        pairs = [request.args for request in requests]
+        asked = [request.args for request in requests]
         return [
             (score.logprob, score.greedy) for score in harness.loglikelihood(self._subject, pairs)
         ]

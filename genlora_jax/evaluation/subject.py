@@ -51,8 +51,10 @@ class Subject:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text that goes on: with what begins it, without what would end it."""
+        begin = self.tokenizer.bos_token
+        special = special and not (begin and text.startswith(begin))  # a chat template's own
         ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        ends = special and ids and ids[-1] == self.tokenizer.eos_token_id
+        ends = special and len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
         return list(ids[:-1] if ends else ids)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
