@@ -57,9 +57,7 @@ class GenLoRALM(LM):
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         asked = [request.args for request in requests]
-        return [
-            (score.logprob, score.greedy) for score in harness.loglikelihood(self._subject, pairs)
-        ]
+        return [(s.logprob, s.greedy) for s in harness.loglikelihood(self._subject, asked)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args[0] for request in requests]
