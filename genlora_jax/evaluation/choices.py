@@ -56,10 +56,8 @@ def _item(place: str, row: dict[str, Any]) -> Item:
     if "instruction" in row:
         return _instruction(place, row)
     options, answer = row.get("choices"), row.get("answer")
-    plain = "prompt" in row
-    asked = text_field(
-        place, row, next((n for n in ("prompt", "question_stem") if n in row), "question")
-    )
+    name = next((n for n in ("prompt", "question_stem") if n in row), "question")
+    asked = text_field(place, row, name)
     if isinstance(options, dict) and "answerKey" in row:  # ARC and OpenBookQA on the hub
         labels, options = list(options.get("label", [])), options.get("text")
         if row["answerKey"] not in labels:
@@ -71,7 +69,7 @@ def _item(place: str, row: dict[str, Any]) -> Item:
         raise ValueError(
             f"{place}: answer must be an index into {len(options)} choices, got {answer!r}"
         )
-    return Item(asked, options, answer, plain)
+    return Item(asked, options, answer, plain=name == "prompt")
 
 
 def _instruction(place: str, row: dict[str, Any]) -> Item:
