@@ -321,6 +321,11 @@ def test_script_with_an_adapter(run, base, subject, score, exercises, perturb, t
         (["--match.data", str(QUESTIONS), "--match.limitt", "3"], "'limitt' is not accepted"),
         (["--match.data", str(QUESTIONS), "--match.shots", "1"], "shots need examples"),
         (["--match.data", str(QUESTIONS), "--adapter", "nowhere"], "nowhere holds no adapter"),
+        (["--match.data", str(QUESTIONS), "--match.max_new_tokens", "64"], "max_new_tokens (64)"),
+        (
+            ["--code.data", "{exercises}", "--code.shots", "3", "--code.examples", "{exercises}"],
+            "has 2 rows: too few for 3 shots",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_named_in_one_line(run, exercises, tmp_path, arguments, said):

@@ -15,10 +15,12 @@ from genlora_jax.command import parse, report_errors
 from genlora_jax.evaluation import choices, code, match, perplexity
 from genlora_jax.evaluation.choices import ChoicesConfig
 from genlora_jax.evaluation.code import CodeConfig
+from genlora_jax.evaluation.generate import room
 from genlora_jax.evaluation.match import MatchConfig
 from genlora_jax.evaluation.perplexity import PerplexityConfig
 from genlora_jax.evaluation.sandbox import isolation
 from genlora_jax.evaluation.subject import load_subject
+from genlora_jax.evaluation.tasks import PromptConfig, read_examples
 from genlora_jax.storage import new_directory, refuse_existing
 from genlora_jax.training.provenance import digest, provenance
 from genlora_jax.training.recipe import ModelConfig
@@ -75,11 +77,17 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
         for name, task in asked.items()
         for source in task.sources
     }
+    for name, task in asked.items():
+        if isinstance(task, PromptConfig):
+            read_examples(task, TASKS[name].read)
     walls = check_sandbox(cfg.code) if cfg.code else None
 
     options = dataclasses.asdict(cfg.model)
     del options["shape"]
     subject = load_subject(**options, adapter=cfg.adapter, batch_size=cfg.batch_size)
+    for task in asked.values():
+        if isinstance(task, MatchConfig | CodeConfig):
+            room(subject, task.max_new_tokens)
     scores: dict[str, dict[str, Any]] = {name: {} for name in asked}
     lines: dict[str, list[str]] = {name: [] for name in asked}
     for (name, source), rows in items.items():

@@ -9,7 +9,14 @@ import numpy as np
 
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
 from genlora_jax.evaluation.subject import Subject
-from genlora_jax.evaluation.tasks import PromptConfig, Result, read_items, text_field, with_examples
+from genlora_jax.evaluation.tasks import (
+    PromptConfig,
+    Result,
+    read_examples,
+    read_items,
+    text_field,
+    with_examples,
+)
 
 INSTRUCTION = re.compile(
     r"Please choose the correct answer to the question: (.*)\n\n"
@@ -110,7 +117,7 @@ def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
         `accuracy_per_character` by those over the options' lengths (lm-eval's acc and acc_norm).
     """
     shown = []
-    for item in read(str(cfg.examples), cfg.shots) if cfg.shots else []:
+    for item in read_examples(cfg, read):
         prompt, options = formatted(item, cfg.style)
         shown.append((prompt, cfg.delimiter + options[item.answer]))
     asked = [formatted(item, cfg.style) for item in items]

@@ -10,7 +10,14 @@ import numpy as np
 from genlora_jax.evaluation import sandbox
 from genlora_jax.evaluation.generate import answers
 from genlora_jax.evaluation.subject import Subject
-from genlora_jax.evaluation.tasks import PromptConfig, Result, read_items, text_field, with_examples
+from genlora_jax.evaluation.tasks import (
+    PromptConfig,
+    Result,
+    read_examples,
+    read_items,
+    text_field,
+    with_examples,
+)
 
 # What follows a finished answer of a model that was never taught to stop.
 AFTER_FUNCTION = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]
@@ -127,7 +134,7 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
         ValueError: If that was not allowed, or a worked example has no solution.
     """
     check_allowed(cfg)
-    examples = read(str(cfg.examples), cfg.shots) if cfg.shots else []
+    examples = read_examples(cfg, read)
     if any(example.solution is None for example in examples):
         raise ValueError(f"{cfg.examples}: a worked example has neither code nor solution")
     shown = [

@@ -41,13 +41,8 @@ def answers(
     Raises:
         ValueError: If `max_new_tokens` leaves no position for a prompt.
     """
-    room = subject.positions - max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"max_new_tokens ({max_new_tokens}) must be less than the model's "
-            f"{subject.positions} positions"
-        )
-    kept = [list(prompt)[-room:] for prompt in prompts for _ in range(samples)]
+    most = room(subject, max_new_tokens)
+    kept = [list(prompt)[-most:] for prompt in prompts for _ in range(samples)]
     order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))  # what is too large fails now
     key, texts = jax.random.key(seed), [""] * len(kept)
     for start in range(0, len(order), subject.batch_size):
@@ -69,6 +64,16 @@ def answers(
         for i, ids in zip(chosen, new, strict=False):
             texts[i] = cut(_text(subject, kept[i], ids), stop)
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def room(subject: Subject, max_new_tokens: int) -> int:
+    """Positions that an answer leaves for its prompt; ValueError if there are none."""
+    if not 0 < max_new_tokens < subject.positions:
+        raise ValueError(
+            f"max_new_tokens ({max_new_tokens}) must lie between 1 and the model's positions "
+            f"({subject.positions})"
+        )
+    return subject.positions - max_new_tokens
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -9,7 +9,14 @@ import numpy as np
 
 from genlora_jax.evaluation.generate import answers
 from genlora_jax.evaluation.subject import Prompt, Subject
-from genlora_jax.evaluation.tasks import PromptConfig, Result, read_items, text_field, with_examples
+from genlora_jax.evaluation.tasks import (
+    PromptConfig,
+    Result,
+    read_examples,
+    read_items,
+    text_field,
+    with_examples,
+)
 
 MARK = "####"  # stands before the final answer in GSM8K
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
@@ -100,7 +107,7 @@ def matches(said: str, expected: str, answer: Literal["auto", "text", "number"] 
 
 def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     """Has the model answer, and counts what is right."""
-    shown = read(str(cfg.examples), cfg.shots) if cfg.shots else []
+    shown = read_examples(cfg, read)
     prompts = [with_examples(p.prompt, shown, chat=cfg.chat) for p in problems]
     said = answers(
         subject,

@@ -84,6 +84,18 @@ def read_items(source: str, limit: int | None, read: Callable[[str, dict[str, An
     return items
 
 
+def read_examples(cfg: PromptConfig, read: Callable[[str, int], list[T]]) -> list[T]:
+    """The worked examples of a task, read by its own `read`; none if it takes none.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    items = read(str(cfg.examples), cfg.shots) if cfg.shots else []
+    if len(items) < cfg.shots:
+        raise ValueError(f"{cfg.examples} has {len(items)} rows: too few for {cfg.shots} shots")
+    return items
+
+
 def text_field(place: str, row: dict[str, Any], name: str) -> str:
     """A field that must be text; ValueError if it is not."""
     if not isinstance(row.get(name), str):
