@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared foreign tpu soak clean
+.PHONY: quickstart test check shared foreign harness tpu soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -51,9 +51,19 @@ $(TPU)/ready: $(VENV)/ready constraints.txt
 	$(BIN)/pip install --quiet --no-deps --target $(TPU) $$(grep '^libtpu==' constraints.txt)
 	touch $@
 
+# The class for lm-eval under lm-eval itself, in an environment of its own.
+HARNESS := .venv-harness
+harness: $(HARNESS)/ready
+	GENLORA_SHARED=$(SHARED) $(HARNESS)/bin/python -m pytest tests/lm_eval_harness.py
+
+$(HARNESS)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable ".[test,lm-eval]"
+	touch $@
+
 # A run killed a hundred times; a quarter of an hour, and so not in `test`.
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/soak.py
 
 clean:
-	rm -rf $(VENV) $(FOREIGN) $(TPU) out
+	rm -rf $(VENV) $(FOREIGN) $(HARNESS) $(TPU) out

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from inspect import signature
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +19,7 @@ from genlora_jax.decoding import decode
 from genlora_jax.hf.checkpoint import checkpoint_dtype, load_tokenizer, locate, stop_tokens
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
-from genlora_jax.hf.peft import SETTINGS as PEFT_SETTINGS
-from genlora_jax.hf.peft import export_peft, import_peft
+from genlora_jax.hf.peft import export_peft, load_factors
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.storage import load_adapter, refuse_existing
 
@@ -46,17 +43,9 @@ def merge(
     # No narrower than either end, so that the merged kernel is rounded once.
     held = jnp.promote_types(stored, written)
     model, params = load_llama(source, dtype=held, param_dtype=held)
-    merged = merge_factors(params, _factors(adapter, params, model), donate=True)
+    merged = merge_factors(params, load_factors(adapter, params, model), donate=True)
     export_hf(out, merged, base=source, dtype=written, overwrite=overwrite)
     print(f"merged model: {out}")
-
-
-def _factors(adapter: str, params: Any, model: Any) -> Any:
-    """The factors of an adapter of ours, or of a PEFT LoRA adapter."""
-    if (Path(adapter) / PEFT_SETTINGS).is_file():
-        return import_peft(adapter, params)
-    cfg, loaded = load_adapter(adapter, params, model=model)
-    return generate_factors(cfg, loaded)
 
 
 def export_peft_adapter(
@@ -145,7 +134,7 @@ def generate(
     tokenizer = load_tokenizer(source)
     factors = None
     if adapter is not None:
-        factors = _factors(adapter, params, llama)
+        factors = load_factors(adapter, params, llama)
     ids = tokenizer(prompt)["input_ids"]
     limit = llama.config.max_position_embeddings
     if len(ids) + max_new_tokens > limit:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -11,6 +12,10 @@ import jsonargparse
 from genlora_jax.config import AdapterConfig
 
 T = TypeVar("T")
+OPTIONAL = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) "
+    r"- Expected a <class 'NoneType'>.*"
+)
 
 # `adapter:` in a recipe takes the fields of GenLoRAConfig, or class_path and init_args.
 jsonargparse.set_parsing_settings(subclasses_enabled=[AdapterConfig])
@@ -24,7 +29,11 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
     parser = jsonargparse.ArgumentParser(description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(kind)
-    fields = parser.instantiate(parse_arguments(parser, args))
+    parsed = parse_arguments(parser, args)
+    try:
+        fields = parser.instantiate(parsed)
+    except ValueError as error:
+        raise ValueError(_plain(error)) from error
     return kind(**{name: value for name, value in vars(fields).items() if name != "config"})
 
 
@@ -37,7 +46,15 @@ def parse_arguments(parser: jsonargparse.ArgumentParser, args: Sequence[str] | N
     try:
         return parser.parse_args(args)
     except jsonargparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_plain(error)) from error
+
+
+def _plain(error: Exception) -> str:
+    """An error in one line, without all that an optional group of settings could have been."""
+    text, count = " ".join(str(error).split()), 1
+    while count:
+        text, count = OPTIONAL.subn(r"\1", text)
+    return text
 
 
 @contextlib.contextmanager

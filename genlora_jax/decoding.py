@@ -26,6 +26,7 @@ def decode(
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: jax.Array | None = None,
+    width: int = 0,
 ) -> list[list[int]]:
     """Continues prompts, all in one batch.
 
@@ -39,6 +40,7 @@ def decode(
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         key: PRNG key; needed to sample.
+        width: Tokens to which prompts are padded at least; calls of one width compile once.
 
     Returns:
         The continuations' token ids.
@@ -50,7 +52,7 @@ def decode(
         raise ValueError("decoding needs prompts of at least one token each")
     if temperature > 0 and key is None:
         raise ValueError("sampling (temperature > 0) needs a key")
-    width = -(-max(map(len, prompts)) // WIDTH) * WIDTH
+    width = max(width, -(-max(map(len, prompts)) // WIDTH) * WIDTH)
     ids = np.zeros((len(prompts), width), np.int32)
     real = np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):  # on the left, so that all end at the same slot

@@ -1,6 +1,7 @@
 """The direction in which modules import one another."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,31 @@ def test_the_library_imports_nothing_of_train(file):
     [
         file
         for file in MODULES
-        if not {"training", "plan"} & set(file.parts) and file.stem not in ("cli", "command")
+        if not {"training", "plan", "evaluation"} & set(file.parts)
+        and file.stem not in ("cli", "command")
     ],
     ids=lambda f: str(f.relative_to(LIBRARY)),
 )
 def test_only_training_and_commands_import_training(file):
     assert not below(imported(file), "genlora_jax.training")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in MODULES if "evaluation" not in file.parts],
+    ids=lambda f: str(f.relative_to(LIBRARY)),
+)
+def test_nothing_below_imports_evaluation(file):
+    assert not below(imported(file), "genlora_jax.evaluation")
+
+
+def test_only_its_own_model_imports_lm_eval():
+    assert [file.name for file in MODULES if below(imported(file), "lm_eval")] == ["lm_eval.py"]
+
+
+def test_what_runs_in_the_sandbox_imports_the_standard_library_alone():
+    names = imported(LIBRARY / "evaluation" / "jail.py")
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(LIBRARY)))

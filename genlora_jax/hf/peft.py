@@ -14,10 +14,11 @@ import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from genlora_jax.adapter import generate_factors
 from genlora_jax.config import AdapterConfig
 from genlora_jax.hf.checkpoint import read_json
 from genlora_jax.hf.names import natural_order, tensors
-from genlora_jax.storage import new_directory
+from genlora_jax.storage import load_adapter, new_directory
 
 PREFIX = "base_model.model."
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -176,6 +177,14 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
         sides = _stack(pairs, shapes[kernel_path])
         flat |= {(*kernel_path[:-1], side): jnp.asarray(sides[side]) for side in "ab"}
     return unflatten_dict(flat)
+
+
+def load_factors(path: str | Path, params: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
+    """The factors of an adapter's directory, ours (see `load_adapter`) or a PEFT LoRA adapter's."""
+    if (Path(path) / SETTINGS).is_file():
+        return import_peft(path, params)
+    cfg, adapter = load_adapter(path, params, model=model)
+    return generate_factors(cfg, adapter)
 
 
 def _refuse_other_than_lora(file: Path, settings: Mapping[str, Any]) -> None:

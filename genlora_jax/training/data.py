@@ -88,6 +88,9 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix in (".jsonl", ".json"):
         if not path.is_file():
             raise FileNotFoundError(f"no such data file: {path}")
+        if path.suffix == ".json" and (rows := _json_array(path)) is not None:
+            yield from rows
+            return
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -110,6 +113,21 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         rows = _hugging_face_rows(source)
         yield from ((f"{source}: row {number}", dict(row)) for number, row in enumerate(rows, 1))
+
+
+def _json_array(path: Path) -> list[tuple[str, dict[str, Any]]] | None:
+    """The rows of a file that is one JSON array; None if it is none."""
+    text = path.read_text(encoding="utf-8")
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: row {number}: a row must be a JSON object")
+    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _hugging_face_rows(source: str) -> Any:

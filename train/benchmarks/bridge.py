@@ -23,8 +23,8 @@ from rich.table import Table
 import genlora_jax as gl
 from genlora_jax.hf.checkpoint import load_tokenizer
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
-from train.benchmarks.provenance import provenance
 
 LENGTH, ROWS, STEPS, HELD_OUT = 256, 16, 300, 0.05
 RESULT = Path(__file__).parent / "results" / "bridge.json"

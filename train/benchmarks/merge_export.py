@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 import genlora_jax as gl
 from genlora_jax.hf.checkpoint import model_config
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
-from train.benchmarks.provenance import provenance
+from genlora_jax.training.provenance import provenance
 
 # The package has a function of this name.
 merge_module = importlib.import_module("genlora_jax.merge")

@@ -18,8 +18,8 @@ from genlora_jax.plan.chips import GIB, parse_topology
 from genlora_jax.plan.compiled import compile_step
 from genlora_jax.plan.estimate import estimate
 from genlora_jax.sharding import MeshConfig
+from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
-from train.benchmarks.provenance import provenance
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = Path(__file__).parent / "results" / "plan.json"

@@ -19,8 +19,8 @@ import genlora_jax as gl
 from genlora_jax.command import parse
 from genlora_jax.hf.checkpoint import load_tokenizer
 from genlora_jax.training.metrics import read_records
+from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
-from train.benchmarks.provenance import provenance
 from train.finetune import finetune
 from train.quickstart.run import BASE, HERE, RECIPES, ROOT, answers, exact_match
 

@@ -28,9 +28,9 @@ import genlora_jax as gl
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import init_state, make_train_step
 from genlora_jax.training.sweep import Member, Program, for_members, initial_states, train_members
-from train.benchmarks.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

@@ -271,7 +271,7 @@ def shape_of(arm: Arm, size: Size) -> Size:
 def run_all(arguments: argparse.Namespace) -> None:
     # Asked in a process of its own: this one leaves the GPUs alone.
     code = (
-        "import json; from train.benchmarks.provenance import provenance; "
+        "import json; from genlora_jax.training.provenance import provenance; "
         "print(json.dumps(provenance()))"
     )
     told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)

@@ -23,10 +23,10 @@ import numpy as np
 import genlora_jax as gl
 from genlora_jax.config import config_to_json
 from genlora_jax.training.optim import OptimConfig
+from genlora_jax.training.provenance import provenance
 from genlora_jax.training.sweep import Member, run_sweep
 from train.benchmarks.frontier.arms import ARMS, FIRST, RATES
 from train.benchmarks.frontier.pretrain import BASES, REPEATS, make_model, pretrain
-from train.benchmarks.provenance import provenance
 
 # Arms run in threads, and a CUDA graph captured in one of them breaks the others' calls.
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")

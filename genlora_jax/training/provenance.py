@@ -1,9 +1,11 @@
-"""Where a result comes from: versions, commit, machine."""
+"""Where a result comes from: versions, commit, machine, data."""
 
+import hashlib
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,12 +30,22 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def digest(file: str | Path) -> str | None:
+    """SHA-256 of a file; None for a data set that is no file."""
+    if not Path(file).is_file():
+        return None
+    with Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _commit() -> str:
     """The commit, or what GENLORA_COMMIT says where the sources lie outside a repository."""
     git = ["git", "describe", "--always", "--dirty"]
     if said := os.environ.get("GENLORA_COMMIT"):
         return said
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            git, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,0 +1,1 @@
+"""Measuring a base, a merged model or an adapter: log-likelihoods, answers, programs."""

@@ -1,0 +1,185 @@
+"""Code: the model writes programs, and tests say whether they are right."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from genlora_jax.evaluation import sandbox
+from genlora_jax.evaluation.generate import answers
+from genlora_jax.evaluation.subject import Subject
+from genlora_jax.evaluation.tasks import (
+    PromptConfig,
+    Result,
+    read_examples,
+    read_items,
+    text_field,
+    with_examples,
+)
+
+# What follows a finished answer of a model that was never taught to stop.
+AFTER_FUNCTION = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]
+AFTER_PROGRAM = ["\nassert ", '\n"""', "\nprint(", "\nif __name__", "\n```"]
+FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeConfig(PromptConfig):
+    """Programs to write.
+
+    Rows are HumanEval's (`prompt`, `test`, `entry_point`) or MBPP's (`text` or `prompt`,
+    `test_list`; `code` for worked examples).
+
+    Attributes:
+        allow_code: Must be true: this runs programs that a model wrote. `sandbox.py` says what
+            guards against them and what does not.
+        chat: Ask in the tokenizer's chat template, for a program in a fenced block.
+        k: The k of pass@k.
+        samples: Programs for each row; at least the largest k.
+        temperature: 0 for greedy, else softmax temperature.
+        top_p: Sample from the most likely tokens of this total probability.
+        seed: Of the sampling.
+        max_new_tokens: Longest program.
+        seconds: Wall-clock time of each program.
+        mib: Its memory, MiB.
+    """
+
+    allow_code: bool = False
+    chat: bool = False
+    k: list[int] = field(default_factory=lambda: [1])
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 512
+    seconds: float = 5.0
+    mib: int = 1024
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        if not self.k or min(self.k) < 1 or max(self.k) > self.samples:
+            raise ValueError(f"k must lie between 1 and samples ({self.samples}), got {self.k}")
+        if self.samples > 1 and not self.temperature > 0:
+            raise ValueError("several samples of greedy decoding are one: set temperature")
+
+
+class Exercise(NamedTuple):
+    """What to ask, and what to put around the answer.
+
+    Attributes:
+        prompt: For a model that continues text.
+        request: For a model that answers in a chat.
+        before: What the answer continues; it stays when a fenced block repeats it.
+        after: The tests.
+        stop: Strings before which an answer ends.
+        solution: The row's own answer, for worked examples.
+    """
+
+    prompt: str
+    request: str
+    before: str
+    after: str
+    stop: list[str]
+    solution: str | None
+
+
+def read(source: str, limit: int | None = None) -> list[Exercise]:
+    """The exercises of a source; raises as `read_items` does."""
+    return read_items(source, limit, _exercise)
+
+
+def _exercise(place: str, row: dict[str, Any]) -> Exercise:
+    if "entry_point" in row:
+        prompt, name = text_field(place, row, "prompt"), text_field(place, row, "entry_point")
+        after = f"{text_field(place, row, 'test')}\n\ncheck({name})\n"
+        request = f"Complete this function. Give all of it.\n\n```python\n{prompt}\n```"
+        solution = row.get("canonical_solution")
+        return Exercise(prompt, request, prompt, after, AFTER_FUNCTION, solution)
+    asked = text_field(place, row, "text" if "text" in row else "prompt")
+    tests = row.get("test_list")
+    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+        raise ValueError(f"{place}: test_list must be a list of texts")
+    imports = "".join(f"{line}\n" for line in row.get("test_imports") or [])
+    after = "\n".join([row.get("test_setup_code") or "", *tests, ""])
+    listed = "\n".join(tests)
+    prompt = f'"""\n{asked}\n{listed}\n"""\n'
+    request = f"{asked} Write Python that passes these tests:\n\n```python\n{listed}\n```"
+    return Exercise(prompt, request, imports, after, AFTER_PROGRAM, row.get("code"))
+
+
+def program(exercise: Exercise, answer: str) -> str:
+    """What is run: the answer, or the first fenced block in it, and the tests."""
+    fenced = FENCED.search(answer)
+    if fenced is None:
+        return f"{exercise.before}{answer}\n\n{exercise.after}"
+    return f"{exercise.before}\n\n{fenced[1]}\n\n{exercise.after}"
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k programs passes, from more of them.
+
+    One minus the share of the k-subsets that have none of the passing ones (Chen et al.,
+    arXiv 2107.03374).
+    """
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
+    """Has the model write programs, and runs them.
+
+    Raises:
+        ValueError: If that was not allowed, or a worked example has no solution.
+    """
+    check_allowed(cfg)
+    examples = read_examples(cfg, read)
+    if any(example.solution is None for example in examples):
+        raise ValueError(f"{cfg.examples}: a worked example has neither code nor solution")
+    shown = [
+        (e.request, f"```python\n{e.solution}\n```") if cfg.chat else (e.prompt, str(e.solution))
+        for e in examples
+    ]
+    prompts = [
+        with_examples(e.request if cfg.chat else e.prompt, shown, chat=cfg.chat) for e in exercises
+    ]
+    said = answers(
+        subject,
+        [subject.encode_prompt(prompt) for prompt in prompts],
+        max_new_tokens=cfg.max_new_tokens,
+        stop=() if cfg.chat else exercises[0].stop,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        samples=cfg.samples,
+        seed=cfg.seed,
+    )
+    programs = [
+        program(e, text) for e, texts in zip(exercises, said, strict=True) for text in texts
+    ]
+    outcomes = iter(sandbox.run_all(programs, seconds=cfg.seconds, mib=cfg.mib))
+    rows: list[dict[str, Any]] = []
+    for prompt, texts in zip(prompts, said, strict=True):
+        own = [next(outcomes) for _ in texts]
+        rows.append(
+            {
+                "prompt": prompt,
+                "answers": texts,
+                "passed": [outcome.passed for outcome in own],
+                "details": [outcome.detail for outcome in own],
+            }
+        )
+    metrics = {
+        f"pass@{k}": float(np.mean([pass_at_k(cfg.samples, sum(r["passed"]), k) for r in rows]))
+        for k in cfg.k
+    }
+    return Result(metrics, rows)
+
+
+def check_allowed(cfg: CodeConfig) -> None:
+    """Raises ValueError unless programs may be run."""
+    if not cfg.allow_code:
+        raise ValueError(
+            "this runs programs that a model wrote, in a sandbox that is no virtual machine: set "
+            "code.allow_code to true if that is what you want"
+        )

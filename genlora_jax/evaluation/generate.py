@@ -1,0 +1,94 @@
+"""Answers: continuations of many prompts as text, in batches of few shapes."""
+
+from collections.abc import Sequence
+
+import jax
+
+from genlora_jax.decoding import decode
+from genlora_jax.evaluation.scoring import padded
+from genlora_jax.evaluation.subject import Subject
+
+
+def answers(
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    stop: Sequence[str] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[list[str]]:
+    """What the model says to prompts.
+
+    A prompt that leaves no room for `max_new_tokens` loses its beginning.
+
+    Args:
+        subject: The model, and how many rows it takes at once.
+        prompts: Token ids, at least one a prompt.
+        max_new_tokens: Longest answer.
+        stop: Strings before which an answer ends, beside the model's own stop tokens. They are
+            looked for in the finished answer: they spare no time.
+        temperature: 0 for greedy, else softmax temperature.
+        top_p: Sample from the most likely tokens of this total probability.
+        samples: Answers to each prompt.
+        seed: Of the sampling.
+
+    Returns:
+        Texts, `samples` for each prompt.
+
+    Raises:
+        ValueError: If `max_new_tokens` leaves no position for a prompt.
+    """
+    most = room(subject, max_new_tokens)
+    kept = [list(prompt)[-most:] for prompt in prompts for _ in range(samples)]
+    order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))  # what is too large fails now
+    key, texts = jax.random.key(seed), [""] * len(kept)
+    for start in range(0, len(order), subject.batch_size):
+        chosen = order[start : start + subject.batch_size]
+        batch = [kept[i] for i in chosen]
+        batch += batch[-1:] * (subject.batch_size - len(batch))  # one shape for all batches
+        new = decode(
+            subject.model,
+            subject.params,
+            batch,
+            factors=subject.factors,
+            max_new_tokens=max_new_tokens,
+            stop=subject.stop,
+            temperature=temperature,
+            top_p=top_p,
+            key=jax.random.fold_in(key, start),
+            width=padded(len(batch[0])),
+        )
+        for i, ids in zip(chosen, new, strict=False):
+            texts[i] = cut(_text(subject, kept[i], ids), stop)
+    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def room(subject: Subject, max_new_tokens: int) -> int:
+    """Positions that an answer leaves for its prompt; ValueError if there are none."""
+    if not 0 < max_new_tokens < subject.positions:
+        raise ValueError(
+            f"max_new_tokens ({max_new_tokens}) must lie between 1 and the model's positions "
+            f"({subject.positions})"
+        )
+    return subject.positions - max_new_tokens
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of some strings in it."""
+    return text[: min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
+
+
+def _text(subject: Subject, prompt: list[int], new: list[int]) -> str:
+    """New tokens as the text that they add: some tokenizers drop a space where a text begins."""
+    whole, before = (
+        str(
+            subject.tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+        for ids in (prompt + new, prompt)
+    )
+    return whole[len(before) :]

@@ -1,0 +1,83 @@
+"""What lm-eval asks of a model, without lm-eval; `lm_eval.py` puts its class around it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from genlora_jax.evaluation.generate import answers
+from genlora_jax.evaluation.scoring import Pair, Score, encode_pair, log_likelihoods
+from genlora_jax.evaluation.subject import Subject
+
+MAX_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say
+
+
+def loglikelihood(subject: Subject, requests: Sequence[tuple[str, str]]) -> list[Score]:
+    """Scores of continuations, requests being (context, continuation)."""
+    return log_likelihoods(subject, [encode_pair(subject, *request) for request in requests])
+
+
+def loglikelihood_rolling(subject: Subject, texts: Sequence[str]) -> list[float]:
+    """Log-likelihoods (nats) of whole texts, each token predicted once with what context fits.
+
+    One token that begins a text stands before each. (lm-eval's own model for PyTorch predicts a
+    second one where the tokenizer adds it.)
+    """
+    windows = [
+        list(_windows(subject.encode(text, special=False), subject.prefix, subject.positions))
+        for text in texts
+    ]
+    scores = iter(log_likelihoods(subject, [pair for own in windows for pair in own]))
+    return [sum(next(scores).logprob for _ in own) for own in windows]
+
+
+def _windows(ids: list[int], prefix: int, most: int) -> Iterator[Pair]:
+    if ids:
+        yield [prefix], ids[:most]
+    for start in range(most, len(ids), most):
+        stop = min(start + most, len(ids))
+        yield ids[stop - most - 1 : start], ids[start:stop]
+
+
+def generate_until(
+    subject: Subject, requests: Sequence[tuple[str, Mapping[str, Any]]], *, seed: int = 0
+) -> list[str]:
+    """Continuations, requests being (context, settings).
+
+    Settings are lm-eval's `until`, `max_gen_toks`, `do_sample`, `temperature` and `top_p`.
+
+    Raises:
+        ValueError: If a setting is another that changes what is generated.
+    """
+    said: dict[int, str] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, (_, settings) in enumerate(requests):
+        groups.setdefault(_settings(settings), []).append(i)
+    for (stop, most, temperature, top_p), chosen in groups.items():
+        texts = answers(
+            subject,
+            [subject.encode(requests[i][0]) or [subject.prefix] for i in chosen],
+            max_new_tokens=most,
+            stop=stop,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        said |= {i: text for i, (text,) in zip(chosen, texts, strict=True)}
+    return [said[i] for i in range(len(requests))]
+
+
+def _settings(said: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float, float]:
+    settings = dict(said)
+    until = settings.pop("until", None) or ()
+    stop = (until,) if isinstance(until, str) else tuple(until)
+    most = int(
+        settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None) or MAX_NEW_TOKENS
+    )
+    temperature = float(settings.pop("temperature", None) or 0.0)
+    if settings.pop("do_sample", temperature > 0) and not temperature > 0:
+        temperature = 1.0
+    elif said.get("do_sample") is False:
+        temperature = 0.0
+    top_p = float(settings.pop("top_p", None) or 1.0)
+    if unknown := {name for name, value in settings.items() if value is not None}:
+        raise ValueError(f"generation settings that are not supported: {sorted(unknown)}")
+    return stop, most, temperature, top_p

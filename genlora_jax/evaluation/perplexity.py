@@ -1,0 +1,52 @@
+"""Perplexity: how likely the model finds the completions that it would be trained on."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from genlora_jax.evaluation.subject import Subject
+from genlora_jax.evaluation.tasks import Result, TaskConfig, read_items
+from genlora_jax.training.data import DataConfig, encode, eval_batches
+from genlora_jax.training.step import evaluate, make_eval_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig(TaskConfig):
+    """Completions to predict; rows are those of training.
+
+    Attributes:
+        length: Tokens in a row of a batch.
+        overlong: What becomes of longer rows; as `data.overlong` of a recipe.
+    """
+
+    length: int = 1024
+    overlong: Literal["drop", "truncate", "split", "error"] = "split"
+
+
+def read(source: str, limit: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a source, each with its place; raises as `read_items` does."""
+    return read_items(source, limit, lambda place, row: (place, row))
+
+
+def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str, Any]]]) -> Result:
+    """Loss over the completions of rows.
+
+    Returns:
+        `loss` (mean over their tokens, nats), `perplexity` (its exponential), and counts.
+    """
+    shape = DataConfig(
+        train="", length=cfg.length, batch_size=subject.batch_size, overlong=cfg.overlong
+    )
+    examples, report = encode(iter(rows), subject.tokenizer, shape, "perplexity")
+    batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]
+    loss = evaluate(make_eval_step(subject.model), subject.params, subject.factors, batches)
+    metrics = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "examples": report.examples,
+        "tokens": report.trained_tokens,
+        "overlong": report.overlong,
+    }
+    return Result(metrics, [])

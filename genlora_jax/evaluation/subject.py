@@ -1,0 +1,110 @@
+"""What is evaluated: a model with its parameters, an adapter's factors and a tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from genlora_jax.hf.checkpoint import load_tokenizer, locate, stop_tokens
+from genlora_jax.hf.load import load_llama
+from genlora_jax.hf.peft import load_factors
+from genlora_jax.models.llama import LlamaForCausalLM
+
+Messages = list[dict[str, str]]
+Prompt = str | Messages  # text, or a conversation that the model is to continue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A base, a merged model, or a base with an adapter.
+
+    Attributes:
+        model: The model.
+        params: Its parameters.
+        factors: An adapter's factors; empty for none.
+        tokenizer: The model's tokenizer.
+        stop: Ids of the tokens that end a text.
+        batch_size: Rows that are computed together.
+    """
+
+    model: LlamaForCausalLM
+    params: Any
+    factors: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerFast
+    stop: tuple[int, ...] = ()
+    batch_size: int = 16
+
+    @property
+    def positions(self) -> int:
+        """The most tokens that the model can see."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def prefix(self) -> int:
+        """The token that stands before a text that follows nothing."""
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *self.stop)
+        known = [token for token in ids if token is not None]
+        if not known:
+            raise ValueError("the tokenizer has no token that begins or ends a text")
+        return known[0]
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text that goes on: with what begins it, without what would end it."""
+        begin = self.tokenizer.bos_token
+        special = special and not (begin and text.startswith(begin))  # a chat template's own
+        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        ends = special and len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
+        return list(ids[:-1] if ends else ids)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, a conversation in the tokenizer's chat template.
+
+        Raises:
+            ValueError: If it is a conversation and the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            return self.encode(prompt) or [self.prefix]
+        return self.encode(self.render(prompt), special=False)
+
+    def render(self, messages: Messages, *, cue: bool = True) -> str:
+        """A conversation as text, by default with the cue to answer."""
+        if not self.tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: give prompts as text")
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
+        )
+
+
+def load_subject(
+    path: str,
+    adapter: str | None = None,
+    *,
+    revision: str | None = None,
+    batch_size: int = 16,
+    **options: Any,
+) -> Subject:
+    """Loads what is to be evaluated.
+
+    Args:
+        path: A base or a merged model: local directory or hub id.
+        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
+        revision: Branch, tag or commit on the hub.
+        batch_size: Rows that are computed together.
+        **options: Passed on to `load_llama`.
+
+    Raises:
+        FileNotFoundError: If there is no such model or adapter.
+        ValueError: If they do not go together.
+    """
+    source = locate(path, revision=revision)
+    tokenizer = load_tokenizer(source)
+    model, params = load_llama(source, **options)
+    return Subject(
+        model=model,
+        params=params,
+        factors={} if adapter is None else load_factors(adapter, params, model),
+        tokenizer=tokenizer,
+        stop=tuple(stop_tokens(source)),
+        batch_size=batch_size,
+    )

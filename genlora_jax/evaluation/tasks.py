@@ -1,0 +1,124 @@
+"""What the tasks have in common: rows of a source, worked examples, results."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+from genlora_jax.evaluation.subject import Prompt
+from genlora_jax.training.data import read_rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """The rows of a task.
+
+    Attributes:
+        data: A source of rows or several, each with results of its own; as `data.train` of a
+            recipe, or a `.json` file with an array.
+        limit: Rows to take from the beginning of each source; None for all.
+    """
+
+    data: str | list[str]
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        if not self.data:
+            raise ValueError("data names no source")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}")
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources, in order."""
+        return [self.data] if isinstance(self.data, str) else self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(TaskConfig):
+    """The rows of a task, and what stands before each.
+
+    Attributes:
+        shots: Worked examples before each row's prompt.
+        examples: Their source, of which the first are taken; needed for them.
+    """
+
+    shots: int = 0
+    examples: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        if self.shots < 0:
+            raise ValueError(f"shots must not be negative, got {self.shots}")
+        if self.shots and self.examples is None:
+            raise ValueError("shots need examples: a source whose rows are none of the data's")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a source.
+
+    Attributes:
+        metrics: By name.
+        rows: One entry a row: what the model was asked, what it said, how that was judged.
+    """
+
+    metrics: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def read_items(source: str, limit: int | None, read: Callable[[str, dict[str, Any]], T]) -> list[T]:
+    """The first rows of a source, each read by `read(place, row)`.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        ValueError: If a row is bad, or there is none.
+    """
+    items = [read(place, row) for place, row in islice(read_rows(source), limit)]
+    if not items:
+        raise ValueError(f"{source} has no rows")
+    return items
+
+
+def read_examples(cfg: PromptConfig, read: Callable[[str, int], list[T]]) -> list[T]:
+    """The worked examples of a task, read by its own `read`; none if it takes none.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    items = read(str(cfg.examples), cfg.shots) if cfg.shots else []
+    if len(items) < cfg.shots:
+        raise ValueError(f"{cfg.examples} has {len(items)} rows: too few for {cfg.shots} shots")
+    return items
+
+
+def text_field(place: str, row: dict[str, Any], name: str) -> str:
+    """A field that must be text; ValueError if it is not."""
+    if not isinstance(row.get(name), str):
+        raise ValueError(f"{place}: field {name!r} is missing or no text")
+    return row[name]
+
+
+def with_examples(
+    prompt: Prompt, examples: Sequence[tuple[Prompt, str]], *, chat: bool = False
+) -> Prompt:
+    """A prompt after worked examples; with `chat` as turns of a conversation.
+
+    Raises:
+        ValueError: If examples are to go before a conversation of the row's own.
+    """
+    if not isinstance(prompt, str):
+        if examples:
+            raise ValueError("rows with messages take no worked examples: set shots to 0")
+        return prompt
+    if not chat:
+        return "\n\n".join([*(f"{asked}{answer}" for asked, answer in examples), prompt])
+    turns: list[dict[str, str]] = []
+    for asked, answer in examples:
+        turns.append({"role": "user", "content": str(asked)})
+        turns.append({"role": "assistant", "content": answer.strip()})
+    return [*turns, {"role": "user", "content": prompt}]
