@@ -23,6 +23,11 @@ ADAPTERS = {
         "rank_pattern": {"layers.1.self_attn.q_proj": 5, r".*\.2\.mlp.gate_proj": 2},
         "alpha_pattern": {"gate_proj": 9},
     },
+    "dora": {
+        "target_modules": ["k_proj", "down_proj"],
+        "use_dora": True,
+        "layers_to_transform": [1],
+    },
     "head": {"target_modules": ["lm_head", "o_proj"]},
 }
 # Of peft itself, which the tests call.

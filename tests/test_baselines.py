@@ -1,0 +1,522 @@
+"""The methods that GenLoRA is compared with: against `peft`, and through the commands."""
+
+import dataclasses
+import functools
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+from tiny_base import write_base
+
+import genlora_jax as gl
+import train.finetune as script
+from genlora_jax import factors, sharding
+from genlora_jax.adapter import adapter_shapes, adapter_spec
+from genlora_jax.cli import main
+from genlora_jax.config import config_from_json, config_to_json
+from genlora_jax.methods import vera
+from genlora_jax.sharding import MeshConfig, make_mesh
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.step import init_state, make_train_step
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]  # biases and none, wide and narrow
+SHARED = {"rank": 3, "alpha": 6.0, "targets": TARGETS}
+METHODS = {
+    "rslora": gl.LoRAConfig(**SHARED, scaling="rslora"),
+    "dora": gl.DoRAConfig(**SHARED),
+    "pissa": gl.PiSSAConfig(**SHARED),
+    "vera": gl.VeRAConfig(rank=5, d_initial=0.3, targets=TARGETS),
+    "full": gl.FullConfig(targets=TARGETS),
+}
+EPS = float(np.finfo(np.float32).eps)
+IDS = np.random.default_rng(0).integers(0, 512, (2, 9)).astype(np.int32)
+# Where peft, or the model itself, holds what we train.
+THEIRS = {
+    ("factors", "a"): "lora_A.default.weight",
+    ("factors", "b"): "lora_B.default.weight",
+    ("magnitudes",): "lora_magnitude_vector.default.weight",
+    ("vectors", "d"): "vera_lambda_d.default",
+    ("vectors", "b"): "vera_lambda_b.default",
+    ("deltas",): "weight",
+}
+pytestmark = [
+    pytest.mark.usefixtures("quick_to_compile"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+def load(path, **options):
+    return gl.load_llama(path, dtype=jnp.float32, param_dtype=jnp.float32, **options)
+
+
+def load_torch(path):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, factors):
+    return gl.apply(model, params, factors, IDS)
+
+
+def close(ours, theirs, terms=64):
+    """Whether arrays agree to the rounding of sums of so many terms."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=terms * EPS * np.abs(theirs).max())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("methods") / "base", model_type="qwen2")
+
+
+def torch_with(name, cfg, spec, path):
+    """The base in PyTorch with the method in it."""
+    import peft
+
+    model = load_torch(path)
+    if name == "full":
+        return model
+    if name == "vera":
+        own = peft.VeraConfig(r=cfg.rank, target_modules=TARGETS, projection_prng_key=1)
+        model = peft.get_peft_model(model, own)
+        for ours, theirs in zip(vera.projections(cfg, spec), "AB", strict=True):
+            shared = getattr(model.base_model, f"vera_{theirs}")["default"]
+            assert shared.T.shape == ours.shape
+            # Of the same distribution, from another generator.
+            assert 0.8 < np.abs(ours).max() / shared.abs().max() < 1.25
+            shared.copy_(tensor(ours.T))
+        return model
+    settings = {"use_rslora": name == "rslora", "use_dora": name == "dora"}
+    if name == "pissa":
+        settings["init_lora_weights"] = "pissa"
+    own = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=TARGETS, **settings)
+    return peft.get_peft_model(model, own)
+
+
+def tensor(value):
+    import torch
+
+    return torch.from_numpy(np.array(value))
+
+
+def counterparts(trainable, model):
+    """(our path, layer, their parameter) of every layer's leaf."""
+    parameters = dict(model.named_parameters())
+    for path in flatten_dict(trainable):
+        group, name, *side = path
+        head, tail = name.split(".layers.")
+        prefix = "" if group == "deltas" else "base_model.model."
+        for i in range(2):
+            theirs = THEIRS[(group, *side)]
+            yield path, i, parameters[f"{prefix}{head}.layers.{i}.{tail}.{theirs}"]
+
+
+def set_values(trainable, model):
+    """Puts our values into theirs."""
+    import torch
+
+    flat = flatten_dict(trainable)
+    with torch.no_grad():
+        for path, i, parameter in counterparts(trainable, model):
+            value = tensor(flat[path][i].T)
+            parameter.add_(value) if path[0] == "deltas" else parameter.copy_(value)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def case(request, base, perturb):
+    """A method's adapter on the base, new and moved, with logits and gradients of both sides."""
+    import torch
+
+    name, cfg = request.param, METHODS[request.param]
+    model, params = load(base)
+    new = gl.init_adapter(cfg, jax.random.key(0), params)
+    moved = new.replace(trainable=perturb(new.trainable, size=0.1))
+    theirs = torch_with(name, cfg, new.spec, base)
+    start = {
+        path: (i, p.detach().numpy().copy()) for path, i, p in counterparts(new.trainable, theirs)
+    }
+
+    def loss(trainable):
+        factors = gl.generate_factors(cfg, moved.replace(trainable=trainable))
+        logits = gl.apply(model, params, factors, IDS)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), IDS[:, 1:, None], -1)
+        return -chosen.mean(), logits
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, logits), gradient = step(moved.trainable)
+    set_values(moved.trainable, theirs)
+    ids = torch.from_numpy(IDS).long()
+    out = theirs(ids).logits
+    torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return SimpleNamespace(
+        name=name,
+        cfg=cfg,
+        model=model,
+        params=params,
+        new=new,
+        moved=moved,
+        factors=gl.generate_factors(cfg, moved),
+        base=np.asarray(forward(model, params, {})),
+        logits=np.asarray(logits),
+        gradient=gradient,
+        theirs=theirs,
+        start=start,
+        their_logits=out.detach().numpy(),
+    )
+
+
+def test_an_adapter_is_the_base_at_first(case):
+    first = forward(case.model, case.params, gl.generate_factors(case.cfg, case.new))
+    if case.name in ("dora", "pissa"):  # which divide or subtract what they read off the base
+        close(first, case.base)
+    else:
+        np.testing.assert_array_equal(first, case.base)
+
+
+def test_logits_and_gradients_are_those_of_peft(case):
+    assert np.abs(case.logits - case.base).max() > 0.1 * np.abs(case.base).max()
+    close(case.logits, case.their_logits)
+    gradient = flatten_dict(case.gradient)
+    for path, i, parameter in counterparts(case.new.trainable, case.theirs):
+        assert np.abs(gradient[path]).max() > 0
+        ours, theirs = gradient[path][i].T, parameter.grad.numpy()
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=256 * EPS * np.abs(gradient[path]).max(), err_msg=str(path)
+        )
+
+
+def test_the_merged_model_is_the_adapted_one(case):
+    merged = gl.merge(case.params, case.factors)
+    close(forward(case.model, merged, {}), case.logits)
+    if case.name == "dora":
+        with pytest.raises(ValueError, match=r"unmerge: model\.layers\..*_proj was merged"):
+            gl.unmerge(merged, case.factors)
+        return
+    back = gl.unmerge(merged, case.factors)
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(case.params), strict=True):
+        close(one, other)
+
+
+# From a recipe to what serves.
+
+RECIPE = """
+model: {{path: {base}, dtype: float32, param_dtype: float32}}
+adapter: {{class_path: genlora_jax.{kind}, init_args: {settings}}}
+data: {{train: {here}/train.jsonl, length: 8, batch_size: 4, pack: false}}
+optim: {{learning_rate: 0.05, warmup: 0}}
+train: {{output: {here}/run, steps: 3, progress: false}}
+"""
+
+
+def command(monkeypatch, function, *arguments):
+    """Exit status of a command."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    try:
+        function()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "rslora"])
+def test_a_recipe_trains_and_its_adapter_is_merged_and_exported(
+    name, base, tmp_path, monkeypatch, capsys, torch_logits
+):
+    import peft
+
+    cfg = METHODS[name]
+    rows = [{"prompt": f"{i} and", "completion": f" {i % 3}"} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        field.name: getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if getattr(cfg, field.name) != field.default
+    }
+    settings["targets"] = TARGETS
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        RECIPE.format(
+            base=base, here=tmp_path, kind=type(cfg).__name__, settings=json.dumps(settings)
+        )
+    )
+    monkeypatch.setattr(script, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    assert command(monkeypatch, script.main, "--config", recipe) == 0, capsys.readouterr().err
+
+    model, params = load(base)
+    found, adapter = gl.load_adapter(tmp_path / "run" / "adapter", params, model=model)
+    assert found == cfg
+    new = gl.init_adapter(cfg, jax.random.key(0), params)
+    for one, other in zip(jax.tree.leaves(adapter), jax.tree.leaves(new), strict=True):
+        assert one.shape == other.shape
+    for path, leaf in flatten_dict(adapter.trainable).items():
+        assert np.abs(leaf - flatten_dict(new.trainable)[path]).max() > 0.01, path
+    jax.tree.map(np.testing.assert_array_equal, adapter.frozen, new.frozen)
+
+    ours = np.asarray(forward(model, params, gl.generate_factors(cfg, adapter)))
+    assert np.abs(ours - forward(model, params, {})).max() > 0.1
+    at = ["--adapter", tmp_path / "run" / "adapter"]
+    out = tmp_path / "merged"
+    assert command(monkeypatch, main, "merge", "--base", base, *at, "--out", out) == 0
+    close(torch_logits(load_torch(out), IDS), ours)
+    out = tmp_path / "peft"
+    status = command(monkeypatch, main, "export-peft", *at, "--out", out, "--base", base)
+    if name == "full":
+        assert status == 1
+        assert "no LoRA adapter: merge it" in capsys.readouterr().err
+        assert not out.exists()
+    else:
+        assert status == 0
+        exported = peft.PeftModel.from_pretrained(load_torch(base), out).eval()
+        close(torch_logits(exported, IDS), ours)
+        close(forward(model, params, gl.import_peft(out, params)), ours)
+    capsys.readouterr()
+    assert command(monkeypatch, main, "inspect", *at) == 0
+    assert f"{gl.count_parameters(adapter):,} parameters" in capsys.readouterr().out
+
+
+def test_loraplus_steps_are_those_of_peft():
+    import peft
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = torch.nn.Sequential()
+    model.add_module("proj", torch.nn.Linear(6, 5, bias=False))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj"]))
+    rng = np.random.default_rng(0)
+    values = {"a": rng.standard_normal((6, 2)), "b": rng.standard_normal((2, 5))}
+    gradients = {"a": rng.standard_normal((6, 2)), "b": rng.standard_normal((2, 5))}
+    sides = {"a": theirs.base_model.model.proj.lora_A, "b": theirs.base_model.model.proj.lora_B}
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
+    )
+    settings = OptimConfig(learning_rate=0.01, b_ratio=8.0, weight_decay=0.1, warmup=0.0, clip=None)
+    ours = make_optimizer(settings, 1_000_000)  # the rate does not fall within three of so many
+    trainable = {"factors": {"proj": jax.tree.map(jnp.float32, values)}}
+    gradient = {"factors": {"proj": jax.tree.map(jnp.float32, gradients)}}
+    state = ours.init(trainable)
+    with torch.no_grad():
+        for side, module in sides.items():
+            module["default"].weight.copy_(tensor(values[side].T))
+            module["default"].weight.grad = tensor(gradients[side].T).float()
+    for _ in range(3):
+        updates, state = ours.update(gradient, state, trainable)
+        trainable = jax.tree.map(jnp.add, trainable, updates)
+        optimizer.step()
+    for side, module in sides.items():
+        after = module["default"].weight.detach().numpy().T
+        assert np.abs(after - values[side]).max() > (0.2 if side == "b" else 0.025)
+        close(trainable["factors"]["proj"][side], after)
+
+
+# On a mesh.
+
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize("name", ["dora", "full"])
+def test_a_step_on_a_mesh_is_that_of_one_device(name, random_llama, perturb):
+    cfg = METHODS[name]
+    model, params = random_llama(attention="xla", attention_bias=True, vocab_size=64, **WIDE)
+    adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
+    optimizer = optax.sgd(1.0)
+    batch = {
+        "input_ids": IDS % 64,
+        "loss_mask": np.ones(IDS.shape, bool),
+        "segment_ids": np.ones(IDS.shape, np.int32),
+        "positions": np.tile(np.arange(IDS.shape[1], dtype=np.int32), (len(IDS), 1)),
+    }
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    specs = sharding.param_specs(params)
+    places = {
+        None: lambda state, params, batch: (state, params, batch),
+        mesh: lambda state, params, batch: (
+            jax.device_put(state, sharding.replicated(mesh)),
+            jax.device_put(params, sharding.named(mesh, specs)),
+            sharding.place_batch(mesh, batch),
+        ),
+    }
+    results = []
+    for where, place in places.items():
+        own = model.clone(mesh=where)
+        step = make_train_step(own, cfg, optimizer, chunk=16, mesh=where)
+        state = init_state(jax.tree.map(jnp.copy, adapter), optimizer)
+        state, metrics = step(*place(state, params, batch))
+        results.append((jax.device_get(state.adapter.trainable), float(metrics["loss"])))
+    (ours, loss), (theirs, expected) = results
+    np.testing.assert_allclose(loss, expected, rtol=64 * EPS)
+    start = flatten_dict(adapter.trainable)
+    for path, leaf in flatten_dict(theirs).items():
+        gradient = np.abs(leaf - start[path]).max()  # the rate is 1
+        assert gradient > 0
+        atol = 256 * EPS * gradient + 2 * EPS * np.abs(leaf).max()
+        np.testing.assert_allclose(flatten_dict(ours)[path], leaf, rtol=0, atol=atol)
+
+
+def test_magnitudes_and_deltas_lie_as_their_kernels_do():
+    leaves = {"q_proj": {"magnitude": jnp.ones((2, 8))}, "o_proj": {"delta": jnp.ones((2, 8, 8))}}
+    specs = sharding.factor_specs({"layers": leaves})["layers"]
+    assert specs["q_proj"]["magnitude"] == P(None, "tensor")
+    assert specs["o_proj"]["delta"] == P(None, "tensor", "fsdp")
+
+
+# One method each.
+
+
+def test_the_norm_of_an_adapted_column_is_that_of_the_sum():
+    rng = np.random.default_rng(0)
+    w, a, b = (rng.standard_normal(shape) for shape in ((2, 40, 30), (2, 40, 3), (2, 3, 30)))
+    exact = np.linalg.norm(w + a @ b, axis=-2)
+    own = {"a": jnp.float32(a), "b": jnp.float32(b)}
+    np.testing.assert_allclose(
+        factors.adapted_column_norm(jnp.float32(w), own), exact, rtol=8 * EPS
+    )
+
+
+def test_dropout_drops_all_that_a_magnitude_changes():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((4, 6)), jnp.float32)
+    model = nn.Dense(5)
+    params = model.init(jax.random.key(0), x)["params"] | {"bias": jnp.arange(5.0)}
+    own = {
+        "a": jnp.zeros((6, 2)),
+        "b": jnp.zeros((2, 5)),
+        "magnitude": 3 * jnp.linalg.norm(params["kernel"], axis=0),
+    }
+
+    @jax.jit
+    @jax.vmap
+    def dropped(key):
+        return gl.apply(model, params, own, x, dropout=0.3, rngs={"dropout": key})
+
+    samples = np.asarray(dropped(jax.random.split(jax.random.key(1), 4000)))
+    error = samples.std(axis=0) / np.sqrt(len(samples))
+    assert (error > 1e-3).all()
+    whole = np.asarray(gl.apply(model, params, own, x))
+    np.testing.assert_allclose(whole, 3 * x @ params["kernel"] + params["bias"], rtol=1e-5)
+    assert (np.abs(samples.mean(axis=0) - whole) < 5 * error).all()
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa", "full"])
+def test_layers_that_are_not_adapted_stay_as_they_are(name, random_llama, unstack, perturb):
+    cfg = dataclasses.replace(METHODS[name], layers=[1])
+    _, params = random_llama()
+    both = []
+    for tree in (params, unstack(params)):
+        adapter = gl.init_adapter(cfg, jax.random.key(0), tree)
+        moved = adapter.replace(trainable=perturb(adapter.trainable))
+        both.append(gl.merge(tree, gl.generate_factors(cfg, moved)))
+    scanned = flatten_dict(unstack(both[0]))
+    for path, leaf in flatten_dict(both[1]).items():
+        before = flatten_dict(unstack(params))[path]
+        close(scanned[path], leaf)
+        changed = "1" in path and path[-2] in TARGETS and path[-1] == "kernel"
+        assert np.array_equal(scanned[path], before) != changed, path
+
+
+def test_projections_of_vera_are_not_stored(random_llama, tmp_path):
+    cfg = METHODS["vera"]
+    _, params = random_llama()
+    adapter = gl.init_adapter(cfg, jax.random.key(0), params)
+    gl.save_adapter(tmp_path / "adapter", cfg, adapter)
+    stored = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    assert {name.split("/")[1] for name in stored} == {"vectors"}
+    assert gl.count_parameters(adapter) == 3 * (3 * 5 + 32 + 16 + 32)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa"])
+def test_a_method_that_reads_the_base_needs_its_values(name, random_llama):
+    cfg = METHODS[name]
+    _, params = random_llama()
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match="starts at values of the base"):
+        gl.init_adapter(cfg, jax.random.key(0), shapes)
+    traced = jax.eval_shape(lambda p: gl.init_adapter(cfg, jax.random.key(0), p), shapes)
+    known = adapter_shapes(cfg, adapter_spec(cfg, params))
+    made = gl.init_adapter(cfg, jax.random.key(0), params)
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
+    for other in (traced, known):
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), other) == expected
+
+
+def test_a_rank_above_the_number_of_singular_values_is_refused(random_llama):
+    _, params = random_llama()
+    cfg = gl.PiSSAConfig(rank=17, targets=["v_proj"])
+    message = r"rank 17 exceeds 16.*v_proj"
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match=message):
+        gl.init_adapter(cfg, jax.random.key(0), params)
+
+
+X = jnp.ones((2, 4))
+ONES = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3))}
+MORE = {"magnitude": ONES | {"magnitude": jnp.ones(3)}, "delta": {"delta": jnp.ones((4, 3))}}
+
+
+@pytest.mark.parametrize("leaf", MORE)
+def test_what_takes_products_alone_refuses_others_by_name(leaf):
+    sets = [{"proj": ONES}, {"proj": MORE[leaf]}]
+    with pytest.raises(ValueError, match=rf"combine takes A and B alone; proj has a {leaf}"):
+        gl.combine(sets, [1.0, 1.0])
+    with pytest.raises(ValueError, match=rf"stack takes A and B alone; proj has a {leaf}"):
+        gl.stack(sets)
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match="adapter_index takes A and B alone"):
+        gl.apply(model, params, MORE[leaf], X, adapter_index=jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (ONES | {"magnitude": jnp.ones(4)}, r"have shapes \(4, 2\) and \(2, 3\) and \(4,\)"),
+        ({"delta": jnp.ones((3, 4))}, r"have shapes \(3, 4\)"),
+        ({"magnitude": jnp.ones(3)}, r"hold \['magnitude'\]"),
+        (ONES | MORE["delta"], "hold"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(own, message):
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match=message):
+        gl.merge({"proj": params}, {"proj": own})
+    with pytest.raises(ValueError, match=message):
+        gl.apply(model, params, own, X)
+
+
+def test_magnitudes_in_some_modules_only_are_not_exported(tmp_path):
+    sets = {"one": ONES, "two": MORE["magnitude"]}
+    with pytest.raises(ValueError, match="one has no magnitude and others have"):
+        gl.export_peft(tmp_path / "out", None, sets, base="base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_mean_nothing_are_refused(random_llama):
+    _, params = random_llama()
+    adapter = gl.init_adapter(METHODS["vera"], jax.random.key(0), params)
+    with pytest.raises(ValueError, match=r"optim\.b_ratio: this adapter has no factor B"):
+        make_optimizer(OptimConfig(b_ratio=4.0), 10).init(adapter.trainable)
+    with pytest.raises(ValueError, match=r"optim\.b_ratio must be positive"):
+        OptimConfig(b_ratio=0.0)
+    with pytest.raises(ValueError, match="d_initial"):
+        gl.VeRAConfig(d_initial=0.0)
+    with pytest.raises(TypeError, match="rank"):
+        gl.FullConfig(rank=3)
+    with pytest.raises(ValueError, match="AdapterConfig is the config of no method"):
+        gl.init_adapter(gl.AdapterConfig(), jax.random.key(0), params)
+
+
+@pytest.mark.parametrize("cfg", METHODS.values(), ids=METHODS)
+def test_a_config_goes_to_json_and_back(cfg):
+    assert config_from_json(json.loads(json.dumps(config_to_json(cfg)))) == cfg
