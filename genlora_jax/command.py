@@ -1,6 +1,7 @@
 """Command lines: typed settings from YAML and flags, errors in one line."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,18 +25,29 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
     parser = jsonargparse.ArgumentParser(description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(kind)
+    args = sys.argv[1:] if args is None else args
+    # Parsed without defaults first: those of a field that holds a config are of one class, and
+    # would be kept where another class is named.
+    given = parse_arguments(
+        parser, [a for a in args if not a.startswith("--print_config")], defaults=False
+    )
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if (name := getattr(given.get(field.name), "class_path", None)) is not None:
+            parser.set_defaults({field.name: {"class_path": name}})
     fields = parser.instantiate(parse_arguments(parser, args))
     return kind(**{name: value for name, value in vars(fields).items() if name != "config"})
 
 
-def parse_arguments(parser: jsonargparse.ArgumentParser, args: Sequence[str] | None) -> Any:
+def parse_arguments(
+    parser: jsonargparse.ArgumentParser, args: Sequence[str] | None, *, defaults: bool = True
+) -> Any:
     """Parses a command line.
 
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
     try:
-        return parser.parse_args(args)
+        return parser.parse_args(args, defaults=defaults)
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
