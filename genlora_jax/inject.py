@@ -57,22 +57,41 @@ def _interceptor(
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
         change = _change(x, own, index)
-        if "magnitude" not in own:
-            return y + change
-        kernel: jax.Array = module.get_variable("params", "kernel")
-        if dropout > 0.0:  # as in PEFT: all that the magnitude changes, it changes of these inputs
-            base = x @ kernel.astype(y.dtype)
-        else:
-            base = (
-                y - module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
-            )
-        # A constant to the gradient, as in the paper's section 4.3.
-        norm = jax.lax.stop_gradient(adapted_column_norm(kernel, own))
-        scale = column_scale(own["magnitude"], norm)
-        # Not `scale * (base + change)`: in bfloat16 a scale near 1 would be rounded to 1.
-        return y + (scale - 1).astype(y.dtype) * base + scale.astype(y.dtype) * change
+        if "magnitude" in own:
+            return _rescale(module, own, y, change, x if dropout > 0.0 else None)
+        return y + change
 
     return intercept
+
+
+def _rescale(
+    module: nn.Dense, own: Module, y: jax.Array, change: jax.Array, dropped: jax.Array | None
+) -> jax.Array:
+    """The output whose columns the magnitudes rescale, DoRA's.
+
+    Args:
+        module: The Dense.
+        own: Its factors.
+        y: Its output.
+        change: What the factors' product adds.
+        dropped: The inputs after dropout, if there is any: as in PEFT, it is their part of the
+            output that is rescaled.
+
+    Returns:
+        An array like `y`.
+    """
+    kernel: jax.Array = module.get_variable("params", "kernel")
+    if dropped is not None:
+        base = dropped @ kernel.astype(y.dtype)
+    elif module.use_bias:
+        base = y - module.get_variable("params", "bias").astype(y.dtype)
+    else:
+        base = y
+    # A constant to the gradient, as in the paper's section 4.3.
+    norm = jax.lax.stop_gradient(adapted_column_norm(kernel, own))
+    scale = column_scale(own["magnitude"], norm)
+    # Not `scale * (base + change)`: in bfloat16 a scale near 1 would be rounded to 1.
+    return y + (scale - 1).astype(y.dtype) * base + scale.astype(y.dtype) * change
 
 
 def _change(x: jax.Array, own: Module, index: jax.Array | None) -> jax.Array:
