@@ -125,7 +125,9 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     }
     values = layer_values + head_values
     attention = 2 * layers * length * heads * cfg.head_dim  # per token and pass, causal
-    flops = steps * tokens * (passes * 2 * (layer_values + attention) + 3 * 2 * head_values)
+    flops = (
+        steps * tokens * (passes * 2 * (layer_values + attention) + 3 * 2 * (head_values + sides))
+    )
     flops /= tensor
     read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
     seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
