@@ -26,28 +26,36 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(kind)
     args = sys.argv[1:] if args is None else args
-    # Parsed without defaults first: those of a field that holds a config are of one class, and
-    # would be kept where another class is named.
-    given = parse_arguments(
-        parser, [a for a in args if not a.startswith("--print_config")], defaults=False
-    )
+    printing = [argument for argument in args if argument.startswith("--print_config")]
+    # What is given first, defaults then: those of another config's class would else be kept.
+    given = parse_arguments(parser, [a for a in args if a not in printing], defaults=False)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if (name := getattr(given.get(field.name), "class_path", None)) is not None:
             parser.set_defaults({field.name: {"class_path": name}})
-    fields = parser.instantiate(parse_arguments(parser, args))
+    fields = parser.instantiate(parse_arguments(parser, printing, given))
     return kind(**{name: value for name, value in vars(fields).items() if name != "config"})
 
 
 def parse_arguments(
-    parser: jsonargparse.ArgumentParser, args: Sequence[str] | None, *, defaults: bool = True
+    parser: jsonargparse.ArgumentParser,
+    args: Sequence[str] | None,
+    given: jsonargparse.Namespace | None = None,
+    *,
+    defaults: bool = True,
 ) -> Any:
     """Parses a command line.
+
+    Args:
+        parser: Of what.
+        args: The command line; None for this process's.
+        given: What has been parsed before.
+        defaults: Whether to fill in the defaults.
 
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
     try:
-        return parser.parse_args(args, defaults=defaults)
+        return parser.parse_args(args, given, defaults=defaults)
     except jsonargparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
 

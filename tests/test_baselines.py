@@ -17,9 +17,11 @@ from tiny_base import write_base
 import genlora_jax as gl
 import train.finetune as script
 from genlora_jax.cli import main
+from genlora_jax.command import parse
 from genlora_jax.methods import vera
 from genlora_jax.sharding import make_mesh
 from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.recipe import Recipe
 
 IDS = np.random.default_rng(0).integers(0, 512, (2, 9)).astype(np.int32)
 # Where peft, or the model itself, holds what we train.
@@ -260,6 +262,20 @@ def test_a_recipe_trains_and_its_adapter_is_merged_and_exported(
     capsys.readouterr()
     assert command(monkeypatch, main, "inspect", *at) == 0
     assert f"{gl.count_parameters(adapter):,} parameters" in capsys.readouterr().out
+
+
+def test_a_method_named_on_the_command_line_has_its_own_defaults_and_what_the_recipe_gives(
+    tmp_path,
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: base}\ndata: {train: rows.jsonl}\ntrain: {output: run}\n"
+        "adapter: {group_size: 8, layers: [1]}\n"
+    )
+    for kind in (gl.LoRAConfig, gl.VeRAConfig, gl.FullConfig):
+        named = ["--config", str(recipe), "--adapter", f"genlora_jax.{kind.__name__}"]
+        assert parse(Recipe, named).adapter == kind(layers=[1])
+    assert parse(Recipe, named[:2]).adapter == gl.GenLoRAConfig(group_size=8, layers=[1])
 
 
 def test_loraplus_steps_are_those_of_peft():
