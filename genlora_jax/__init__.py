@@ -7,7 +7,15 @@ from genlora_jax.adapter import (
     init_adapter,
 )
 from genlora_jax.combine import combine, stack
-from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig
+from genlora_jax.config import (
+    AdapterConfig,
+    DoRAConfig,
+    FullConfig,
+    GenLoRAConfig,
+    LoRAConfig,
+    PiSSAConfig,
+    VeRAConfig,
+)
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.peft import export_peft, import_peft
@@ -20,8 +28,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "DoRAConfig",
+    "FullConfig",
     "GenLoRAConfig",
     "LoRAConfig",
+    "PiSSAConfig",
+    "VeRAConfig",
     "apply",
     "combine",
     "count_parameters",

@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 import jsonargparse
 import numpy as np
-from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.table import Table
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.analysis import effective_rank, singular_values
 from genlora_jax.command import parse, parse_arguments, report_errors
-from genlora_jax.config import AdapterConfig
+from genlora_jax.config import AdapterConfig, LowRankConfig
 from genlora_jax.decoding import decode
+from genlora_jax.factors import Module, by_module
 from genlora_jax.hf.checkpoint import checkpoint_dtype, load_tokenizer, locate, stop_tokens
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft import export_peft, load_factors
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.storage import load_adapter, refuse_existing
+from genlora_jax.targets import Target
 
 
 def merge(
@@ -74,36 +75,49 @@ def inspect(adapter: str) -> None:
     cfg, loaded = load_adapter(adapter)
     console = Console()
     console.print(_inspection(cfg, loaded))
-    lora = sum(cfg.rank * t.depth * (t.d_in + t.d_out) for t in loaded.spec.targets)
+    summary = f"{type(cfg).__name__}"
     count = count_parameters(loaded)
-    console.print(
-        f"{type(cfg).__name__}, rank {cfg.rank}, scale {cfg.scale:g}: {count:,} parameters; "
-        f"LoRA of this rank has {lora:,} ({lora / count:.1f} x)"
-    )
+    if isinstance(cfg, LowRankConfig):
+        lora = sum(_lora_size(cfg.rank, target) for target in loaded.spec.targets)
+        summary += f", rank {cfg.rank}, scale {cfg.scale:g}: {count:,} parameters; "
+        summary += f"LoRA of this rank has {lora:,} ({lora / count:.1f} x)"
+    else:
+        summary += f": {count:,} parameters"
+    console.print(summary)
+
+
+def _lora_size(rank: int, target: Target) -> int:
+    return rank * target.depth * (target.d_in + target.d_out)
 
 
 def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
-    table = Table("target", "layers", "shape", "parameters", "LoRA", "effective rank")
+    low_rank = isinstance(cfg, LowRankConfig)
+    table = Table("target", "layers", "shape", "parameters", *["LoRA"] * low_rank, "effective rank")
     table.columns[0].overflow = "fold"  # a name cut short names nothing
     for column in table.columns[1:]:
         column.justify = "right"
-    flat = flatten_dict(generate_factors(cfg, adapter))
+    modules = by_module(generate_factors(cfg, adapter))
     for target in adapter.spec.targets:
         own = [tree[target.name] for tree in adapter.trainable.values() if target.name in tree]
         ranks = []
         for kernel in target.kernels:
-            values = singular_values(flat[(*kernel.path, "a")], flat[(*kernel.path, "b")])
-            rank = effective_rank(values)
+            rank = effective_rank(_singular_values(modules[kernel.path]))
             ranks += [float(rank[i]) for i in kernel.layers] if kernel.stack else [float(rank)]
         table.add_row(
             target.name,
             str(target.depth),
             f"{target.d_in} x {target.d_out}",
             f"{sum(leaf.size for leaf in jax.tree.leaves(own)):,}",
-            f"{cfg.rank * target.depth * (target.d_in + target.d_out):,}",
+            *([f"{_lora_size(cfg.rank, target):,}"] if isinstance(cfg, LowRankConfig) else []),
             f"{np.mean(ranks):.1f}",
         )
     return table
+
+
+def _singular_values(own: Module) -> jax.Array:
+    if "delta" in own:
+        return jnp.linalg.svd(own["delta"], compute_uv=False)
+    return singular_values(own["a"], own["b"])
 
 
 def generate(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from genlora_jax.factors import refuse_other_than_products
+
 
 def combine(
     sets: Sequence[Mapping[str, Any]], weights: Sequence[float | jax.Array]
@@ -24,12 +26,14 @@ def combine(
         A tree that mirrors the base's, `a` `[..., d_in, sum of ranks]`, `b` `[..., sum, d_out]`.
 
     Raises:
-        ValueError: If there are no sets, a weight is missing, or shapes disagree.
+        ValueError: If there are no sets, a weight is missing, shapes disagree, or some factors are
+            not A and B (DoRA, full fine-tuning).
     """
     if not sets or len(sets) != len(weights):
         raise ValueError(f"combine needs a weight a set: {len(sets)} sets, {len(weights)} weights")
     found: dict[tuple[str, ...], list[jax.Array]] = {}
     for factors, weight in zip(sets, weights, strict=True):
+        refuse_other_than_products(factors, "combine")
         for path, leaf in flatten_dict(dict(factors)).items():
             found.setdefault(path, []).append(leaf * weight if path[-1] == "b" else leaf)
     flat = {}
@@ -53,10 +57,12 @@ def stack(sets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `gl.apply` takes it with `adapter_index`.
 
     Raises:
-        ValueError: If there are no sets, or shapes disagree.
+        ValueError: If there are no sets, shapes disagree, or some factors are not A and B.
     """
     if not sets:
         raise ValueError("stack needs at least one set of factors")
+    for factors in sets:
+        refuse_other_than_products(factors, "stack")
     trees = [flatten_dict(dict(factors)) for factors in sets]
     flat = {}
     for path in dict.fromkeys(path for tree in trees for path in tree):

@@ -1,6 +1,7 @@
 """Command lines: typed settings from YAML and flags, errors in one line."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -29,7 +30,14 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
     parser = jsonargparse.ArgumentParser(description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(kind)
-    parsed = parse_arguments(parser, args)
+    args = sys.argv[1:] if args is None else args
+    printing = [argument for argument in args if argument.startswith("--print_config")]
+    # What is given first, defaults then: those of another config's class would else be kept.
+    given = parse_arguments(parser, [a for a in args if a not in printing], defaults=False)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if (name := getattr(given.get(field.name), "class_path", None)) is not None:
+            parser.set_defaults({field.name: {"class_path": name}})
+    parsed = parse_arguments(parser, printing, given)
     try:
         fields = parser.instantiate(parsed)
     except ValueError as error:
@@ -37,14 +45,26 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
     return kind(**{name: value for name, value in vars(fields).items() if name != "config"})
 
 
-def parse_arguments(parser: jsonargparse.ArgumentParser, args: Sequence[str] | None) -> Any:
+def parse_arguments(
+    parser: jsonargparse.ArgumentParser,
+    args: Sequence[str] | None,
+    given: jsonargparse.Namespace | None = None,
+    *,
+    defaults: bool = True,
+) -> Any:
     """Parses a command line.
+
+    Args:
+        parser: Of what.
+        args: The command line; None for this process's.
+        given: What has been parsed before.
+        defaults: Whether to fill in the defaults.
 
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
     try:
-        return parser.parse_args(args)
+        return parser.parse_args(args, given, defaults=defaults)
     except jsonargparse.ArgumentError as error:
         raise ValueError(_plain(error)) from error
 

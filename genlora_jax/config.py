@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 BASES = ("rbf", "rbf_grid", "fourier", "chebyshev", "bspline")
 
@@ -33,13 +33,9 @@ def _require_float(field: str, value: float, least: float, *, above: bool = Fals
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What every method shares: the rank, the scale and the kernels it adapts.
+    """What every method shares: the kernels it adapts.
 
     Attributes:
-        rank: Number of basis vectors on either side of a target's delta.
-        alpha: The delta is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with
-            `scaling="rslora"`.
-        scaling: `"lora"` or `"rslora"` (arXiv 2312.03732).
         targets: `"all-linear"` (every Dense but `lm_head`), or patterns. A pattern is the last
             part(s) of a module's dotted path without layer index (`"q_proj"`), or a regular
             expression that matches the whole of it.
@@ -49,9 +45,9 @@ class AdapterConfig:
         seed: Seed of whatever is rebuilt rather than stored.
     """
 
-    rank: int = 32
-    alpha: float = 16.0
-    scaling: Literal["lora", "rslora"] = "lora"
+    # Whether the initial values are computed from the base's kernels, not just from their shapes.
+    reads_base: ClassVar[bool] = False
+
     targets: str | list[str] | tuple[str, ...] = "all-linear"
     exclude: list[str] | tuple[str, ...] = ()
     layers: list[int] | tuple[int, ...] | None = None
@@ -69,9 +65,6 @@ class AdapterConfig:
             object.__setattr__(self, "targets", (self.targets,))
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", (self.exclude,))
-        _require_int("rank", self.rank, 1)
-        _require_float("alpha", self.alpha, 0.0, above=True)
-        _require_choice("scaling", self.scaling, ("lora", "rslora"))
         for field in ("targets", "exclude"):
             value = getattr(self, field)
             listed = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
@@ -90,21 +83,90 @@ class AdapterConfig:
         _require(self.dropout < 1.0, f"dropout must be below 1, got {self.dropout!r}")
         _require_int("seed", self.seed, 0)
 
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(AdapterConfig):
+    """What the methods share whose delta is a product `A @ B`.
+
+    Attributes:
+        rank: Number of basis vectors on either side of a target's delta.
+        alpha: The delta is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` with
+            `scaling="rslora"`; not at all if it is None.
+        scaling: `"lora"` or `"rslora"` (arXiv 2312.03732).
+    """
+
+    rank: int = 32
+    alpha: float | None = 16.0
+    scaling: Literal["lora", "rslora"] = "lora"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        _require_int("rank", self.rank, 1)
+        if self.alpha is not None:
+            _require_float("alpha", self.alpha, 0.0, above=True)
+        _require_choice("scaling", self.scaling, ("lora", "rslora"))
+
     @property
     def scale(self) -> float:
         """The factor s on the delta `A @ B`."""
+        if self.alpha is None:
+            return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(AdapterConfig):
+class LoRAConfig(LowRankConfig):
     """LoRA (arXiv 2106.09685): both factors are stored and trained as they are."""
 
     rank: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenLoRAConfig(AdapterConfig):
+class DoRAConfig(LoRAConfig):
+    """DoRA (arXiv 2402.09353): LoRA, and a trained magnitude for each column of the kernel."""
+
+    reads_base: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSAConfig(LoRAConfig):
+    """PiSSA (arXiv 2404.02948): LoRA that starts at the kernel's principal part.
+
+    The base stays as it is: what A and B start at is kept and subtracted, so that the factors have
+    twice the rank.
+    """
+
+    reads_base: ClassVar[bool] = True
+
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRAConfig(LowRankConfig):
+    """VeRA (arXiv 2310.11454): random factors common to all kernels, and trained vectors.
+
+    Attributes:
+        d_initial: What the vectors on the side of A start at; those on the side of B start at 0.
+    """
+
+    rank: int = 256
+    alpha: float | None = None
+    d_initial: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        _require_float("d_initial", self.d_initial, 0.0, above=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(AdapterConfig):
+    """Full fine-tuning: a whole delta for every target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenLoRAConfig(LowRankConfig):
     """GenLoRA (arXiv 2602.05709): basis vectors generated from one latent a side.
 
     Attributes:
@@ -200,7 +262,14 @@ class GenLoRAConfig(AdapterConfig):
         return self.group_size * (features + (self.group_size if self.residual else 0))
 
 
-METHODS: dict[str, type[AdapterConfig]] = {"genlora": GenLoRAConfig, "lora": LoRAConfig}
+METHODS: dict[str, type[AdapterConfig]] = {
+    "genlora": GenLoRAConfig,
+    "lora": LoRAConfig,
+    "dora": DoRAConfig,
+    "pissa": PiSSAConfig,
+    "vera": VeRAConfig,
+    "full": FullConfig,
+}
 
 
 def config_to_json(cfg: AdapterConfig) -> dict[str, Any]:

@@ -27,9 +27,18 @@ def seeded_normal(seed: int, name: str, shape: tuple[int, ...]) -> jax.Array:
     from the seed and never stored.
     """
     with jax.threefry_partitionable(True):
-        key = jax.random.key(seed, impl="threefry2x32")
-        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return jax.random.normal(key, shape, jnp.float32)
+        return jax.random.normal(_pinned_key(seed, name), shape, jnp.float32)
+
+
+def seeded_uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> jax.Array:
+    """Like `seeded_normal`, uniform on [-bound, bound)."""
+    with jax.threefry_partitionable(True):
+        return jax.random.uniform(_pinned_key(seed, name), shape, jnp.float32, -bound, bound)
+
+
+def _pinned_key(seed: int, name: str) -> jax.Array:
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def group_count(cfg: GenLoRAConfig, n: int) -> int:

@@ -1,4 +1,4 @@
-"""Merging: adds the delta `A @ B` to the base's kernels, in float32, cast last."""
+"""Merging: adds the deltas to the base's kernels, in float32, cast last."""
 
 import functools
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from genlora_jax import merge_kernel
+from genlora_jax.factors import Module, by_module, column_norm, column_scale, delta, describe, fits
 
 Path = tuple[str, ...]
 
@@ -16,10 +17,11 @@ Path = tuple[str, ...]
 def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
     """The base's parameters with the factors' deltas added to their kernels.
 
+    Where there are magnitudes (DoRA), the columns of the sums are then brought to these.
+
     Args:
         params: The base's parameters, of any float dtype.
-        factors: Tree that mirrors `params`, with `a` `[..., d_in, r]` and `b` `[..., r, d_out]`
-            at adapted modules.
+        factors: Tree that mirrors `params`, as `generate_factors` returns it.
         donate: Reuse the memory of the adapted kernels: `params` is unusable afterwards.
 
     Returns:
@@ -44,31 +46,38 @@ def unmerge(merged: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bo
 
     Returns:
         The base's parameters.
+
+    Raises:
+        ValueError: If the factors do not fit the kernels, or hold magnitudes.
     """
+    for path, own in by_module(factors).items():
+        if "magnitude" in own:
+            raise ValueError(
+                f"unmerge: {'.'.join(path)} was merged with a magnitude (DoRA), which leaves no "
+                "trace of the kernel's own norms; load the base again"
+            )
     return _add(merged, factors, -1.0, donate)
 
 
 def _add(params: Mapping[str, Any], factors: Mapping[str, Any], sign: float, donate: bool) -> Any:
     flat = flatten_dict(dict(params))
-    kernels, sides = pair_kernels(flat, factors)
+    pairs = pair_kernels(flat, factors)
     # A kernel a program: each needs memory of its own only while it runs, and the parameters
     # without factors are neither copied nor donated.
-    merged = {
-        path: _merge_one(kernel, *sides[path], sign, donate) for path, kernel in kernels.items()
-    }
+    merged = {path: _merge_one(kernel, own, sign, donate) for path, (kernel, own) in pairs.items()}
     return unflatten_dict(flat | merged)
 
 
-def _merge_one(kernel: Any, a: Any, b: Any, sign: float, donate: bool) -> Any:
+def _merge_one(kernel: Any, own: Module, sign: float, donate: bool) -> Any:
     platform = _platform(kernel)
     if platform == "cpu" and kernel.ndim == 3:
         # In one program XLA would copy a whole bfloat16 stack on CPUs before it writes to it.
         kernel = kernel if donate else jnp.copy(kernel)
         for i in range(kernel.shape[0]):
-            kernel = _write_layer(kernel, _merge_layer(kernel, a, b, i, sign), i)
+            kernel = _write_layer(kernel, _merge_layer(kernel, own, i, sign), i)
         return kernel
     program = _merge_donating if donate else _merge_copying
-    return program(kernel, a, b, sign, platform == "gpu")
+    return program(kernel, own, sign, platform == "gpu")
 
 
 def _platform(kernel: Any) -> str | None:
@@ -81,7 +90,7 @@ def _platform(kernel: Any) -> str | None:
 
 def pair_kernels(
     flat: Mapping[Path, Any], factors: Mapping[str, Any]
-) -> tuple[dict[Path, Any], dict[Path, tuple[Any, Any]]]:
+) -> dict[Path, tuple[Any, Module]]:
     """Matches factors with the kernels that they belong to.
 
     Args:
@@ -89,60 +98,53 @@ def pair_kernels(
         factors: Tree of factors.
 
     Returns:
-        Kernels and (a, b), both by the kernels' paths.
+        A kernel and its factors, by the kernel's path.
 
     Raises:
         ValueError: If a kernel is missing or of another shape.
     """
-    sides: dict[Path, dict[str, Any]] = {}
-    for path, leaf in flatten_dict(dict(factors)).items():
-        sides.setdefault((*path[:-1], "kernel"), {})[path[-1]] = leaf
-    kernels, pairs = {}, {}
-    for path, pair in sides.items():
-        name = ".".join(path[:-1])
+    pairs = {}
+    for module, own in by_module(factors).items():
+        path, name = (*module, "kernel"), ".".join(module)
         if path not in flat:
             raise ValueError(f"factors for {name}, which has no kernel in these parameters")
-        if set(pair) != {"a", "b"}:
-            raise ValueError(f"factors of {name} hold {sorted(pair)}, not a and b")
-        a, b = pair["a"], pair["b"]
-        shape = (*a.shape[:-1], b.shape[-1])
-        if shape != flat[path].shape or a.shape[-1] != b.shape[-2]:
+        if not fits(own, flat[path].shape):
             raise ValueError(
-                f"factors of {name} have shapes {a.shape} and {b.shape}; "
-                f"the kernel has {flat[path].shape}"
+                f"factors of {name} have shapes {describe(own)}; the kernel has {flat[path].shape}"
             )
-        kernels[path], pairs[path] = flat[path], (a, b)
-    return kernels, pairs
+        pairs[path] = (flat[path], own)
+    return pairs
 
 
-def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, sign: float) -> jax.Array:
-    delta = jnp.matmul(
-        a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    return (kernel.astype(jnp.float32) + sign * delta).astype(kernel.dtype)
+def _sum(kernel: jax.Array, own: Module, sign: float) -> jax.Array:
+    whole = kernel.astype(jnp.float32) + sign * delta(own)
+    if "magnitude" in own:
+        whole *= column_scale(own["magnitude"], column_norm(whole))
+    return whole.astype(kernel.dtype)
 
 
-def _merge(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, sign: float, on_one_gpu: bool
-) -> jax.Array:
-    if on_one_gpu and merge_kernel.fits(kernel.shape):
-        return merge_kernel.add_product(kernel, a, b, sign=sign)
+def _layer(own: Module, i: Any) -> Module:
+    return {leaf: value[i] for leaf, value in own.items()}
+
+
+def _merge(kernel: jax.Array, own: Module, sign: float, on_one_gpu: bool) -> jax.Array:
+    if on_one_gpu and set(own) == {"a", "b"} and merge_kernel.fits(kernel.shape):
+        return merge_kernel.add_product(kernel, own["a"], own["b"], sign=sign)
     if kernel.ndim == 2:
-        return _sum(kernel, a, b, sign)
+        return _sum(kernel, own, sign)
 
     # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
     def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(kernel, _sum(own, a[i], b[i], sign), i, 0)
+        before = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
+        after = _sum(before, _layer(own, i), sign)
+        return jax.lax.dynamic_update_index_in_dim(kernel, after, i, 0)
 
     return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
 
 
 @functools.partial(jax.jit, static_argnames="sign")
-def _merge_layer(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, i: jax.Array, sign: float
-) -> jax.Array:
-    return _sum(kernel[i], a[i], b[i], sign)
+def _merge_layer(kernel: jax.Array, own: Module, i: jax.Array, sign: float) -> jax.Array:
+    return _sum(kernel[i], _layer(own, i), sign)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -101,13 +101,22 @@ def param_specs(params: Mapping[str, Any]) -> Any:
 
 
 def factor_specs(factors: Mapping[str, Any]) -> Any:
-    """How factors lie on a mesh: `a` like its kernel's inputs, `b` like its outputs."""
+    """How factors lie on a mesh: `a` like its kernel's inputs, `delta` like all of the kernel.
+
+    And `b` and `magnitude` like its outputs.
+    """
     flat = {}
     for path, leaf in flatten_dict(dict(factors)).items():
         kernel = _spec((*path[:-1], "kernel"), 2)
         rows, columns = kernel if len(kernel) == 2 else (None, None)
-        own = (rows, None) if path[-1] == "a" else (None, columns)
-        flat[path] = P(*(None,) * (len(leaf.shape) - 2), *own)
+        kinds: dict[str, tuple[str | None, ...]] = {
+            "a": (rows, None),
+            "b": (None, columns),
+            "magnitude": (columns,),
+            "delta": (rows, columns),
+        }
+        own = kinds[path[-1]]
+        flat[path] = P(*(None,) * (len(leaf.shape) - len(own)), *own)
     return unflatten_dict(flat)
 
 

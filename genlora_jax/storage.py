@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from genlora_jax.adapter import Adapter, AdapterSpec, adapter_spec, base_fingerprint, init_from_spec
+from genlora_jax.adapter import Adapter, AdapterSpec, adapter_shapes, adapter_spec, base_fingerprint
 from genlora_jax.config import AdapterConfig, config_from_json, config_to_json
 from genlora_jax.targets import Kernel, Target
 
@@ -172,8 +172,7 @@ def load_adapter(
         arrays = load_file(path / TENSORS)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
-    expected = jax.eval_shape(lambda: init_from_spec(cfg, jax.random.key(0), spec))
-    _check_shapes(path / TENSORS, arrays, expected)
+    _check_shapes(path / TENSORS, arrays, adapter_shapes(cfg, spec))
     tree = unflatten_dict({tuple(name.split("/")): value for name, value in arrays.items()})
     tree = jax.tree.map(jax.numpy.asarray, tree)
     trainable, frozen = tree.get("trainable", {}), tree.get("frozen", {})

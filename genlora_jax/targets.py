@@ -50,6 +50,21 @@ class Target:
         return sum(len(kernel.layers) for kernel in self.kernels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """The static part of an adapter: hashable, no arrays.
+
+    Attributes:
+        targets: What is adapted and where it lies in the base.
+        seed: Seed of what is rebuilt rather than stored.
+        fingerprint: Digest of the names and sizes of all the base's parameters.
+    """
+
+    targets: tuple[Target, ...]
+    seed: int
+    fingerprint: str
+
+
 def split_layer(path: Path) -> tuple[str, int | None]:
     """The dotted name of a module without its layer index, and that index.
 

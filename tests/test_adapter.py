@@ -331,8 +331,8 @@ def test_json_with_an_unknown_field_or_method_raises_and_names_it():
     data = config_to_json(gl.GenLoRAConfig())
     with pytest.raises(ValueError, match="GenLoRAConfig has no field depth, width"):
         config_from_json(data | {"width": 1, "depth": 2})
-    with pytest.raises(ValueError, match="unknown method 'dora'"):
-        config_from_json(data | {"method": "dora"})
+    with pytest.raises(ValueError, match="unknown method 'adalora'"):
+        config_from_json(data | {"method": "adalora"})
     with pytest.raises(ValueError, match="rank"):
         config_from_json(data | {"rank": 0})
 

@@ -298,11 +298,12 @@ REBUILT = """
 import hashlib, json
 import jax, numpy as np
 import genlora_jax as gl
-from genlora_jax.generators import seeded_normal
+from genlora_jax.generators import seeded_normal, seeded_uniform
 
 digest = lambda x: [str(x.dtype), hashlib.sha256(np.asarray(x).tobytes()).hexdigest()]
 base = {"layers": {"proj": {"kernel": jax.ShapeDtypeStruct((2, 12, 20), np.float32)}}}
 out = {"normal": digest(seeded_normal(7, "name", (5, 9)))}
+out["uniform"] = digest(seeded_uniform(7, "name", (5, 9), 0.5))
 for form in ("groupwise", "elementwise"):
     cfg = gl.GenLoRAConfig(
         rank=4, group_size=4, kernels=3, generator=form, latents="seeded",

@@ -23,6 +23,11 @@ ADAPTERS = {
         "rank_pattern": {"layers.1.self_attn.q_proj": 5, r".*\.2\.mlp.gate_proj": 2},
         "alpha_pattern": {"gate_proj": 9},
     },
+    "dora": {
+        "target_modules": ["k_proj", "down_proj"],
+        "use_dora": True,
+        "layers_to_transform": [1],
+    },
     "head": {"target_modules": ["lm_head", "o_proj"]},
 }
 # Of peft itself, which the tests call.
@@ -92,7 +97,7 @@ def test_an_unrolled_base_takes_the_same_adapter(torch_twin, make_peft):
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
-        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"use_dora": True}, "q_proj has no lora_magnitude_vector"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
@@ -126,7 +131,7 @@ def test_an_adapter_for_another_base_or_in_pieces_is_refused(torch_twin, make_pe
     arrays = load_file(file)
     name = next(name for name in arrays if "lora_B" in name)
     save_file({n: v for n, v in arrays.items() if n != name}, file)
-    with pytest.raises(ValueError, match="only one of lora_A and lora_B"):
+    with pytest.raises(ValueError, match="q_proj has no lora_B"):
         gl.import_peft(adapter, params)
     save_file(arrays | {"base_model.model.lm_head.weight": arrays[name]}, file)
     with pytest.raises(ValueError, match=r"tensor base_model\.model\.lm_head\.weight is none of"):

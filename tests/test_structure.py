@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import genlora_jax
+from genlora_jax import adapter, config
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "genlora_jax"
 MODULES = sorted(LIBRARY.rglob("*.py"))
@@ -54,8 +57,25 @@ def test_models_import_nothing_of_ours_but_models(file):
     assert own == below(own, "genlora_jax.models")
 
 
+METHODS = [file.name for file in sorted((LIBRARY / "methods").glob("*.py"))]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_know_neither_adapters_nor_models(name):
+    below_them = ("config", "factors", "generators", "methods", "targets")
+    own = own_imports("methods", name)
+    assert own == below(own, *(f"genlora_jax.{part}" for part in below_them))
+
+
+def test_every_method_has_a_config_a_file_and_a_name_at_the_top():
+    kinds = set(config.METHODS.values())
+    assert set(adapter.METHODS) == kinds
+    assert {f"{name}.py" for name in config.METHODS} == {*METHODS} - {"__init__.py", "method.py"}
+    assert {kind.__name__ for kind in kinds} <= set(genlora_jax.__all__)
+
+
 @pytest.mark.parametrize(
-    "name", ["adapter.py", "targets.py", "merge.py", "combine.py", "inject.py"]
+    "name", ["adapter.py", "targets.py", "factors.py", "merge.py", "combine.py", "inject.py"]
 )
 def test_adapters_know_no_model(name):
     above = ("models", "hf", "training", "storage", "decoding", "cli", "command")

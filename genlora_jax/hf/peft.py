@@ -1,4 +1,4 @@
-"""PEFT: plain LoRA adapters, as `peft` and vLLM load them, out of factors and into them."""
+"""PEFT: LoRA and DoRA adapters, as `peft` and vLLM load them, out of factors and into them."""
 
 import json
 import math
@@ -16,16 +16,24 @@ from safetensors.numpy import load_file, save_file
 
 from genlora_jax.adapter import generate_factors
 from genlora_jax.config import AdapterConfig
+from genlora_jax.factors import by_module, describe, fits
 from genlora_jax.hf.checkpoint import read_json
 from genlora_jax.hf.names import natural_order, tensors
 from genlora_jax.storage import load_adapter, new_directory
 
+Arrays = dict[str, np.ndarray]
 PREFIX = "base_model.model."
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 SERVED_RANK = 512  # the last of the choices for vLLM's `max_lora_rank`
-# Settings under which an adapter is more than A and B on the base's own kernels.
+# Our leaf -> (their tensor, whether theirs is the transpose of ours).
+LEAVES = {
+    "a": ("lora_A.weight", True),
+    "b": ("lora_B.weight", True),
+    "magnitude": ("lora_magnitude_vector", False),
+}
+OURS = {theirs: leaf for leaf, (theirs, _) in LEAVES.items()}
+# Settings under which an adapter is more than these on the base's own kernels.
 REFUSED = (
-    "use_dora",
     "lora_bias",
     "use_qalora",
     "modules_to_save",
@@ -44,19 +52,24 @@ REFUSED = (
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _modules(factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A `[d_in, r]` and B `[r, d_out]` by the module's name, one entry a layer."""
-    modules = {}
-    flat = flatten_dict(dict(factors))
-    for path in {path[:-1] for path in flat}:
-        a, b = (np.asarray(flat[(*path, side)], dtype=np.float32) for side in "ab")
-        if a.ndim == 2:
-            modules[".".join(path)] = (a, b)
+def _modules(factors: Mapping[str, Any]) -> dict[str, Arrays]:
+    """The factors of every adapted module, by its name: one entry a layer."""
+    modules: dict[str, Arrays] = {}
+    for path, leaves in by_module(factors).items():
+        if "delta" in leaves:
+            raise ValueError(
+                f"{'.'.join(path)} has a whole delta (full fine-tuning), which is no LoRA adapter: "
+                "merge it and write the model with export_hf"
+            )
+        own = {leaf: np.asarray(value, dtype=np.float32) for leaf, value in leaves.items()}
+        if own["a"].ndim == 2:
+            modules[".".join(path)] = own
             continue
         at = path.index("layers") + 1
-        for i in range(a.shape[0]):
-            if a[i].any() or b[i].any():  # a layer that is not adapted has zeros in both
-                modules[".".join([*path[:at], str(i), *path[at:]])] = (a[i], b[i])
+        for i in range(len(own["a"])):
+            layer = {leaf: value[i] for leaf, value in own.items()}
+            if any(value.any() for value in layer.values()):  # else the layer is not adapted
+                modules[".".join([*path[:at], str(i), *path[at:]])] = layer
     return dict(sorted(modules.items(), key=lambda item: natural_order(item[0])))
 
 
@@ -68,7 +81,7 @@ def export_peft(
     base: str | Path,
     overwrite: bool = False,
 ) -> None:
-    """Writes factors as a plain PEFT LoRA adapter.
+    """Writes factors as a plain PEFT LoRA adapter, or a DoRA adapter if they have magnitudes.
 
     The scale is folded into B and `lora_alpha` set to the rank, so that a consumer which
     ignores rslora is right as well. Factors of several ranks are padded with zeros to the largest.
@@ -82,26 +95,30 @@ def export_peft(
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
+        ValueError: If a factor is a whole delta, or only some have magnitudes.
     """
     modules = _modules(factors)
     names = list(modules)
     if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
         names = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    rank = max(a.shape[1] for a, _ in modules.values())
+    rank = max(own["a"].shape[1] for own in modules.values())
     if rank > SERVED_RANK:
         warnings.warn(
             f"rank {rank} exceeds {SERVED_RANK}, the largest that vLLM serves: merge instead",
             stacklevel=2,
         )
+    with_magnitude = {name for name, own in modules.items() if "magnitude" in own}
+    if with_magnitude not in (set(), set(modules)):
+        name = min(set(modules) - with_magnitude)
+        raise ValueError(f"{name} has no magnitude and others have: PEFT knows all or none")
     arrays = {}
-    for name, (a, b) in modules.items():
-        missing = (0, rank - a.shape[1])  # one rank for all: servers know no `rank_pattern`
-        arrays[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(
-            np.pad(a.T, (missing, (0, 0)))
-        )
-        arrays[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(
-            np.pad(b.T, ((0, 0), missing))
-        )
+    for name, own in modules.items():
+        # One rank for all: servers know no `rank_pattern`.
+        padded = _padded(own, rank)
+        for leaf, value in padded.items():
+            theirs, transposed = LEAVES[leaf]
+            value = value.T if transposed else value
+            arrays[f"{PREFIX}{name}.{theirs}"] = np.ascontiguousarray(value)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -111,6 +128,7 @@ def export_peft(
         "lora_dropout": cfg.dropout if cfg else 0.0,
         "target_modules": names,
         "use_rslora": False,
+        "use_dora": bool(with_magnitude),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -118,6 +136,13 @@ def export_peft(
     with new_directory(out_dir, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _padded(own: Arrays, rank: int) -> Arrays:
+    """The factors with zeros up to a rank."""
+    missing = (0, rank - own["a"].shape[1])
+    sides = {"a": np.pad(own["a"], ((0, 0), missing)), "b": np.pad(own["b"], (missing, (0, 0)))}
+    return own | sides
 
 
 def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: int) -> bool:
@@ -129,7 +154,7 @@ def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: in
 
 
 def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a plain PEFT LoRA adapter into factors.
+    """Reads a plain PEFT LoRA or DoRA adapter into factors.
 
     They apply, merge and export as generated ones do. Modules of one stack that differ in rank
     (`rank_pattern`) are padded with zeros to the largest.
@@ -145,8 +170,8 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the adapter is not plain LoRA (the setting is named), is damaged, or was
-            made for modules or shapes that the base does not have.
+        ValueError: If the adapter is neither plain LoRA nor DoRA (the setting is named), is
+            damaged, or was made for modules or shapes that the base does not have.
     """
     path = Path(path)
     settings = read_json(path / SETTINGS)
@@ -157,25 +182,23 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
         if tensor.path[-1] == "kernel"
     }
     shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(params)).items()}
-    stacks: dict[tuple[str, ...], dict[int | None, tuple[np.ndarray, np.ndarray]]] = {}
-    for name, (a, b) in sorted(
-        _read_pairs(path / TENSORS).items(), key=lambda item: natural_order(item[0])
-    ):
+    stacks: dict[tuple[str, ...], dict[int | None, Arrays]] = {}
+    found = _read_modules(path / TENSORS, dora=bool(settings.get("use_dora")))
+    for name, own in sorted(found.items(), key=lambda item: natural_order(item[0])):
         if name not in kernels:
             raise ValueError(f"{path}: adapts {name}, which the base does not have")
         kernel = kernels[name]
-        shape = (a.shape[0], b.shape[1])
-        if shapes[kernel.path][-2:] != shape or a.shape[1] != b.shape[0]:
+        if not fits(own, shapes[kernel.path][-2:]):
             raise ValueError(
-                f"{path}: {name} has factors {a.shape} and {b.shape}; the base's kernel has shape "
+                f"{path}: {name} has factors {describe(own)}; the base's kernel has shape "
                 f"{shapes[kernel.path][-2:]}"
             )
-        scale = _scale(path / SETTINGS, settings, name, a.shape[1])
-        stacks.setdefault(kernel.path, {})[kernel.index] = (a, b * np.float32(scale))
+        scale = _scale(path / SETTINGS, settings, name, own["a"].shape[1])
+        stacks.setdefault(kernel.path, {})[kernel.index] = own | {"b": own["b"] * np.float32(scale)}
     flat: dict[tuple[str, ...], Any] = {}
-    for kernel_path, pairs in stacks.items():
-        sides = _stack(pairs, shapes[kernel_path])
-        flat |= {(*kernel_path[:-1], side): jnp.asarray(sides[side]) for side in "ab"}
+    for kernel_path, modules in stacks.items():
+        for leaf, value in _stack(modules, shapes[kernel_path]).items():
+            flat[(*kernel_path[:-1], leaf)] = jnp.asarray(value)
     return unflatten_dict(flat)
 
 
@@ -203,26 +226,30 @@ def _refuse_other_than_lora(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _read_pairs(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A `[d_in, r]` and B `[r, d_out]` in float32 by the module's name."""
+def _read_modules(file: Path, *, dora: bool) -> dict[str, Arrays]:
+    """The factors of every module in float32, by its name, in our layout."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters are not read")
     try:
         arrays = load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    sides: dict[str, dict[str, np.ndarray]] = {}
+    expected = ["a", "b", "magnitude"] if dora else ["a", "b"]
+    known = "|".join(re.escape(LEAVES[leaf][0]) for leaf in expected)
+    modules: dict[str, Arrays] = {}
     for name, value in arrays.items():
-        parts = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
-        if parts is None or value.ndim != 2:
-            raise ValueError(f"{file}: tensor {name} is none of plain LoRA on a linear layer")
-        sides.setdefault(parts[1], {})[parts[2]] = value.astype(np.float32).T
-    if not sides:
+        parts = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({known})", name)
+        if parts is None or value.ndim != (2 if LEAVES[OURS[parts[2]]][1] else 1):
+            kind = "DoRA" if dora else "plain LoRA"
+            raise ValueError(f"{file}: tensor {name} is none of {kind} on a linear layer")
+        modules.setdefault(parts[1], {})[OURS[parts[2]]] = value.astype(np.float32).T
+    if not modules:
         raise ValueError(f"{file} holds no factors")
-    for name, pair in sides.items():
-        if len(pair) != 2:
-            raise ValueError(f"{file}: {name} has only one of lora_A and lora_B")
-    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
+    for name, own in modules.items():
+        for leaf in expected:
+            if leaf not in own:
+                raise ValueError(f"{file}: {name} has no {LEAVES[leaf][0]}")
+    return modules
 
 
 def _scale(file: Path, settings: Mapping[str, Any], name: str, rank: int) -> float:
@@ -243,19 +270,14 @@ def _scale(file: Path, settings: Mapping[str, Any], name: str, rank: int) -> flo
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _stack(
-    pairs: Mapping[int | None, tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]
-) -> dict[str, np.ndarray]:
+def _stack(modules: Mapping[int | None, Arrays], shape: tuple[int, ...]) -> Arrays:
     """The factors of one kernel in the layout of the base."""
-    if None in pairs:
-        a, b = pairs[None]
-        return {"a": a, "b": b}
-    rank = max(a.shape[1] for a, _ in pairs.values())
-    whole = {
-        "a": np.zeros((shape[0], shape[1], rank), np.float32),
-        "b": np.zeros((shape[0], rank, shape[2]), np.float32),
-    }
-    for index, (a, b) in pairs.items():
-        whole["a"][index, :, : a.shape[1]] = a
-        whole["b"][index, : b.shape[0]] = b
+    if None in modules:
+        return modules[None]
+    rank = max(own["a"].shape[1] for own in modules.values())
+    whole: Arrays = {}
+    for index, own in modules.items():
+        for leaf, value in _padded(own, rank).items():
+            empty = np.zeros((shape[0], *value.shape), np.float32)
+            whole.setdefault(leaf, empty)[index] = value
     return whole

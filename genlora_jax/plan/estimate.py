@@ -88,6 +88,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     width = jnp.dtype(model.dtype).itemsize
     shapes, adapter, factors = _trees(recipe)
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen))
     sides = sum(leaf.size for leaf in jax.tree.leaves(factors))
 
     rows = recipe.data.batch_size // (mesh.data * mesh.fsdp * train.accumulate)  # of a part
@@ -115,7 +116,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     in_the_head = gathered[1] + 2 * chunk * cfg.vocab_size * 4 // tensor
     temporaries = kept + own_factors + max(in_a_layer, in_the_head)
     params = _own_values(mesh, shapes, param_specs(shapes)) * jnp.dtype(model.param_dtype).itemsize
-    arguments = params + 3 * 4 * trained + 13 * rows * train.accumulate * length
+    arguments = params + 4 * (3 * trained + frozen) + 13 * rows * train.accumulate * length
 
     steps = train.accumulate
     cut = (mesh.fsdp - 1) / mesh.fsdp
@@ -127,7 +128,9 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     }
     values = layer_values + head_values
     attention = 2 * layers * length * heads * cfg.head_dim  # per token and pass, causal
-    flops = steps * tokens * (passes * 2 * (layer_values + attention) + 3 * 2 * head_values)
+    flops = (
+        steps * tokens * (passes * 2 * (layer_values + attention) + 3 * 2 * (head_values + sides))
+    )
     flops /= tensor
     read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
     seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
@@ -149,7 +152,8 @@ def _abstract(mesh: MeshConfig) -> Any:
 def _trees(recipe: Recipe) -> tuple[Any, Any, Any]:
     """Shapes of base, adapter and factors: the same on every mesh."""
     shapes = parameter_shapes(LlamaForCausalLM(model_shape(recipe)))
-    adapter = jax.eval_shape(lambda: init_adapter(recipe.adapter, jax.random.key(0), shapes))
+    init = functools.partial(init_adapter, recipe.adapter, jax.random.key(0))
+    adapter = jax.eval_shape(init, shapes)
     return (
         shapes,
         adapter,

@@ -54,7 +54,10 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
     sharding.check_params(mesh, shapes)
     optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
     state = jax.eval_shape(
-        lambda: init_state(init_adapter(recipe.adapter, jax.random.key(0), shapes), optimizer)
+        lambda params: init_state(
+            init_adapter(recipe.adapter, jax.random.key(0), params), optimizer
+        ),
+        shapes,
     )
     rows = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
     rows["loss_mask"] = jnp.bool_

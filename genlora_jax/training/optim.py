@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up and cosine decay, a rate of its own for the generators."""
+"""The optimizer: AdamW with warm-up and cosine decay, rates of their own for some groups."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,10 @@ class OptimConfig:
     """Settings of the optimizer.
 
     Attributes:
-        learning_rate: Peak rate of the latents (GenLoRA) or the factors (LoRA).
-        generator_ratio: The generators' rate over the latents'.
+        learning_rate: Peak rate of whatever has no other.
+        generator_ratio: The generators' rate over the latents' (GenLoRA).
+        b_ratio: The rate of B over that of A, where factors are trained as they are (LoRA, DoRA,
+            PiSSA); LoRA+ (arXiv 2402.12354) has 2 to 16.
         warmup: Share of the steps in which the rate rises from 0.
         final_ratio: The rate that the cosine ends at, one step after the last, over the peak.
         weight_decay: Decoupled weight decay.
@@ -27,6 +29,7 @@ class OptimConfig:
 
     learning_rate: float = 2e-3
     generator_ratio: float = 0.3
+    b_ratio: float = 1.0
     warmup: float = 0.05
     final_ratio: float = 0.0
     weight_decay: float = 0.0
@@ -37,7 +40,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
-        for field in ("learning_rate", "generator_ratio", "eps"):
+        for field in ("learning_rate", "generator_ratio", "b_ratio", "eps"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"optim.{field} must be positive, got {getattr(self, field)}")
         for field in ("warmup", "final_ratio"):
@@ -88,23 +91,29 @@ def make_optimizer(
         steps: Length of the run, for the schedule.
         learning_rate: Instead of the config's; it may be traced.
         generator_ratio: Instead of the config's; it may be traced.
+
+    Returns:
+        The optimizer. Its `init` raises ValueError if `b_ratio` is given for an adapter without
+        factors.
     """
     clip = optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip)
+    own_ratio = cfg.generator_ratio if generator_ratio is None else generator_ratio
+    ratios = {"generators": own_ratio, "b": cfg.b_ratio, "rest": 1.0}
 
-    def groups(trainable: dict[str, Any]) -> dict[str, str]:
-        return {group: group for group in trainable}
+    def labels(trainable: dict[str, Any]) -> dict[str, Any]:
+        if cfg.b_ratio != 1.0 and "factors" not in trainable:
+            raise ValueError("optim.b_ratio: this adapter has no factor B of its own to train")
+        groups: dict[str, Any] = dict.fromkeys(trainable, "rest")
+        if "generators" in trainable:
+            groups["generators"] = "generators"
+        if "factors" in trainable:
+            groups["factors"] = {name: {"a": "rest", "b": "b"} for name in trainable["factors"]}
+        return groups
 
-    rates = {
-        "latents": optax.identity(),
-        "factors": optax.identity(),
-        "generators": optax.scale(
-            cfg.generator_ratio if generator_ratio is None else generator_ratio
-        ),
-    }
     return optax.chain(
         clip,
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.scale_by_learning_rate(learning_rate_schedule(cfg, steps, peak=learning_rate)),
-        optax.partition(rates, groups),
+        optax.partition({name: optax.scale(ratio) for name, ratio in ratios.items()}, labels),
     )

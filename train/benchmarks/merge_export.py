@@ -119,10 +119,9 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
 
 def program_memory(tree: Any, factors: Any) -> int:
     """Most that merging a kernel holds beyond its arguments, in whose memory its result lies."""
-    kernels, sides = merge_module.pair_kernels(flatten_dict(tree), factors)
     extra = 0
-    for path, kernel in kernels.items():
-        lowered = merge_module._merge_donating.lower(kernel, *sides[path], 1.0, True)
+    for kernel, own in merge_module.pair_kernels(flatten_dict(tree), factors).values():
+        lowered = merge_module._merge_donating.lower(kernel, own, 1.0, True)
         memory = lowered.compile().memory_analysis()
         used = memory.temp_size_in_bytes + memory.output_size_in_bytes
         extra = max(extra, used - memory.alias_size_in_bytes)

@@ -1,0 +1,18 @@
+"""Full fine-tuning: a delta for every value of the kernel."""
+
+import jax
+import jax.numpy as jnp
+
+from genlora_jax.config import FullConfig
+from genlora_jax.methods.method import Kernels, Tree
+from genlora_jax.targets import AdapterSpec, Target
+
+
+def init(cfg: FullConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+    """Zeros."""
+    return {"deltas": jnp.zeros((target.depth, target.d_in, target.d_out), jnp.float32)}, {}
+
+
+def factors(cfg: FullConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+    """The delta as it is."""
+    return {"delta": parts["deltas"]}

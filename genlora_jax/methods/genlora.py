@@ -1,0 +1,98 @@
+"""GenLoRA (arXiv 2602.05709): factors generated from one latent a side."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genlora_jax import generators
+from genlora_jax.config import GenLoRAConfig
+from genlora_jax.methods.method import Kernels, Tree
+from genlora_jax.targets import AdapterSpec, Target
+
+
+def init(cfg: GenLoRAConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+    """Side B's generators are zero, so that the delta is."""
+    lengths = {"a": target.d_in, "b": target.d_out}
+    rows = 1 if cfg.share_latents else target.depth
+    sets = 1 if cfg.share_generators else target.depth
+    shapes: dict[Any, tuple[int, ...]] = {}
+    if cfg.latents == "trained":
+        shapes |= {("latents", side): (rows, n) for side, n in lengths.items()}
+    for part, shape in generators.weight_shapes(cfg, target.d_in).items():
+        if generators.init_shares(cfg)[part] > 0:
+            shapes[part] = (sets, *shape)
+    normals = _normals(key, shapes)
+
+    latents, weights = {}, {}
+    for side, n in lengths.items():
+        weights[side] = {
+            part: jnp.zeros((sets, *shape), jnp.float32)
+            for part, shape in generators.weight_shapes(cfg, n).items()
+        }
+        centers = generators.fixed_centers(cfg, cfg.seed, f"{target.name}/{side}")
+        if cfg.joint and cfg.trainable_centers:
+            for name, value in centers.items():
+                weights[side][name] = jnp.broadcast_to(value, (sets, *value.shape))
+        if cfg.latents == "seeded":
+            z = _seeded_latents(cfg, target, side, cfg.seed)
+        else:
+            z = latents[side] = cfg.latent_std * normals.pop(("latents", side))
+        if side == "a":
+            # A set serves all layers, or one; the only row of shared latents serves every set.
+            served = z[None] if cfg.share_generators else jnp.broadcast_to(z, (sets, n))[:, None]
+            own = {part: normal for part, normal in normals.items() if isinstance(part, str)}
+            scale = functools.partial(generators.init_weights, cfg, centers=centers)
+            weights[side] |= jax.vmap(lambda noise, z, scale=scale: scale(noise, z))(own, served)
+    return {"generators": weights} | ({"latents": latents} if latents else {}), {}
+
+
+def factors(cfg: GenLoRAConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+    """The bases that the generators make of both latents, B's transposed."""
+    sides = {}
+    for side in "ab":
+        if cfg.latents == "seeded":
+            z = _seeded_latents(cfg, target, side, spec.seed)
+        else:
+            z = parts["latents"][side]
+        weights = parts["generators"][side]
+        fixed = (
+            {}
+            if cfg.trainable_centers
+            else generators.fixed_centers(cfg, spec.seed, f"{target.name}/{side}")
+        )
+
+        def basis(row: jax.Array, own: Tree, fixed: Tree = fixed) -> jax.Array:
+            return generators.generate(cfg, row, fixed | own)
+
+        # A shared operand is not mapped, so features are computed once per latent and a shared
+        # set of generators is applied to all layers in one product.
+        if cfg.share_generators:
+            shared = jax.tree.map(lambda leaf: leaf[0], weights)
+            mapped = jax.vmap(basis, in_axes=(0, None))(z, shared)
+        elif cfg.share_latents:
+            mapped = jax.vmap(basis, in_axes=(None, 0))(z[0], weights)
+        else:
+            mapped = jax.vmap(basis)(z, weights)
+        sides[side] = mapped if side == "a" else mapped.swapaxes(-1, -2)
+    return sides
+
+
+def _normals(key: jax.Array, shapes: dict[Any, tuple[int, ...]]) -> dict[Any, jax.Array]:
+    """N(0, 1) numbers in several shapes, drawn at once: one sampler is one to compile."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    flat = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    parts = jnp.split(flat, np.cumsum(sizes)[:-1])
+    return {
+        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+
+def _seeded_latents(cfg: GenLoRAConfig, target: Target, side: str, seed: int) -> jax.Array:
+    n = target.d_in if side == "a" else target.d_out
+    count = 1 if cfg.share_latents else target.depth
+    normal = generators.seeded_normal(seed, f"{target.name}/{side}/latents", (count, n))
+    return cfg.latent_std * normal

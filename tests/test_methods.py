@@ -1,0 +1,230 @@
+"""Leaves of factors other than A and B, on meshes and in part of a model, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from baseline_methods import EPS, METHODS, TARGETS, close
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+import genlora_jax as gl
+from genlora_jax import factors, sharding
+from genlora_jax.adapter import adapter_shapes, adapter_spec
+from genlora_jax.config import config_from_json, config_to_json
+from genlora_jax.sharding import MeshConfig, make_mesh
+from genlora_jax.training.losses import summed_loss
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+
+IDS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+
+# On a mesh.
+
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+
+
+def test_magnitudes_and_deltas_on_a_mesh_are_those_of_one_device(random_llama, perturb):
+    model, params = random_llama(attention="xla", attention_bias=True, vocab_size=64, **WIDE)
+    # Two methods in one model, so that one program serves both.
+    methods = [
+        dataclasses.replace(METHODS["dora"], targets=["q_proj", "down_proj"]),
+        dataclasses.replace(METHODS["full"], targets=["v_proj", "o_proj"]),
+    ]
+    adapters = [perturb(gl.init_adapter(cfg, jax.random.key(0), params)) for cfg in methods]
+    batch = {
+        "input_ids": IDS,
+        "loss_mask": np.ones(IDS.shape, bool),
+        "segment_ids": np.ones(IDS.shape, np.int32),
+        "positions": np.tile(np.arange(IDS.shape[1], dtype=np.int32), (len(IDS), 1)),
+    }
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+
+    def loss(adapters, params, batch, where):
+        flat = {}
+        for cfg, adapter in zip(methods, adapters, strict=True):
+            flat |= flatten_dict(gl.generate_factors(cfg, adapter))
+        whole = unflatten_dict(flat)
+        if where is not None:
+            specs = sharding.named(where, sharding.factor_specs(whole))
+            whole = jax.lax.with_sharding_constraint(whole, specs)
+        return summed_loss(model.clone(mesh=where), params, whole, batch, chunk=16)
+
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+    expected, theirs = step(adapters, params, batch, None)
+    found, ours = step(
+        jax.device_put(adapters, sharding.replicated(mesh)),
+        jax.device_put(params, sharding.named(mesh, sharding.param_specs(params))),
+        sharding.place_batch(mesh, batch),
+        mesh,
+    )
+    np.testing.assert_allclose(found, expected, rtol=64 * EPS)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(other).max() > 0
+        close(one, other, terms=256)
+
+
+def test_magnitudes_and_deltas_lie_as_their_kernels_do():
+    leaves = {"q_proj": {"magnitude": jnp.ones((2, 8))}, "o_proj": {"delta": jnp.ones((2, 8, 8))}}
+    specs = sharding.factor_specs({"layers": leaves})["layers"]
+    assert specs["q_proj"]["magnitude"] == P(None, "tensor")
+    assert specs["o_proj"]["delta"] == P(None, "tensor", "fsdp")
+
+
+# One method each.
+
+
+def test_the_norm_of_an_adapted_column_is_that_of_the_sum():
+    rng = np.random.default_rng(0)
+    w, a, b = (rng.standard_normal(shape) for shape in ((2, 40, 30), (2, 40, 3), (2, 3, 30)))
+    exact = np.linalg.norm(w + a @ b, axis=-2)
+    own = {"a": jnp.float32(a), "b": jnp.float32(b)}
+    np.testing.assert_allclose(
+        factors.adapted_column_norm(jnp.float32(w), own), exact, rtol=8 * EPS
+    )
+
+
+def test_dropout_drops_all_that_a_magnitude_changes():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((4, 6)), jnp.float32)
+    model = nn.Dense(5)
+    params = model.init(jax.random.key(0), x)["params"] | {"bias": jnp.arange(5.0)}
+    own = {
+        "a": jnp.zeros((6, 2)),
+        "b": jnp.zeros((2, 5)),
+        "magnitude": 3 * jnp.linalg.norm(params["kernel"], axis=0),
+    }
+
+    @jax.jit
+    @jax.vmap
+    def dropped(key):
+        return gl.apply(model, params, own, x, dropout=0.3, rngs={"dropout": key})
+
+    samples = np.asarray(dropped(jax.random.split(jax.random.key(1), 4000)))
+    error = samples.std(axis=0) / np.sqrt(len(samples))
+    assert (error > 1e-3).all()
+    whole = np.asarray(gl.apply(model, params, own, x))
+    np.testing.assert_allclose(whole, 3 * x @ params["kernel"] + params["bias"], rtol=1e-5)
+    assert (np.abs(samples.mean(axis=0) - whole) < 5 * error).all()
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa", "full"])
+def test_layers_that_are_not_adapted_stay_as_they_are(name, random_llama, unstack, perturb):
+    cfg = dataclasses.replace(METHODS[name], layers=[1])
+    _, params = random_llama()
+    both = []
+    for tree in (params, unstack(params)):
+        adapter = gl.init_adapter(cfg, jax.random.key(0), tree)
+        moved = adapter.replace(trainable=perturb(adapter.trainable))
+        both.append(gl.merge(tree, gl.generate_factors(cfg, moved)))
+    scanned = flatten_dict(unstack(both[0]))
+    for path, leaf in flatten_dict(both[1]).items():
+        before = flatten_dict(unstack(params))[path]
+        close(scanned[path], leaf)
+        changed = "1" in path and path[-2] in TARGETS and path[-1] == "kernel"
+        assert np.array_equal(scanned[path], before) != changed, path
+
+
+def test_projections_of_vera_are_not_stored(random_llama, tmp_path):
+    cfg = METHODS["vera"]
+    _, params = random_llama()
+    adapter = gl.init_adapter(cfg, jax.random.key(0), params)
+    gl.save_adapter(tmp_path / "adapter", cfg, adapter)
+    stored = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    assert {name.split("/")[1] for name in stored} == {"vectors"}
+    assert gl.count_parameters(adapter) == 3 * (3 * 5 + 32 + 16 + 32)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa"])
+def test_a_method_that_reads_the_base_needs_its_values(name, random_llama):
+    cfg = METHODS[name]
+    _, params = random_llama()
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match="starts at values of the base"):
+        gl.init_adapter(cfg, jax.random.key(0), shapes)
+    traced = jax.eval_shape(lambda p: gl.init_adapter(cfg, jax.random.key(0), p), shapes)
+    known = adapter_shapes(cfg, adapter_spec(cfg, params))
+    made = gl.init_adapter(cfg, jax.random.key(0), params)
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
+    for other in (traced, known):
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), other) == expected
+
+
+def test_a_rank_above_the_number_of_singular_values_is_refused(random_llama):
+    _, params = random_llama()
+    cfg = gl.PiSSAConfig(rank=17, targets=["v_proj"])
+    message = r"rank 17 exceeds 16.*v_proj"
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match=message):
+        gl.init_adapter(cfg, jax.random.key(0), params)
+
+
+X = jnp.ones((2, 4))
+ONES = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3))}
+MORE = {"magnitude": ONES | {"magnitude": jnp.ones(3)}, "delta": {"delta": jnp.ones((4, 3))}}
+
+
+@pytest.mark.parametrize("leaf", MORE)
+def test_what_takes_products_alone_refuses_others_by_name(leaf):
+    sets = [{"proj": ONES}, {"proj": MORE[leaf]}]
+    with pytest.raises(ValueError, match=rf"combine takes A and B alone; proj has a {leaf}"):
+        gl.combine(sets, [1.0, 1.0])
+    with pytest.raises(ValueError, match=rf"stack takes A and B alone; proj has a {leaf}"):
+        gl.stack(sets)
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match="adapter_index takes A and B alone"):
+        gl.apply(model, params, MORE[leaf], X, adapter_index=jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (ONES | {"magnitude": jnp.ones(4)}, r"have shapes \(4, 2\) and \(2, 3\) and \(4,\)"),
+        ({"delta": jnp.ones((3, 4))}, r"have shapes \(3, 4\)"),
+        ({"magnitude": jnp.ones(3)}, r"hold \['magnitude'\]"),
+        (ONES | MORE["delta"], "hold"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(own, message):
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match=message):
+        gl.merge({"proj": params}, {"proj": own})
+    with pytest.raises(ValueError, match=message):
+        gl.apply(model, params, own, X)
+
+
+def test_magnitudes_in_some_modules_only_are_not_exported(tmp_path):
+    sets = {"one": ONES, "two": MORE["magnitude"]}
+    with pytest.raises(ValueError, match="one has no magnitude and others have"):
+        gl.export_peft(tmp_path / "out", None, sets, base="base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_mean_nothing_are_refused(random_llama):
+    _, params = random_llama()
+    adapter = gl.init_adapter(METHODS["vera"], jax.random.key(0), params)
+    with pytest.raises(ValueError, match=r"optim\.b_ratio: this adapter has no factor B"):
+        make_optimizer(OptimConfig(b_ratio=4.0), 10).init(adapter.trainable)
+    with pytest.raises(ValueError, match=r"optim\.b_ratio must be positive"):
+        OptimConfig(b_ratio=0.0)
+    with pytest.raises(ValueError, match="d_initial"):
+        gl.VeRAConfig(d_initial=0.0)
+    with pytest.raises(TypeError, match="rank"):
+        gl.FullConfig(rank=3)
+    with pytest.raises(ValueError, match="AdapterConfig is the config of no method"):
+        gl.init_adapter(gl.AdapterConfig(), jax.random.key(0), params)
+
+
+@pytest.mark.parametrize("cfg", METHODS.values(), ids=METHODS)
+def test_a_config_goes_to_json_and_back(cfg):
+    assert config_from_json(json.loads(json.dumps(config_to_json(cfg)))) == cfg
