@@ -18,9 +18,10 @@ import train.sweep as script
 from genlora_jax.models.attention import attend, attend_as_one_batch
 from genlora_jax.sharding import MeshConfig, make_mesh, named, param_specs
 from genlora_jax.training import sweep as sweeps
+from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
-from genlora_jax.training.sweep import Member, run_sweep
+from genlora_jax.training.sweep import run_sweep
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 

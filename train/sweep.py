@@ -25,8 +25,9 @@ from genlora_jax.hf.checkpoint import load_tokenizer, locate
 from genlora_jax.sharding import make_mesh
 from genlora_jax.storage import new_directory, refuse_existing
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
+from genlora_jax.training.members import Member, SweepResult
 from genlora_jax.training.recipe import Recipe
-from genlora_jax.training.sweep import Member, SweepResult, run_sweep
+from genlora_jax.training.sweep import run_sweep
 from train.finetune import check_shape, initial_adapter
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Member))
@@ -101,7 +102,7 @@ def choose_members(recipe: SweepRecipe) -> list[Member]:
         "learning_rate": recipe.optim.learning_rate,
         "generator_ratio": recipe.optim.generator_ratio,
         "seed": recipe.train.seed,
-        "alpha": recipe.adapter.alpha,
+        "alpha": getattr(recipe.adapter, "alpha", None),
     }
     named = recipe.grid.members
     if named is None:
@@ -111,6 +112,7 @@ def choose_members(recipe: SweepRecipe) -> list[Member]:
     for values in named:
         try:
             member = Member(**(own | values))  # type: ignore[arg-type]
+            member.config(recipe.adapter)
         except ValueError as error:
             raise ValueError(f"grid: {error}") from None
         if member in members:
@@ -148,9 +150,10 @@ def sweep(recipe: SweepRecipe) -> SweepResult:
     several = mesh if mesh.size > 1 else None
     model, params = gl.load_llama(source, **options, mesh=several)
 
-    def make_adapter(seed: int) -> gl.Adapter:
+    def make_adapter(cfg: gl.AdapterConfig, seed: int) -> gl.Adapter:
         train = dataclasses.replace(recipe.train, seed=seed)
-        return initial_adapter(dataclasses.replace(recipe, train=train), params, model)
+        own = dataclasses.replace(recipe, train=train, adapter=cfg)
+        return initial_adapter(own, params, model)
 
     steps = recipe.train.steps
     if steps is None:
@@ -182,7 +185,7 @@ def sweep(recipe: SweepRecipe) -> SweepResult:
         )
     with new_directory(output) as directory:
         write_results(directory, result)
-        cfg = dataclasses.replace(recipe.adapter, alpha=members[best].alpha)
+        cfg = members[best].config(recipe.adapter)
         gl.save_adapter(directory / "best", cfg, result.adapter(best), model=model)
     show(result)
     print(f"best adapter: {output / 'best'}")
@@ -252,7 +255,7 @@ def show(result: SweepResult) -> None:
     for record in summaries(result):
         diverged = record["diverged_at"]
         table.add_row(
-            *(f"{record[name]:g}" for name in FIELDS),
+            *("-" if record[name] is None else f"{record[name]:g}" for name in FIELDS),
             f"{record['best_eval_loss']:.4f}",
             str(record["best_step"] or ""),
             f"{record['final_eval_loss']:.4f}",

@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,40 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import Adapter, generate_factors, init_adapter
-from genlora_jax.config import AdapterConfig
+from genlora_jax.config import AdapterConfig, LowRankConfig
 from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
+from genlora_jax.training.members import Member, SweepResult
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import TrainState, init_state, train_step
 
-Numbers = dict[str, jax.Array]  # by a Member's field, float32 [members]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """What one member of a sweep has of its own; all else is the recipe's.
-
-    Attributes:
-        learning_rate: As `optim.learning_rate`.
-        generator_ratio: As `optim.generator_ratio`.
-        seed: As `train.seed`: of the adapter's initial values and of dropout.
-        alpha: As `adapter.alpha`.
-    """
-
-    learning_rate: float
-    generator_ratio: float
-    seed: int
-    alpha: float
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the field at fault."""
-        for name in ("learning_rate", "generator_ratio", "alpha"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not whole or self.seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0, got {self.seed!r}")
+Numbers = dict[str, jax.Array]  # rates, and scales over the config's, float32 [members]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +35,7 @@ class Program:
 
     Attributes:
         model: The base's model, without a mesh of its own.
-        cfg: The adapter's config; its alpha is what the members' are relative to.
+        cfg: The adapter's config; members' scales are relative to its own.
         optim: The optimizer's settings but for what members have of their own.
         steps: Length of the run.
         accumulate: Parts into which a batch is cut.
@@ -80,11 +53,10 @@ class Program:
     packed: bool = True
     mesh: Mesh | None = None
 
-    def factors(self, adapter: Adapter, alpha: jax.Array) -> dict[str, Any]:
+    def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:
         """One member's factors; `b` carries the scale."""
         flat = flatten_dict(generate_factors(self.cfg, adapter))
-        ratio = alpha / self.cfg.alpha
-        return unflatten_dict({k: x * ratio if k[-1] == "b" else x for k, x in flat.items()})
+        return unflatten_dict({k: x * scale if k[-1] == "b" else x for k, x in flat.items()})
 
     def optimizer(self, numbers: Numbers) -> Any:
         """One member's optimizer."""
@@ -93,7 +65,7 @@ class Program:
 
     def own_chunk(self, numbers: Numbers) -> int:
         """Tokens of a chunk of one member's loss."""
-        return max(self.chunk // len(numbers["alpha"]), 1)
+        return max(self.chunk // len(numbers["scale"]), 1)
 
     def spread(self, tree: Any, *axes: str) -> Any:
         """Lays leaves `[members, ...]` out over the mesh's `data`, further dimensions over axes."""
@@ -103,7 +75,7 @@ class Program:
 
     def everyone(self, batch: Batch, numbers: Numbers) -> Batch:
         """A batch for each member: attention takes masks and tokens of the same leading size."""
-        count = len(numbers["alpha"])
+        count = len(numbers["scale"])
         copies = {k: jnp.broadcast_to(x, (count, *x.shape)) for k, x in batch.items()}
         return self.spread(copies, "fsdp")
 
@@ -137,7 +109,7 @@ def train_members(
             batch,
             model=program.model,
             optimizer=program.optimizer(own),
-            generate=lambda adapter: program.factors(adapter, own["alpha"]),
+            generate=lambda adapter: program.factors(adapter, own["scale"]),
             dropout=program.cfg.dropout,
             accumulate=program.accumulate,
             chunk=program.own_chunk(numbers),
@@ -175,7 +147,7 @@ def evaluate_members(
     Returns:
         Mean losses (nats) over trained tokens, `[members]`, and `best` brought up to date.
     """
-    factors = jax.vmap(program.factors)(adapters, numbers["alpha"])
+    factors = jax.vmap(program.factors)(adapters, numbers["scale"])
 
     def member_loss(factors: Any, batch: Batch) -> jax.Array:
         return summed_loss(
@@ -190,7 +162,7 @@ def evaluate_members(
     def add(totals: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
         return totals + jax.vmap(member_loss)(factors, program.everyone(batch, numbers)), None
 
-    totals, _ = jax.lax.scan(add, jnp.zeros_like(numbers["alpha"]), batches)
+    totals, _ = jax.lax.scan(add, jnp.zeros_like(numbers["scale"]), batches)
     losses = totals / next_token_targets(batches)[1].sum()
     better = losses < best[1]  # never so of NaN
 
@@ -199,59 +171,6 @@ def evaluate_members(
 
     kept = jax.tree.map(keep, adapters, best[0])
     return losses, (program.spread(kept), jnp.where(better, losses, best[1]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What became of a sweep's members.
-
-    Attributes:
-        members: As they were given.
-        loss: Training losses (nats), `[steps, members]`.
-        grad_norm: Norms of the gradients before clipping, `[steps, members]`.
-        eval_steps: Steps after which all were evaluated, `[evaluations]`.
-        eval_loss: Their losses (nats), `[evaluations, members]`; NaN or infinite if diverged.
-        best: Each member's adapter at its lowest evaluation loss, leaves `[members, ...]`;
-            its initial one if no evaluation was finite.
-        final: Their adapters after the last step.
-    """
-
-    members: tuple[Member, ...]
-    loss: np.ndarray
-    grad_norm: np.ndarray
-    eval_steps: np.ndarray
-    eval_loss: np.ndarray
-    best: Adapter
-    final: Adapter
-
-    @property
-    def diverged(self) -> np.ndarray:
-        """First step at which a member's loss or gradient was not finite, `[members]`; 0: none."""
-        bad = ~(np.isfinite(self.loss) & np.isfinite(self.grad_norm))
-        first = np.where(bad.any(axis=0), bad.argmax(axis=0) + 1, 0)
-        late = (first == 0) & ~np.isfinite(self.eval_loss[-1])  # the last step itself
-        return np.where(late, len(self.loss), first)
-
-    @property
-    def best_loss(self) -> np.ndarray:
-        """Lowest evaluation losses, `[members]`; infinite if none was finite."""
-        return np.where(np.isfinite(self.eval_loss), self.eval_loss, np.inf).min(axis=0)
-
-    @property
-    def best_step(self) -> np.ndarray:
-        """Steps of the lowest evaluation losses, `[members]`; 0 if none was finite."""
-        finite = np.where(np.isfinite(self.eval_loss), self.eval_loss, np.inf)
-        steps = self.eval_steps[finite.argmin(axis=0)]
-        return np.where(np.isfinite(self.best_loss), steps, 0)
-
-    @property
-    def ranking(self) -> list[int]:
-        """Indices of members by lowest evaluation loss; those that diverged come last."""
-        return [int(i) for i in np.lexsort((self.best_loss, self.diverged > 0))]
-
-    def adapter(self, index: int) -> Adapter:
-        """One member's best adapter; its config is the sweep's with the member's alpha."""
-        return jax.tree.map(lambda leaf: leaf[index], self.best)
 
 
 def run_sweep(
@@ -270,7 +189,7 @@ def run_sweep(
     packed: bool = True,
     steps_per_call: int = 16,
     mesh: Mesh | None = None,
-    make_adapter: Callable[[int], Adapter] | None = None,
+    make_adapter: Callable[[AdapterConfig, int], Adapter] | None = None,
     report: Callable[[int, np.ndarray], None] | None = None,
 ) -> SweepResult:
     """Trains adapters that share a base and its batches, and differ in their members' numbers.
@@ -294,7 +213,7 @@ def run_sweep(
         steps_per_call: Most steps in one call of the device; the number taken divides `steps` and
             `eval_every`.
         mesh: Members are cut over its axis `data`; the base may be cut over `fsdp`.
-        make_adapter: Seed -> initial adapter; by default that of `init_adapter`.
+        make_adapter: Config, seed -> initial adapter; by default that of `init_adapter`.
         report: Called with step and losses after each evaluation.
 
     Returns:
@@ -322,7 +241,7 @@ def run_sweep(
     )
     states, numbers = initial_states(program, members, params, make_adapter)
     evaluation = _stack(held_out)
-    best = (jax.tree.map(jnp.copy, states.adapter), jnp.full_like(numbers["alpha"], jnp.inf))
+    best = (jax.tree.map(jnp.copy, states.adapter), jnp.full_like(numbers["scale"], jnp.inf))
     due = min(eval_every or steps, steps)
     common = math.gcd(steps, due)
     per_call = max(n for n in range(1, min(steps_per_call, common) + 1) if common % n == 0)
@@ -359,23 +278,32 @@ def initial_states(
     program: Program,
     members: Sequence[Member],
     params: Mapping[str, Any],
-    make_adapter: Callable[[int], Adapter] | None = None,
+    make_adapter: Callable[[AdapterConfig, int], Adapter] | None = None,
 ) -> tuple[TrainState, Numbers]:
     """The members' states before the first step, `[members, ...]`, and their numbers `[members]`.
 
     Raises:
         ValueError: If the mesh's `data` does not divide their number.
     """
-    make = make_adapter or (lambda seed: init_adapter(program.cfg, jax.random.key(seed), params))
-    own = [
-        {field.name: getattr(member, field.name) for field in fields(Member)} for member in members
-    ]
+    cfg = program.cfg
+
+    def draw(cfg: AdapterConfig, seed: int) -> Adapter:
+        return init_adapter(cfg, jax.random.key(seed), params)
+
+    configs = [member.config(cfg) for member in members]
+    # What is drawn is the same whatever alpha is; what is read from the base is divided by it.
+    starts = configs if cfg.reads_base else [cfg] * len(members)
     optimizer = make_optimizer(program.optim, program.steps)
-    singles = [init_state(make(member.seed), optimizer, member.seed) for member in members]
+    singles = [
+        init_state((make_adapter or draw)(start, member.seed), optimizer, member.seed)
+        for start, member in zip(starts, members, strict=True)
+    ]
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
+    scales = [_scale(own) / _scale(cfg) for own in configs]
     numbers = {
-        name: jnp.array([values[name] for values in own], jnp.float32)
-        for name in ("learning_rate", "generator_ratio", "alpha")
+        "learning_rate": jnp.array([member.learning_rate for member in members], jnp.float32),
+        "generator_ratio": jnp.array([member.generator_ratio for member in members], jnp.float32),
+        "scale": jnp.array(scales, jnp.float32),
     }
     if program.mesh is None:
         return states, numbers
@@ -383,6 +311,10 @@ def initial_states(
     if len(members) % data:
         raise ValueError(f"{len(members)} members cannot be shared out over mesh.data = {data}")
     return jax.device_put((states, numbers), NamedSharding(program.mesh, P("data")))
+
+
+def _scale(cfg: AdapterConfig) -> float:
+    return cfg.scale if isinstance(cfg, LowRankConfig) else 1.0
 
 
 def for_members(model: nn.Module) -> nn.Module:

@@ -27,10 +27,11 @@ from rich.table import Table
 import genlora_jax as gl
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import init_state, make_train_step
-from genlora_jax.training.sweep import Member, Program, for_members, initial_states, train_members
+from genlora_jax.training.sweep import Program, for_members, initial_states, train_members
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -120,8 +121,7 @@ def measure_size(size: str, count: int, calls: int, cfg: Any) -> dict[str, Any]:
     results["one run"] = one_run(rows)
     results["one run, N x batch"] = one_run(count * rows)
     members = [
-        Member(learning_rate=1e-4 * (i + 1), generator_ratio=0.3, seed=i, alpha=cfg.alpha)
-        for i in range(count)
+        Member(learning_rate=1e-4 * (i + 1), generator_ratio=0.3, seed=i) for i in range(count)
     ]
     program = Program(model=for_members(model), cfg=cfg, optim=optim, steps=STEPS)
     states, numbers = initial_states(program, members, params)

@@ -22,9 +22,10 @@ import numpy as np
 
 import genlora_jax as gl
 from genlora_jax.config import config_to_json
+from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.provenance import provenance
-from genlora_jax.training.sweep import Member, run_sweep
+from genlora_jax.training.sweep import run_sweep
 from train.benchmarks.frontier.arms import ARMS, FIRST, RATES
 from train.benchmarks.frontier.pretrain import BASES, REPEATS, make_model, pretrain
 
@@ -53,7 +54,7 @@ def run_arm(name: str, model: Any, params: Any, tuned: Any, held_out: Any, optio
     """All members of an arm; the record that goes to the results."""
     cfg, began = ARMS[name], time.perf_counter()
     members = [
-        Member(learning_rate=rate, generator_ratio=options.ratio, seed=seed, alpha=cfg.alpha)
+        Member(learning_rate=rate, generator_ratio=options.ratio, seed=seed)
         for rate in rates_of(cfg, options.rates)
         for seed in range(options.seeds)
     ]
