@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    settings = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
     about = json.loads((options.data / "about.json").read_text())
     found: dict[str, Any] = {"settings": settings, "data": about, "regimes": {}} | provenance()
     streams = np.load(options.data / "pretraining.npz")
