@@ -129,7 +129,7 @@ class LlamaAttention(nn.Module):
         )
         if cfg.qk_norm == "head":
             q, k = norm("q_norm")(q), norm("k_norm")(k)
-        q, k = rotate(q, context.rope), rotate(k, context.rope)
+        q, k = (constrain(rotate(part, context.rope), "tensor", None) for part in (q, k))
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, context.start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, context.start, axis=1)
@@ -138,7 +138,7 @@ class LlamaAttention(nn.Module):
         out = attend(
             q, k, v, mask, blueprint.attention, segments=context.segments, mesh=blueprint.mesh
         )
-        out = out.reshape(*x.shape[:2], heads * size)
+        out = constrain(out.reshape(*x.shape[:2], heads * size), "tensor")
         return dense(cfg.hidden_size, cfg.attention_output_bias, "o_proj")(out), cache
 
 
@@ -156,7 +156,8 @@ class LlamaMLP(nn.Module):
             gate, up = jnp.split(dense(2 * width, cfg.mlp_bias, "gate_up_proj")(x), 2, axis=-1)
         else:
             gate, up = (dense(width, cfg.mlp_bias, name)(x) for name in ("gate_proj", "up_proj"))
-        return dense(cfg.hidden_size, cfg.mlp_bias, "down_proj")(nn.silu(gate) * up)
+        inner = self.blueprint.constrain(nn.silu(gate) * up, "tensor")
+        return dense(cfg.hidden_size, cfg.mlp_bias, "down_proj")(inner)
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -170,15 +171,16 @@ class LlamaDecoderLayer(nn.Module):
     ) -> tuple[Array, Cache]:
         """Returns hidden states and cache, as `nn.scan` wants a carry and an output."""
         norm, residual = self.blueprint.norm, self.blueprint.residual
+        whole = self.blueprint.constrain  # said of all that a product takes: XLA would else guess
         mask: Any = context.mask
         if slides is not None:
             mask = jnp.where(slides, context.sliding_mask, mask)
         attention = LlamaAttention(self.blueprint, name="self_attn")
         mlp = LlamaMLP(self.blueprint, name="mlp")
         if self.blueprint.cfg.post_norm:
-            h, cache = attention(x, context, mask, cache)
+            h, cache = attention(whole(x), context, mask, cache)
             x = residual(x + norm("post_attention_layernorm")(h))
-            return residual(x + norm("post_feedforward_layernorm")(mlp(x))), cache
-        h, cache = attention(norm("input_layernorm")(x), context, mask, cache)
+            return residual(x + norm("post_feedforward_layernorm")(mlp(whole(x)))), cache
+        h, cache = attention(whole(norm("input_layernorm")(x)), context, mask, cache)
         x = residual(x + h)
-        return residual(x + mlp(norm("post_attention_layernorm")(x))), cache
+        return residual(x + mlp(whole(norm("post_attention_layernorm")(x)))), cache
