@@ -31,7 +31,7 @@ model:
     num_attention_heads: 8
     num_key_value_heads: 8
     head_dim: 8
-adapter: {rank: 4, group_size: 8, kernels: 2}
+adapter: {rank: 4, group_size: 8, kernels: 2, targets: [q_proj, down_proj]}
 data: {train: nowhere.jsonl, length: 12, batch_size: 16}
 train: {output: nowhere, steps: 10}
 """
@@ -85,7 +85,7 @@ def test_meshes_that_fit_come_first_and_then_those_that_receive_least(recipe):
     # Too little memory for a whole base on each chip, enough for an eighth.
     least = min(found.arguments + found.temporaries for found in ranked)
     tight = dataclasses.replace(
-        topology, chip=dataclasses.replace(topology.chip, memory=1.25 * least)
+        topology, chip=dataclasses.replace(topology.chip, memory=1.5 * least)
     )
     again = rank_meshes(recipe, tight)
     assert again[0].fits
@@ -192,7 +192,7 @@ def test_a_recipe_fits_the_chips_that_it_is_for(name, topology):
 
 
 @pytest.mark.parametrize("stored", STORED, ids=lambda s: f"{s['recipe']}-{s['topology']}")
-def test_estimates_are_near_what_the_compiler_said(stored):
+def test_estimates_are_below_what_the_compiler_said_by_no_more_than_the_margin(stored):
     # Compiled by `python -m train.benchmarks.plan`; the smallest again by `make tpu`.
     file = REPOSITORY / "train" / "recipes" / stored["recipe"]
     recipe, topology = parse(Recipe, ["--config", str(file)]), parse_topology(stored["topology"])
@@ -201,4 +201,4 @@ def test_estimates_are_near_what_the_compiler_said(stored):
     held = found["arguments"] + found["temporaries"]
     assert held < topology.chip.memory
     assert guess.arguments == pytest.approx(found["arguments"], rel=0.02)
-    assert guess.arguments + guess.temporaries == pytest.approx(held, rel=MARGIN)
+    assert (1 - MARGIN) * held <= guess.arguments + guess.temporaries <= held
