@@ -8,6 +8,7 @@ from genlora_jax.adapter import (
 )
 from genlora_jax.combine import combine, stack
 from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig
+from genlora_jax.fit import FitReport, fit
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.peft import export_peft, import_peft
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "FitReport",
     "GenLoRAConfig",
     "LoRAConfig",
     "apply",
@@ -27,6 +29,7 @@ __all__ = [
     "count_parameters",
     "export_hf",
     "export_peft",
+    "fit",
     "generate_factors",
     "import_peft",
     "init_adapter",

@@ -8,13 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jsonargparse
-import numpy as np
-from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.table import Table
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.analysis import effective_rank, singular_values
+from genlora_jax.analysis import (
+    count_above,
+    effective_rank,
+    parameters_by_target,
+    singular_values,
+    target_factors,
+)
 from genlora_jax.command import parse, parse_arguments, report_errors
 from genlora_jax.config import AdapterConfig
 from genlora_jax.decoding import decode
@@ -94,26 +98,27 @@ def inspect(adapter: str) -> None:
 
 
 def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
-    table = Table("target", "layers", "shape", "parameters", "LoRA", "effective rank")
+    table = Table(
+        "target", "layers", "shape", "parameters", "LoRA", "values > 1 %", "effective rank"
+    )
     table.columns[0].overflow = "fold"  # a name cut short names nothing
     for column in table.columns[1:]:
         column.justify = "right"
-    flat = flatten_dict(generate_factors(cfg, adapter))
+    factors = generate_factors(cfg, adapter)
+    counts = parameters_by_target(adapter)
     for target in adapter.spec.targets:
-        own = [tree[target.name] for tree in adapter.trainable.values() if target.name in tree]
-        ranks = []
-        for kernel in target.kernels:
-            values = singular_values(flat[(*kernel.path, "a")], flat[(*kernel.path, "b")])
-            rank = effective_rank(values)
-            ranks += [float(rank[i]) for i in kernel.layers] if kernel.stack else [float(rank)]
+        values = singular_values(*target_factors(factors, target))
         table.add_row(
             target.name,
             str(target.depth),
             f"{target.d_in} x {target.d_out}",
-            f"{sum(leaf.size for leaf in jax.tree.leaves(own)):,}",
+            f"{counts[target.name]:,}",
             f"{cfg.rank * target.depth * (target.d_in + target.d_out):,}",
-            f"{np.mean(ranks):.1f}",
+            f"{count_above(values).mean():.1f}",
+            f"{effective_rank(values).mean():.1f}",
         )
+    if "shared" in counts:
+        table.add_row("shared by all targets", "", "", f"{counts['shared']:,}", "", "", "")
     return table
 
 

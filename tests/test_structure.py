@@ -54,7 +54,8 @@ def test_models_import_nothing_of_ours_but_models(file):
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter.py", "targets.py", "merge.py", "combine.py", "inject.py"]
+    "name",
+    ["adapter.py", "targets.py", "merge.py", "combine.py", "inject.py", "analysis.py", "fit.py"],
 )
 def test_adapters_know_no_model(name):
     above = ("models", "hf", "training", "storage", "decoding", "cli", "command")
