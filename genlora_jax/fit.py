@@ -70,14 +70,15 @@ def fit(
     Raises:
         ValueError: If the method is another, or the targets and the factors do not match.
     """
-    if not isinstance(cfg, GenLoRAConfig | LoRAConfig):
+    if type(cfg) not in (GenLoRAConfig, LoRAConfig):
         raise ValueError(f"fit makes GenLoRA and LoRA adapters, not those of {type(cfg).__name__}")
     if steps < 1 or not learning_rate > 0:
         raise ValueError(f"steps ({steps}) and learning_rate ({learning_rate}) must be positive")
     key = jax.random.key(0) if key is None else key
-    base = _kernel_shapes(factors) if params is None else params
-    kernels, _ = pair_kernels(flatten_dict(dict(base)), factors)
-    adapter = init_adapter(cfg, key, base)
+    kernels = _kernel_shapes(factors)
+    if params is not None:
+        pair_kernels(flatten_dict(dict(params)), factors)  # for its checks
+    adapter = init_adapter(cfg, key, unflatten_dict(kernels) if params is None else params)
     _check_covered(adapter, {path[:-1] for path in kernels})
     deltas = {t.name: _decompose_target(factors, t) for t in adapter.spec.targets}
 
@@ -145,17 +146,18 @@ def minimise(
     return tree, values
 
 
-def _kernel_shapes(factors: Mapping[str, Any]) -> Tree:
-    """The parameters of a base that has the adapted kernels and nothing else, as shapes."""
-    flat = flatten_dict(dict(factors))
+def _kernel_shapes(factors: Mapping[str, Any]) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """The shapes of the adapted kernels, by their paths: a base that has nothing else."""
+    modules: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, leaf in flatten_dict(dict(factors)).items():
+        modules.setdefault(path[:-1], {})[path[-1]] = leaf
     shapes = {}
-    for path in {path[:-1] for path in flat}:
-        a, b = (flat.get((*path, side)) for side in "ab")
-        if a is None or b is None:
-            raise ValueError(f"factors of {'.'.join(path)} lack a or b")
-        shape = (*a.shape[:-1], b.shape[-1])
+    for path, own in modules.items():
+        if set(own) != {"a", "b"}:
+            raise ValueError(f"factors of {'.'.join(path)} hold {sorted(own)}, not a and b")
+        shape = (*own["a"].shape[:-1], own["b"].shape[-1])
         shapes[(*path, "kernel")] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return unflatten_dict(shapes)
+    return shapes
 
 
 def _check_covered(adapter: Adapter, modules: set[tuple[str, ...]]) -> None:

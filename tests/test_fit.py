@@ -9,6 +9,7 @@ import pytest
 
 import genlora_jax as gl
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 BASE = {"layers": {"q": {"kernel": jnp.zeros((4, 64, 48))}}}
 CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, basis=None, normalize="none")
 
@@ -45,29 +46,24 @@ def relative_error(cfg, adapter, factors):
 
 @pytest.mark.parametrize(
     ("cfg", "limit"),
-    [
-        (CFG, 1e-3),
-        (dataclasses.replace(CFG, basis="rbf", kernels=4, normalize="latent"), 0.05),
-        (dataclasses.replace(CFG, generator="elementwise", basis="bspline", kernels=3), 0.05),
-    ],
-    ids=["linear", "rbf", "elementwise"],
+    [(CFG, 1e-3), (dataclasses.replace(CFG, basis="rbf", kernels=4, normalize="latent"), 0.1)],
+    ids=["linear", "rbf"],
 )
 def test_what_a_config_generated_is_found_again(cfg, limit):
-    factors = make_factors(cfg)
-    adapter, report = gl.fit(cfg, factors, steps=1500)
+    factors = make_factors(cfg, {"layers": {"q": {"kernel": jnp.zeros((6, 128, 96))}}})
+    adapter, report = gl.fit(cfg, factors, key=jax.random.key(1), steps=600)
     error = relative_error(cfg, adapter, factors)
     assert error < limit
-    np.testing.assert_allclose(report.error, error, rtol=1e-3, atol=1e-6)
-    assert report.errors == {"layers.q": pytest.approx(report.error)}
+    assert report.error == pytest.approx(error, rel=1e-3, abs=1e-6)
+    assert report.errors == {"layers.q": report.error}
     assert report.parameters == gl.count_parameters(adapter)
-    best_of_rank_1 = gl.fit(gl.LoRAConfig(rank=1), factors)[1].error
-    assert best_of_rank_1 > 0.3  # no easy target
+    assert gl.fit(gl.LoRAConfig(rank=1), factors)[1].error > 0.3  # no easy target
 
 
 def test_lora_of_a_lower_rank_is_the_truncated_delta():
     factors = random_factors()
     s = np.linalg.svd(formed(factors), compute_uv=False)[:, :4]
-    for rank in (1, 3, 4, 5):
+    for rank in (1, 4, 5):
         cfg = gl.LoRAConfig(rank=rank, alpha=3.0)
         adapter, report = gl.fit(cfg, factors)
         expected = np.sqrt((np.square(s[:, rank:]).sum(1) / np.square(s).sum(1)).mean())
@@ -78,7 +74,7 @@ def test_lora_of_a_lower_rank_is_the_truncated_delta():
 def test_more_parameters_fit_better():
     factors = random_factors()
     reports = [
-        gl.fit(dataclasses.replace(CFG, group_size=g), factors, steps=300)[1] for g in (2, 8, 16)
+        gl.fit(dataclasses.replace(CFG, group_size=g), factors, steps=200)[1] for g in (2, 16)
     ]
     errors = [report.error for report in reports]
     assert errors == sorted(errors, reverse=True)
@@ -108,15 +104,14 @@ def test_the_result_depends_on_the_delta_alone():
     [
         {"share_generators": False, "share_latents": True},
         {"latents": "seeded", "share_generators": False},
-        {"basis": "fourier", "residual": False, "kernels": 4, "layers": [0, 1, 2, 3]},
-        {"center_basis": True, "generator": "elementwise", "trainable_centers": False},
+        {"basis": "fourier", "residual": False, "kernels": 4, "generator": "elementwise"},
     ],
-    ids=["shared_latents", "seeded", "no_residual", "elementwise"],
+    ids=["shared_latents", "seeded", "elementwise"],
 )
 def test_every_form_of_the_generator_can_be_fitted(changes):
     cfg = dataclasses.replace(CFG, **changes)
     factors = random_factors()
-    adapter, report = gl.fit(cfg, factors, steps=100)
+    adapter, report = gl.fit(cfg, factors, steps=60)
     assert report.losses[-1] < min(0.95, report.losses[0])
     assert report.error == pytest.approx(relative_error(cfg, adapter, factors), rel=1e-3)
 
@@ -146,7 +141,7 @@ def test_wrong_inputs_are_named():
         gl.fit(CFG, factors, steps=0)
     with pytest.raises(ValueError, match="not those of AdapterConfig"):
         gl.fit(gl.config.AdapterConfig(), factors)
-    with pytest.raises(ValueError, match=r"factors of layers\.q lack a or b"):
+    with pytest.raises(ValueError, match=r"factors of layers\.q hold \['a'\], not a and b"):
         gl.fit(CFG, {"layers": {"q": {"a": q["a"]}}})
     with pytest.raises(ValueError, match=r"targets: 'v' matches no kernel"):
         gl.fit(dataclasses.replace(CFG, targets=["v"]), factors)
