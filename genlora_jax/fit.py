@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -83,20 +83,18 @@ def fit(
     deltas = {t.name: _decompose_target(factors, t) for t in adapter.spec.targets}
 
     losses = np.zeros(0, np.float32)
-    if isinstance(cfg, LoRAConfig):
-        truncated = {name: _truncate(cfg, delta) for name, delta in deltas.items()}
-        adapter = adapter.replace(trainable={"factors": truncated})
-    else:
+    if isinstance(cfg, GenLoRAConfig):
         adapter = _start(cfg, adapter, deltas, key)
-        loss = functools.partial(_loss, cfg)
         trained, losses = minimise(
-            loss,
+            functools.partial(_loss, cfg),
             adapter.trainable,
-            (replace(adapter, trainable={}), deltas),
+            (adapter.replace(trainable={}), deltas),
             steps=steps,
             learning_rate=learning_rate,
         )
-        adapter = adapter.replace(trainable=trained)
+    else:
+        trained = {"factors": {name: _truncate(cfg, delta) for name, delta in deltas.items()}}
+    adapter = adapter.replace(trainable=trained)
     squares = jax.jit(functools.partial(_squared_errors, cfg))(adapter, deltas)
     report = FitReport(
         error=math.sqrt(np.mean([float(square) for square in squares.values()])),
@@ -181,7 +179,7 @@ def _decompose_target(factors: Mapping[str, Any], target: Target) -> Triple:
     return u, s, v
 
 
-def _truncate(cfg: LoRAConfig, delta: Triple) -> dict[str, jax.Array]:
+def _truncate(cfg: AdapterConfig, delta: Triple) -> dict[str, jax.Array]:
     """The best LoRA of the config's rank; zeros where that exceeds the delta's."""
     u, s, v = (x[..., : cfg.rank] for x in delta)
     half = jnp.sqrt(s)[:, None]

@@ -29,7 +29,7 @@ from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from train.benchmarks.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "compression.json"
-STEPS = 200
+STEPS = 300
 QWEN_3B = LlamaConfig(
     vocab_size=151936,
     num_hidden_layers=36,
@@ -42,26 +42,27 @@ QWEN_3B = LlamaConfig(
     tie_word_embeddings=True,
 )
 LINEAR = gl.GenLoRAConfig(rank=4, basis=None, normalize="none")
-RBF = gl.GenLoRAConfig(rank=4, kernels=8, rbf_init=0.5, normalize="none")
+RBF = gl.GenLoRAConfig(rank=4, kernels=8, normalize="none")
+# One group as long as the longest latent: a curve through R^4, and a place on it for each position.
+CURVE = gl.GenLoRAConfig(
+    rank=4, generator="elementwise", basis="rbf_grid", group_size=2048, normalize="none"
+)
+
+
+def _own(cfg: gl.GenLoRAConfig, **changes: Any) -> gl.GenLoRAConfig:
+    return dataclasses.replace(cfg, share_generators=False, **changes)
+
+
 ARMS: dict[str, gl.AdapterConfig] = {
     **{f"LoRA r={r}": gl.LoRAConfig(rank=r) for r in (1, 2, 3)},
-    **{
-        f"{name}, shared, g={g}": dataclasses.replace(cfg, group_size=g)
-        for name, cfg in (("residual", LINEAR), ("RBF K=8", RBF))
-        for g in (8, 16, 32)
-    },
-    "residual, shared, g=16, r=8": dataclasses.replace(LINEAR, group_size=16, rank=8),
-    **{
-        f"{name}, shared, g=16, normalised": dataclasses.replace(
-            cfg, group_size=16, normalize="latent"
-        )
-        for name, cfg in (("residual", LINEAR), ("RBF K=8", RBF))
-    },
-    **{
-        f"{name}, own, g={g}": dataclasses.replace(cfg, group_size=g, share_generators=False)
-        for name, cfg in (("residual", LINEAR), ("RBF K=8", RBF))
-        for g in (4, 8, 16)
-    },
+    **{f"residual, shared, g={g}": dataclasses.replace(LINEAR, group_size=g) for g in (8, 16, 32)},
+    "residual, shared, g=16, r=8": dataclasses.replace(LINEAR, rank=8),
+    "residual, shared, g=16, normalised": dataclasses.replace(LINEAR, normalize="latent"),
+    "RBF K=8, shared, g=16": RBF,
+    **{f"residual, own, g={g}": _own(LINEAR, group_size=g) for g in (8, 16)},
+    "RBF K=8, own, g=16": _own(RBF),
+    "elementwise K=32, shared": dataclasses.replace(CURVE, kernels=32),
+    **{f"elementwise K={k}, own": _own(CURVE, kernels=k) for k in (8, 32, 128)},
 }
 BASIS_ARMS = {
     **{f"residual g={g}": gl.GenLoRAConfig(basis=None, group_size=g) for g in (8, 16, 32)},
@@ -151,7 +152,7 @@ def reconstruct(factors: Any) -> dict[str, Any]:
     for name, vectors in targets.items():
         results[name] = {"stored": stored(vectors)}
         for arm, cfg in BASIS_ARMS.items():
-            fitted = fit_basis(dataclasses.replace(cfg, rank=8), vectors, steps=2 * STEPS)
+            fitted = fit_basis(dataclasses.replace(cfg, rank=8), vectors, steps=STEPS)
             del fitted["basis"]
             results[name][arm] = fitted
     return results
