@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared foreign harness tpu soak clean
+.PHONY: quickstart test check shared notebooks foreign harness tpu soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -20,6 +20,10 @@ check: $(VENV)/ready
 SHARED ?= ../shared
 shared: $(VENV)/ready
 	GENLORA_SHARED=$(SHARED) $(BIN)/python -m pytest -m shared
+
+# Every notebook from a clean kernel; `make notebooks WRITE=--write` keeps the fresh outputs.
+notebooks: $(VENV)/ready
+	$(BIN)/python notebooks/execute.py $(WRITE)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -16,6 +16,7 @@ from genlora_jax.config import (
     PiSSAConfig,
     VeRAConfig,
 )
+from genlora_jax.fit import FitReport, fit
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.peft import export_peft, import_peft
@@ -29,6 +30,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "DoRAConfig",
+    "FitReport",
     "FullConfig",
     "GenLoRAConfig",
     "LoRAConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "count_parameters",
     "export_hf",
     "export_peft",
+    "fit",
     "generate_factors",
     "import_peft",
     "init_adapter",

@@ -6,12 +6,16 @@ from inspect import signature
 import jax
 import jax.numpy as jnp
 import jsonargparse
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.analysis import effective_rank, singular_values
+from genlora_jax.analysis import (
+    count_above,
+    effective_rank,
+    parameters_by_target,
+    singular_values,
+)
 from genlora_jax.command import parse, parse_arguments, report_errors
 from genlora_jax.config import AdapterConfig, LowRankConfig
 from genlora_jax.decoding import decode
@@ -22,7 +26,7 @@ from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft import export_peft, load_factors
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.storage import load_adapter, refuse_existing
-from genlora_jax.targets import Target
+from genlora_jax.targets import Kernel, Target
 
 
 def merge(
@@ -92,32 +96,37 @@ def _lora_size(rank: int, target: Target) -> int:
 
 def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
     low_rank = isinstance(cfg, LowRankConfig)
-    table = Table("target", "layers", "shape", "parameters", *["LoRA"] * low_rank, "effective rank")
+    columns = ["parameters", *["LoRA"] * low_rank, "values > 1 %", "effective rank"]
+    table = Table("target", "layers", "shape", *columns)
     table.columns[0].overflow = "fold"  # a name cut short names nothing
     for column in table.columns[1:]:
         column.justify = "right"
     modules = by_module(generate_factors(cfg, adapter))
+    counts = parameters_by_target(adapter)
     for target in adapter.spec.targets:
-        own = [tree[target.name] for tree in adapter.trainable.values() if target.name in tree]
-        ranks = []
-        for kernel in target.kernels:
-            rank = effective_rank(_singular_values(modules[kernel.path]))
-            ranks += [float(rank[i]) for i in kernel.layers] if kernel.stack else [float(rank)]
+        parts = [_singular_values(modules[kernel.path], kernel) for kernel in target.kernels]
+        values = jnp.concatenate(parts)
         table.add_row(
             target.name,
             str(target.depth),
             f"{target.d_in} x {target.d_out}",
-            f"{sum(leaf.size for leaf in jax.tree.leaves(own)):,}",
+            f"{counts[target.name]:,}",
             *([f"{_lora_size(cfg.rank, target):,}"] if isinstance(cfg, LowRankConfig) else []),
-            f"{np.mean(ranks):.1f}",
+            f"{count_above(values).mean():.1f}",
+            f"{effective_rank(values).mean():.1f}",
         )
+    if "shared" in counts:
+        table.add_row("shared by all targets", "", "", f"{counts['shared']:,}")
     return table
 
 
-def _singular_values(own: Module) -> jax.Array:
+def _singular_values(own: Module, kernel: Kernel) -> jax.Array:
+    """Singular values of the adapted layers' deltas, `[layers, k]`."""
     if "delta" in own:
-        return jnp.linalg.svd(own["delta"], compute_uv=False)
-    return singular_values(own["a"], own["b"])
+        values = jnp.linalg.svd(own["delta"], compute_uv=False)
+    else:
+        values = singular_values(own["a"], own["b"])
+    return values[None] if kernel.stack is None else values[jnp.array(kernel.layers)]
 
 
 def generate(

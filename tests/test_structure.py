@@ -75,7 +75,17 @@ def test_every_method_has_a_config_a_file_and_a_name_at_the_top():
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter.py", "targets.py", "factors.py", "merge.py", "combine.py", "inject.py"]
+    "name",
+    [
+        "adapter.py",
+        "targets.py",
+        "factors.py",
+        "merge.py",
+        "combine.py",
+        "inject.py",
+        "analysis.py",
+        "fit.py",
+    ],
 )
 def test_adapters_know_no_model(name):
     above = ("models", "hf", "training", "storage", "decoding", "cli", "command")

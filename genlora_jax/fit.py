@@ -1,0 +1,254 @@
+"""Compression: latents and generators fitted to the factors of an adapter that exists already."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from genlora_jax.adapter import Adapter, Tree, count_parameters, generate_factors, init_adapter
+from genlora_jax.analysis import decompose, target_factors
+from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig, LowRankConfig
+from genlora_jax.merge import pair_kernels
+from genlora_jax.targets import Target
+
+Triple = tuple[jax.Array, jax.Array, jax.Array]  # U [L, d_in, k], s [L, k], V [L, d_out, k]
+_NOISE = 0.3  # of the generators at first, over the identity in the first of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """How well an adapter stands for the factors that it was fitted to.
+
+    Attributes:
+        error: Relative error `|A'B' - AB|_F / |AB|_F`, root mean square over layers and targets.
+        errors: The same of each target, by its name.
+        parameters: Number of values that the fitted adapter stores.
+        losses: The squared error before each step, `[steps]`.
+    """
+
+    error: float
+    errors: dict[str, float]
+    parameters: int
+    losses: np.ndarray
+
+
+def fit(
+    cfg: LowRankConfig,
+    factors: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any] | None = None,
+    key: jax.Array | None = None,
+    steps: int = 400,
+    learning_rate: float = 0.1,
+) -> tuple[Adapter, FitReport]:
+    """Fits an adapter to factors: compresses a trained LoRA.
+
+    What is fitted is the delta of each layer, never A and B themselves, so scale, sign and any
+    other mixing (`A M`, `M^-1 B`) of the factors are free. LoRA of a lower rank is found in closed
+    form, by truncating the singular values; GenLoRA by Adam from each delta's first pair of
+    singular vectors, all layers at once. No delta is ever formed.
+
+    Args:
+        cfg: A `GenLoRAConfig` or `LoRAConfig`. Its targets and layers are those of `factors`.
+        factors: Result of `import_peft`, or of `generate_factors`.
+        params: The base's parameters, of which names and shapes matter. With them the adapter
+            can be saved for that base; without, it fits a base of these kernels alone.
+        key: PRNG key of the initial generators.
+        steps: Number of steps.
+        learning_rate: Peak of the rate, relative to the size of what it changes.
+
+    Returns:
+        The adapter, and how well it does.
+
+    Raises:
+        ValueError: If the method is another, or the targets and the factors do not match.
+    """
+    if type(cfg) not in (GenLoRAConfig, LoRAConfig):
+        raise ValueError(f"fit makes GenLoRA and LoRA adapters, not those of {type(cfg).__name__}")
+    if steps < 1 or not learning_rate > 0:
+        raise ValueError(f"steps ({steps}) and learning_rate ({learning_rate}) must be positive")
+    key = jax.random.key(0) if key is None else key
+    kernels = _kernel_shapes(factors)
+    if params is not None:
+        pair_kernels(flatten_dict(dict(params)), factors)  # for its checks
+    adapter = init_adapter(cfg, key, unflatten_dict(kernels) if params is None else params)
+    _check_covered(adapter, {path[:-1] for path in kernels})
+    deltas = {t.name: _decompose_target(factors, t) for t in adapter.spec.targets}
+
+    losses = np.zeros(0, np.float32)
+    if isinstance(cfg, GenLoRAConfig):
+        adapter = _start(cfg, adapter, deltas, key)
+        trained, losses = minimise(
+            functools.partial(_loss, cfg),
+            adapter.trainable,
+            (adapter.replace(trainable={}), deltas),
+            steps=steps,
+            learning_rate=learning_rate,
+        )
+    else:
+        trained = {"factors": {name: _truncate(cfg, delta) for name, delta in deltas.items()}}
+    adapter = adapter.replace(trainable=trained)
+    squares = jax.jit(functools.partial(_squared_errors, cfg))(adapter, deltas)
+    report = FitReport(
+        error=math.sqrt(np.mean([float(square) for square in squares.values()])),
+        errors={name: math.sqrt(square) for name, square in squares.items()},
+        parameters=count_parameters(adapter),
+        losses=np.asarray(losses),
+    )
+    return adapter, report
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "steps", "learning_rate"))
+def minimise(
+    loss: Callable[..., jax.Array], start: Tree, data: Any, *, steps: int, learning_rate: float
+) -> tuple[Tree, jax.Array]:
+    """Adam with warm-up and cosine decay, its steps relative to each leaf's root mean square.
+
+    Latents are of size 1 and generators as small as the deltas that they make: one relative
+    rate serves both.
+
+    Args:
+        loss: `loss(tree, data)`, a scalar.
+        start: Where to start.
+        data: What the loss depends on besides.
+        steps: Number of steps.
+        learning_rate: Peak of the relative rate.
+
+    Returns:
+        The tree after the last step, and the loss before each, `[steps]`.
+    """
+    warmup = max(steps // 20, 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate / warmup, learning_rate, warmup - 1, max(steps, warmup)
+    )
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_param_block_rms(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+    def step(carry: tuple[Tree, Any], _: None) -> tuple[tuple[Tree, Any], jax.Array]:
+        tree, state = carry
+        value, gradient = jax.value_and_grad(loss)(tree, data)
+        updates, state = optimizer.update(gradient, state, tree)
+        return (optax.apply_updates(tree, updates), state), value
+
+    (tree, _), values = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
+    return tree, values
+
+
+def _kernel_shapes(factors: Mapping[str, Any]) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """The shapes of the adapted kernels, by their paths: a base that has nothing else."""
+    modules: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, leaf in flatten_dict(dict(factors)).items():
+        modules.setdefault(path[:-1], {})[path[-1]] = leaf
+    shapes = {}
+    for path, own in modules.items():
+        if set(own) != {"a", "b"}:
+            raise ValueError(f"factors of {'.'.join(path)} hold {sorted(own)}, not a and b")
+        shape = (*own["a"].shape[:-1], own["b"].shape[-1])
+        shapes[(*path, "kernel")] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return shapes
+
+
+def _check_covered(adapter: Adapter, modules: set[tuple[str, ...]]) -> None:
+    targeted = {kernel.path for target in adapter.spec.targets for kernel in target.kernels}
+    if missed := sorted(".".join(path) for path in modules - targeted):
+        raise ValueError(f"the config's targets leave out factors of {', '.join(missed)}")
+
+
+def _decompose_target(factors: Mapping[str, Any], target: Target) -> Triple:
+    u, s, v = decompose(*target_factors(factors, target))
+    sizes = np.asarray(s[:, 0])
+    layers = [layer for kernel in target.kernels for layer in kernel.layers]
+    for layer, size in zip(layers, sizes, strict=True):
+        if not np.isfinite(size):
+            raise ValueError(f"factors of {target.name}, layer {layer}, are not finite")
+        if size == 0:
+            raise ValueError(
+                f"the delta of {target.name}, layer {layer}, is zero: name the other layers in "
+                "the config's layers, or leave the target out"
+            )
+    return u, s, v
+
+
+def _truncate(cfg: LoRAConfig, delta: Triple) -> dict[str, jax.Array]:
+    """The best LoRA of the config's rank; zeros where that exceeds the delta's."""
+    u, s, v = (x[..., : cfg.rank] for x in delta)
+    half = jnp.sqrt(s)[:, None]
+    missing = ((0, 0), (0, 0), (0, cfg.rank - s.shape[1]))
+    a, b = jnp.pad(u * half, missing), jnp.pad(v * half / cfg.scale, missing)
+    return {"a": a, "b": b.swapaxes(-1, -2)}
+
+
+def _start(
+    cfg: GenLoRAConfig, adapter: Adapter, deltas: Mapping[str, Triple], key: jax.Array
+) -> Adapter:
+    """Latents from the first singular vectors, and generators of which the first passes them on.
+
+    Without normalisation this is LoRA of rank 1 at its best, plus noise.
+    """
+    trainable = jax.tree.map(lambda leaf: leaf, adapter.trainable)
+    for i, (name, (u, s, v)) in enumerate(deltas.items()):
+        norm = jnp.sqrt(jnp.square(s).sum(-1).mean())
+        for side, vectors in (("a", u), ("b", v)):
+            n = vectors.shape[1]
+            if "latents" in trainable:
+                top = vectors[..., 0] * jnp.sqrt(s[:, :1] / s[:, 0].mean())
+                if cfg.share_latents:
+                    top = jnp.linalg.svd(top, full_matrices=False)[2][:1]
+                trainable["latents"][name][side] = math.sqrt(n) * top
+            generator = trainable["generators"][name][side]
+            size = jnp.sqrt(norm / n / (1.0 if side == "a" else cfg.scale**2))
+            for j, part in enumerate(p for p in ("residual", "weights") if p in generator):
+                own = jax.random.fold_in(key, 4 * i + 2 * j + (side == "b"))
+                shape = generator[part].shape
+                value = _NOISE * jax.random.normal(own, shape) / math.sqrt(cfg.group_size)
+                if part == "residual":
+                    groupwise = cfg.generator == "groupwise"
+                    value = value.at[:, 0].add(jnp.eye(cfg.group_size) if groupwise else 1.0)
+                generator[part] = size * value
+    return adapter.replace(trainable=trainable)
+
+
+def _loss(cfg: AdapterConfig, trainable: Tree, data: tuple[Adapter, dict[str, Triple]]) -> Any:
+    adapter, deltas = data
+    squares = _squared_errors(cfg, adapter.replace(trainable=trainable), deltas)
+    return sum(squares.values()) / len(squares)
+
+
+def _squared_errors(
+    cfg: AdapterConfig, adapter: Adapter, deltas: Mapping[str, Triple]
+) -> dict[str, jax.Array]:
+    """Squared relative error of each target, the mean over its layers."""
+    factors = generate_factors(cfg, adapter)
+    return {
+        target.name: _squared_error(*target_factors(factors, target), deltas[target.name]).mean()
+        for target in adapter.spec.targets
+    }
+
+
+def _squared_error(a: jax.Array, b: jax.Array, delta: Triple) -> jax.Array:
+    """`|A'B' - U S V^T|_F^2 / |S|_F^2` of each layer, `[L]`, from r x r products.
+
+    With `A' = U C + E` and `B' = D V^T + F`, where E is orthogonal to U and F to V, the error has
+    four orthogonal parts. None is a difference of large numbers, as it would be if the square
+    were expanded.
+    """
+    u, s, v = delta
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    c, d = product("lnk,lnr->lkr", u, a), product("lrm,lmk->lrk", b, v)
+    e = a - product("lnk,lkr->lnr", u, c)
+    f = b - product("lrk,lmk->lrm", d, v)
+    inside = product("lkr,lrj->lkj", c, d) - s[:, :, None] * jnp.eye(s.shape[-1])
+    cc, ee = product("lkr,lkq->lrq", c, c), product("lnr,lnq->lrq", e, e)
+    dd, ff = product("lrk,lqk->lrq", d, d), product("lrm,lqm->lrq", f, f)
+    outside = ((cc + ee) * ff + ee * dd).sum((-1, -2))
+    return (jnp.square(inside).sum((-1, -2)) + outside) / jnp.square(s).sum(-1)

@@ -1,0 +1,158 @@
+"""Adapters fitted to factors, against the formed deltas in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import genlora_jax as gl
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+BASE = {"layers": {"q": {"kernel": jnp.zeros((4, 64, 48))}}}
+CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, basis=None, normalize="none")
+
+
+def make_factors(cfg, base=BASE):
+    adapter = gl.init_adapter(cfg, jax.random.key(1), base)
+    rng = np.random.default_rng(0)
+    trainable = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), adapter.trainable
+    )
+    return gl.generate_factors(cfg, adapter.replace(trainable=trainable))
+
+
+def random_factors(rank=4, layers=4):
+    rng = np.random.default_rng(2)
+    sides = {"a": (layers, 64, rank), "b": (layers, rank, 48)}
+    return {
+        "layers": {
+            "q": {s: jnp.asarray(rng.standard_normal(x), jnp.float32) for s, x in sides.items()}
+        }
+    }
+
+
+def formed(factors):
+    a, b = (np.asarray(factors["layers"]["q"][side], np.float64) for side in "ab")
+    return a @ b
+
+
+def relative_error(cfg, adapter, factors):
+    delta, ours = formed(factors), formed(gl.generate_factors(cfg, adapter))
+    squares = np.square(ours - delta).sum((1, 2)) / np.square(delta).sum((1, 2))
+    return np.sqrt(squares.mean())
+
+
+@pytest.mark.parametrize(
+    ("cfg", "limit"),
+    [(CFG, 1e-3), (dataclasses.replace(CFG, basis="rbf", kernels=4, normalize="latent"), 0.1)],
+    ids=["linear", "rbf"],
+)
+def test_what_a_config_generated_is_found_again(cfg, limit):
+    factors = make_factors(cfg, {"layers": {"q": {"kernel": jnp.zeros((6, 128, 96))}}})
+    adapter, report = gl.fit(cfg, factors, key=jax.random.key(1), steps=600)
+    error = relative_error(cfg, adapter, factors)
+    assert error < limit
+    assert report.error == pytest.approx(error, rel=1e-3, abs=1e-6)
+    assert report.errors == {"layers.q": report.error}
+    assert report.parameters == gl.count_parameters(adapter)
+    assert gl.fit(gl.LoRAConfig(rank=1), factors)[1].error > 0.3  # no easy target
+
+
+def test_lora_of_a_lower_rank_is_the_truncated_delta():
+    factors = random_factors()
+    s = np.linalg.svd(formed(factors), compute_uv=False)[:, :4]
+    for rank in (1, 4, 5):
+        cfg = gl.LoRAConfig(rank=rank, alpha=3.0)
+        adapter, report = gl.fit(cfg, factors)
+        expected = np.sqrt((np.square(s[:, rank:]).sum(1) / np.square(s).sum(1)).mean())
+        assert report.error == pytest.approx(expected, abs=1e-6)
+        assert relative_error(cfg, adapter, factors) == pytest.approx(expected, abs=1e-6)
+
+
+def test_more_parameters_fit_better():
+    factors = random_factors()
+    reports = [
+        gl.fit(dataclasses.replace(CFG, group_size=g), factors, steps=200)[1] for g in (2, 16)
+    ]
+    errors = [report.error for report in reports]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] - errors[-1] > 0.2
+    assert reports[-1].losses[-1] < reports[-1].losses[0]
+    # A generator that passes the latent on is LoRA of rank 1.
+    assert errors[0] < gl.fit(gl.LoRAConfig(rank=1), factors)[1].error + 0.01
+
+
+def test_the_result_depends_on_the_delta_alone():
+    factors = random_factors()
+    mixing = np.random.default_rng(3).standard_normal((4, 4, 4))
+    mixing[0] = -5 * np.eye(4)
+    a, b = (np.asarray(factors["layers"]["q"][side], np.float64) for side in "ab")
+    other = {
+        "a": jnp.asarray(a @ mixing, jnp.float32),
+        "b": jnp.asarray(np.linalg.inv(mixing) @ b, jnp.float32),
+    }
+    one, _ = gl.fit(CFG, factors, steps=50)
+    two, _ = gl.fit(CFG, {"layers": {"q": other}}, steps=50)
+    ours, theirs = (formed(gl.generate_factors(CFG, adapter)) for adapter in (one, two))
+    np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(ours).max())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"share_generators": False, "share_latents": True},
+        {"latents": "seeded", "share_generators": False},
+        {"basis": "fourier", "residual": False, "kernels": 4, "generator": "elementwise"},
+    ],
+    ids=["shared_latents", "seeded", "elementwise"],
+)
+def test_every_form_of_the_generator_can_be_fitted(changes):
+    cfg = dataclasses.replace(CFG, **changes)
+    factors = random_factors()
+    adapter, report = gl.fit(cfg, factors, steps=60)
+    assert report.losses[-1] < min(0.95, report.losses[0])
+    assert report.error == pytest.approx(relative_error(cfg, adapter, factors), rel=1e-3)
+
+
+def test_a_fitted_adapter_serves_its_base(random_llama, tmp_path):
+    for scan in (True, False):
+        _, params = random_llama(scan=scan)
+        lora = gl.LoRAConfig(rank=2, targets=["q_proj", "down_proj"])
+        factors = gl.generate_factors(lora, gl.init_adapter(lora, jax.random.key(0), params))
+        factors = jax.tree.map(
+            lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), factors
+        )
+        cfg = dataclasses.replace(lora, rank=2, alpha=4.0)
+        adapter, report = gl.fit(cfg, factors, params=jax.eval_shape(lambda p=params: p))
+        assert report.error < 1e-5
+        gl.save_adapter(tmp_path / str(scan), cfg, adapter)
+        again = gl.generate_factors(*gl.load_adapter(tmp_path / str(scan), params))
+        ours, theirs = gl.merge(params, again), gl.merge(params, factors)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, theirs)
+
+
+def test_wrong_inputs_are_named():
+    factors = random_factors()
+    q = factors["layers"]["q"]
+    kernel = {"kernel": jnp.zeros((4, 64, 48))}
+    with pytest.raises(ValueError, match="steps"):
+        gl.fit(CFG, factors, steps=0)
+    with pytest.raises(ValueError, match="not those of AdapterConfig"):
+        gl.fit(gl.config.AdapterConfig(), factors)
+    with pytest.raises(ValueError, match=r"factors of layers\.q hold \['a'\], not a and b"):
+        gl.fit(CFG, {"layers": {"q": {"a": q["a"]}}})
+    with pytest.raises(ValueError, match=r"targets: 'v' matches no kernel"):
+        gl.fit(dataclasses.replace(CFG, targets=["v"]), factors)
+    two = {"layers": {"q": q, "lm_head": q}}
+    with pytest.raises(ValueError, match=r"leave out factors of layers\.lm_head"):
+        gl.fit(CFG, two)
+    with pytest.raises(ValueError, match=r"no factors for layers\.v: leave it out"):
+        gl.fit(CFG, factors, params={"layers": {"q": kernel, "v": kernel}})
+    with pytest.raises(ValueError, match=r"the kernel has \(4, 32, 48\)"):
+        gl.fit(CFG, factors, params={"layers": {"q": {"kernel": jnp.zeros((4, 32, 48))}}})
+    with pytest.raises(ValueError, match=r"delta of layers\.q, layer 2, is zero"):
+        gl.fit(CFG, {"layers": {"q": {"a": q["a"], "b": q["b"].at[2].set(0.0)}}})
+    with pytest.raises(ValueError, match=r"layers\.q, layer 1, are not finite"):
+        gl.fit(CFG, {"layers": {"q": {"a": q["a"].at[1].set(jnp.nan), "b": q["b"]}}})
