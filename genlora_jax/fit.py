@@ -179,7 +179,7 @@ def _decompose_target(factors: Mapping[str, Any], target: Target) -> Triple:
     return u, s, v
 
 
-def _truncate(cfg: LoRAConfig, delta: Triple) -> dict[str, jax.Array]:
+def _truncate(cfg: LowRankConfig, delta: Triple) -> dict[str, jax.Array]:
     """The best LoRA of the config's rank; zeros where that exceeds the delta's."""
     u, s, v = (x[..., : cfg.rank] for x in delta)
     half = jnp.sqrt(s)[:, None]
