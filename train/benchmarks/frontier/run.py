@@ -10,10 +10,8 @@ here opens the test rows.
 import argparse
 import dataclasses
 import json
-import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,6 @@ from genlora_jax.training.provenance import provenance
 from genlora_jax.training.sweep import run_sweep
 from train.benchmarks.frontier.arms import ARMS, FIRST, RATES
 from train.benchmarks.frontier.pretrain import BASES, REPEATS, make_model, pretrain
-
-# Arms run in threads, and a CUDA graph captured in one of them breaks the others' calls.
-os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
 
 FIELDS = ("input_ids", "loss_mask", "segment_ids", "positions")
 CHUNK = 16384
@@ -97,7 +92,6 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.3, help="generators' rate over latents'")
     parser.add_argument("--steps", type=int, help="tune for so many steps instead of all there are")
     parser.add_argument("--pretraining-steps", type=int)
-    parser.add_argument("--threads", type=int, default=3, help="arms at a time: one compiles")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -125,9 +119,7 @@ def main() -> None:
         arms: dict[str, Any] = {}
         found["regimes"][regime] = {"pretraining": told, "arms": arms}
 
-        def run(
-            name: str, regime: str = regime, params: Any = params, arms: dict[str, Any] = arms
-        ) -> None:
+        for name in names:
             try:
                 record = run_arm(name, model, params, tuned, held_out, options)
             except Exception as error:  # one arm must not cost the others
@@ -136,9 +128,6 @@ def main() -> None:
             save()
             best = min(record.get("validation_loss", [float("nan")]))
             print(f"{regime} | {name} | {best:.4f} | {record.get('seconds')} s", flush=True)
-
-        with ThreadPoolExecutor(options.threads) as pool:
-            list(pool.map(run, names))
     save()
 
 
