@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from genlora_jax.adapter import Adapter, Tree, count_parameters, generate_factors, init_adapter
 from genlora_jax.analysis import decompose, target_factors
 from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig, LowRankConfig
+from genlora_jax.factors import by_module, refuse_other_than_products
 from genlora_jax.merge import pair_kernels
 from genlora_jax.targets import Target
 
@@ -146,13 +147,9 @@ def minimise(
 
 def _kernel_shapes(factors: Mapping[str, Any]) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """The shapes of the adapted kernels, by their paths: a base that has nothing else."""
-    modules: dict[tuple[str, ...], dict[str, Any]] = {}
-    for path, leaf in flatten_dict(dict(factors)).items():
-        modules.setdefault(path[:-1], {})[path[-1]] = leaf
+    refuse_other_than_products(factors, "fit")
     shapes = {}
-    for path, own in modules.items():
-        if set(own) != {"a", "b"}:
-            raise ValueError(f"factors of {'.'.join(path)} hold {sorted(own)}, not a and b")
+    for path, own in by_module(factors).items():
         shape = (*own["a"].shape[:-1], own["b"].shape[-1])
         shapes[(*path, "kernel")] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return shapes

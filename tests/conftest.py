@@ -1,6 +1,7 @@
 """What several test files build on: tiny bases, random and real."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -153,6 +154,23 @@ def torch_logits():
             return model(torch.from_numpy(np.array(ids)).long(), **tensors).logits.float().numpy()
 
     return logits
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """A function that runs a script's `main`: returns exit status, stdout and stderr."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

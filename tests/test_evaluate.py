@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -228,21 +227,13 @@ def test_requests_are_answered_in_order_whatever_their_settings(subject, continu
 
 
 @pytest.fixture
-def run(base, monkeypatch, capsys, tmp_path):
+def run(base, run_main, tmp_path):
     """A function that runs the script's main: returns exit status, stdout and stderr."""
 
     def call(*arguments, model=base):
         settings = ["--model.path", model, "--output", tmp_path / "out", "--batch_size", "4"]
         settings += [x for name, value in EXACT.items() for x in (f"--model.{name}", value)]
-        settings += arguments
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, settings)])
-        capsys.readouterr()
-        try:
-            script.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status or 0, *capsys.readouterr()
+        return run_main(script.main, *settings, *arguments)
 
     return call
 

@@ -87,19 +87,12 @@ def launch(workshop, compilation_cache):
 
 
 @pytest.fixture
-def run(workshop, monkeypatch, capsys):
+def run(workshop, run_main):
     """A function that runs the script's main: returns exit status, stdout and stderr."""
 
     def call(output, *arguments):
-        settings = ["--config", str(workshop / "recipe.yaml"), "--train.output", str(output)]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *settings, *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            script.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status or 0, *capsys.readouterr()
+        settings = ["--config", workshop / "recipe.yaml", "--train.output", output]
+        return run_main(script.main, *settings, *arguments)
 
     return call
 

@@ -286,22 +286,14 @@ def workshop(tmp_path_factory):
 
 
 @pytest.fixture
-def command(workshop, monkeypatch, capsys):
+def command(workshop, monkeypatch, run_main):
     """A function that runs the script's main on one device: exit status, stdout and stderr."""
 
     def call(*arguments):
         one = lambda cfg: make_mesh(cfg, jax.devices()[:1])  # noqa: E731
         monkeypatch.setattr(script, "make_mesh", one)
         monkeypatch.setenv("COLUMNS", "160")
-        settings = ["--config", str(workshop / "recipe.yaml")]
-        monkeypatch.setattr(sys, "argv", ["sweep.py", *settings, *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            script.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status or 0, *capsys.readouterr()
+        return run_main(script.main, "--config", workshop / "recipe.yaml", *arguments)
 
     return call
 

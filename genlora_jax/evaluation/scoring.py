@@ -11,7 +11,7 @@ import numpy as np
 from genlora_jax.evaluation.subject import Subject
 from genlora_jax.inject import apply
 from genlora_jax.models.llama import LlamaForCausalLM
-from genlora_jax.training.losses import HEAD
+from genlora_jax.training.losses import cut_columns, split_head
 
 SHORTEST = 32
 CHUNK = 1024  # tokens whose logits exist at a time
@@ -96,16 +96,10 @@ def _score(
     scored: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of the scored targets' log-probabilities, and whether all are most likely: `[rows]`."""
-    body = {name: value for name, value in factors.items() if name != HEAD}
-    head = {name: value for name, value in factors.items() if name == HEAD}
+    body, head = split_head(factors)
     hidden = apply(model, params, body, ids, method="hidden_states")
     rows, length = ids.shape
     width = min(max(CHUNK // rows, 1), length)
-    parts = -(-length // width)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, parts * width - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(rows, parts, width, *x.shape[2:]).swapaxes(0, 1)
 
     def score(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         states, target, counted = part
@@ -115,5 +109,6 @@ def _score(
         sums = jnp.where(counted, logprobs, 0.0).sum(axis=-1)
         return sums, ((logits.argmax(axis=-1) == target) | ~counted).all(axis=-1)
 
-    sums, greedy = jax.lax.map(score, (cut(hidden), cut(targets), cut(scored)))
+    columns = tuple(cut_columns(x, width) for x in (hidden, targets, scored))
+    sums, greedy = jax.lax.map(score, columns)
     return sums.sum(axis=0), greedy.all(axis=0)

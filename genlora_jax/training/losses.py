@@ -33,6 +33,23 @@ def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return following(ids), trained.astype(jnp.float32)
 
 
+def split_head(factors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Factors of the model's `hidden_states` and of its `head`, which are applied one by one."""
+    body = {name: value for name, value in factors.items() if name != HEAD}
+    return body, {name: value for name, value in factors.items() if name == HEAD}
+
+
+def cut_columns(x: jax.Array, width: int) -> jax.Array:
+    """`[rows, length, ...]` -> `[chunks, rows, width, ...]`, the last chunk filled with zeros.
+
+    Columns of all rows, so that a batch that is cut over devices stays so.
+    """
+    rows, length = x.shape[:2]
+    chunks = -(-length // width)
+    x = jnp.pad(x, [(0, 0), (0, chunks * width - length)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
+
+
 def summed_loss(
     model: nn.Module,
     params: Mapping[str, Any],
@@ -63,8 +80,7 @@ def summed_loss(
     Returns:
         The sum; divide by that of the weights of `next_token_targets`.
     """
-    body = {name: value for name, value in factors.items() if name != HEAD}
-    head = {name: value for name, value in factors.items() if name == HEAD}
+    body, head = split_head(factors)
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
     hidden = apply(
         model,
@@ -80,12 +96,6 @@ def summed_loss(
     targets, weights = next_token_targets(batch)
     rows, length = weights.shape
     width = min(-(-chunk // rows), length)
-    chunks = -(-length // width)
-
-    def cut(x: jax.Array) -> jax.Array:
-        """`[chunks, rows, width, ...]`: columns of all rows, so that a cut batch stays so."""
-        x = jnp.pad(x, [(0, 0), (0, chunks * width - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
     def chunk_loss(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -97,6 +107,7 @@ def summed_loss(
         losses = jax.nn.logsumexp(logits, axis=-1) - picked
         return total + jnp.vdot(losses, weight), None
 
-    parts = (jnp.arange(chunks), cut(hidden), cut(targets), cut(weights))
+    columns = [cut_columns(x, width) for x in (hidden, targets, weights)]
+    parts = (jnp.arange(len(columns[0])), *columns)
     total, _ = jax.lax.scan(chunk_loss, jnp.zeros(()), parts)
     return total

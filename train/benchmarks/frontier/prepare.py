@@ -11,8 +11,6 @@ import argparse
 import hashlib
 import json
 import lzma
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from genlora_jax.evaluation import choices
 from genlora_jax.training.data import DataConfig, encode, eval_batches, train_batches
 
 VOCABULARY, LENGTH, ROWS, EPOCHS = 8192, 512, 16, 3
@@ -28,35 +27,13 @@ NOVELS = "<|novel|>"
 Row = dict[str, str]
 
 
-def multiple_choice(file: Path) -> Iterator[dict[str, Any]]:
-    """Question, options and index of the right one, of rows as LLM-Adapters has them."""
-    for row in json.loads(file.read_text()):
-        question, _, rest = row["instruction"].partition("\n\n")
-        options = re.split(r"\s*Answer\d+:\s*", rest.partition("\n\n")[0])[1:]
-        question = question.removeprefix("Please choose the correct answer to the question: ")
-        index = int(row["answer"].removeprefix("answer")) - 1
-        yield {"question": question, "options": options, "index": index}
-
-
-def letters(file: Path) -> list[Row]:
-    """The answer is a letter."""
+def multiple_choice(file: Path, style: choices.Style) -> list[Row]:
+    """Questions as the evaluation asks them, and the right option."""
     rows = []
-    for row in multiple_choice(file):
-        listed = "".join(f"{'ABCDE'[i]}. {text}\n" for i, text in enumerate(row["options"]))
-        prompt = f"Question: {row['question']}\n{listed}Answer:"
-        rows.append({"prompt": prompt, "completion": " " + "ABCDE"[row["index"]]})
+    for item in choices.read(str(file)):
+        prompt, options = choices.formatted(item, style)
+        rows.append({"prompt": prompt, "completion": " " + options[item.answer]})
     return rows
-
-
-def completions(file: Path) -> list[Row]:
-    """The answer is the text of the right option."""
-    return [
-        {
-            "prompt": f"Question: {row['question']}\nAnswer:",
-            "completion": " " + row["options"][row["index"]],
-        }
-        for row in multiple_choice(file)
-    ]
 
 
 def math(file: Path) -> list[Row]:
@@ -78,20 +55,20 @@ def code(file: Path) -> list[Row]:
 def read_tasks(shared: Path) -> dict[str, tuple[list[Row], list[Row]]]:
     """Training and test rows of each task."""
     data = shared / "data"
-    choices = [data / "arc_easy", data / "openbookqa"]
+    quizzes = [data / "arc_easy", data / "openbookqa"]
     programs = code(data / "mbpp.jsonl")  # its own split: 11-510 test, 601-974 train
-    return {
+    found = {
         "math": (math(data / "gsm8k/train.jsonl"), math(data / "gsm8k/test.jsonl")),
-        "letters": tuple(
-            [row for place in choices for row in letters(place / f"{part}.json")]
-            for part in ("train", "test")
-        ),
-        "completions": tuple(
-            [row for place in choices for row in completions(place / f"{part}.json")]
-            for part in ("train", "test")
-        ),
-        "code": (programs[:10] + programs[510:], programs[10:510]),
     }
+    styles: dict[str, choices.Style] = {"letters": "letter", "completions": "text"}
+    for name, style in styles.items():
+        train, test = (
+            [row for quiz in quizzes for row in multiple_choice(quiz / f"{part}.json", style)]
+            for part in ("train", "test")
+        )
+        found[name] = (train, test)
+    found["code"] = (programs[:10] + programs[510:], programs[10:510])
+    return found
 
 
 def split(rows: list[Row], seed: int) -> dict[str, list[Row]]:
