@@ -51,11 +51,12 @@ class Adapter:
     """A pytree: what is trained, what is kept but not trained, and a static part.
 
     Attributes:
-        trainable: Float32 leaves. GenLoRA: `latents/TARGET/{a,b}` `[L, n]` and
+        trainable: Float32 leaves. GenLoRA: `latents/TARGET/{a,b}` `[L, m n]` and
             `generators/TARGET/{a,b}/...` `[S, ...]`, where S is 1 if all layers share one, else
-            L. LoRA: `factors/TARGET/{a,b}`, `[L, d_in, r]` and `[L, r, d_out]`; DoRA also
-            `magnitudes/TARGET` `[L, d_out]`. VeRA: `vectors/TARGET/{d,b}`, `[L, r]` and
-            `[L, d_out]`. Full: `deltas/TARGET` `[L, d_in, d_out]`.
+            L; what targets share lies under the first of them. LoRA: `factors/TARGET/{a,b}`,
+            `[L, d_in, r]` and `[L, r, d_out]`; DoRA also `magnitudes/TARGET` `[L, d_out]`. VeRA:
+            `vectors/TARGET/{d,b}`, `[L, r]` and `[L, d_out]`. Full: `deltas/TARGET`
+            `[L, d_in, d_out]`.
         frozen: Leaves that cannot be rebuilt from the seed; no gradient reaches them. PiSSA:
             `principal/TARGET/{a,b}`, what the factors started at.
         spec: The static part.
@@ -154,7 +155,7 @@ def _init(
     frozen: Tree = {}
     for target in spec.targets:
         target_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
-        parts = _method(cfg).init(cfg, target_key, target, kernels.get(target.name, ()))
+        parts = _method(cfg).init(cfg, target_key, target, spec, kernels.get(target.name, ()))
         for tree, groups in zip((trainable, frozen), parts, strict=True):
             for group, leaves in groups.items():
                 tree.setdefault(group, {})[target.name] = leaves
@@ -180,8 +181,7 @@ def generate_factors(cfg: AdapterConfig, adapter: Adapter) -> Tree:
     flat: dict[tuple[str, ...], jax.Array] = {}
     groups = adapter.trainable | jax.lax.stop_gradient(adapter.frozen)
     for target in adapter.spec.targets:
-        parts = {group: tree[target.name] for group, tree in groups.items()}
-        leaves = _method(cfg).factors(cfg, parts, target, adapter.spec)
+        leaves = _method(cfg).factors(cfg, groups, target, adapter.spec)
         if isinstance(cfg, LowRankConfig):
             leaves["b"] = leaves["b"] * cfg.scale
         start = 0

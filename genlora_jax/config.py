@@ -181,7 +181,13 @@ class GenLoRAConfig(LowRankConfig):
         normalize: Scope of the instance-wise normalisation: the whole `"latent"`, each
             `"group"`, or `"none"`.
         share_generators: One set of generators for all layers in which a target occurs.
+        share_across_targets: One set of generators for all targets as well: a groupwise generator
+            reads groups, so it fits a side of any length.
         share_latents: One set of latents for all layers.
+        share_inputs: Kernels that read the same input (q, k and v; gate and up) share the latent
+            of side A.
+        latents_per_side: Number m of latents that a side has; a generator reads a group of each,
+            R^(m g) -> R^g. With m = rank and g = 1 this is a mixture of LoRA's own vectors.
         latents: `"trained"`, or `"seeded"`: rebuilt from `seed`, never trained or stored.
         latent_std: Standard deviation of the latents at first.
         rbf_init: Share, in [0, 1], of side A's initial variance that the basis functions carry;
@@ -201,7 +207,10 @@ class GenLoRAConfig(LowRankConfig):
     residual: bool = True
     normalize: Literal["latent", "group", "none"] = "latent"
     share_generators: bool = True
+    share_across_targets: bool = False
     share_latents: bool = False
+    share_inputs: bool = False
+    latents_per_side: int = 1
     latents: Literal["trained", "seeded"] = "trained"
     latent_std: float = 0.02
     rbf_init: float = 0.0
@@ -215,6 +224,7 @@ class GenLoRAConfig(LowRankConfig):
         super().__post_init__()
         _require_int("group_size", self.group_size, 1)
         _require_int("kernels", self.kernels, 1)
+        _require_int("latents_per_side", self.latents_per_side, 1)
         _require_choice("generator", self.generator, ("groupwise", "elementwise"))
         _require_choice("basis", self.basis, (*BASES, None))
         _require_choice("normalize", self.normalize, ("latent", "group", "none"))
@@ -229,7 +239,21 @@ class GenLoRAConfig(LowRankConfig):
             "set share_generators=False",
         )
         _require(
-            not (self.normalize == "group" and self.group_size == 1),
+            not self.share_across_targets
+            or (self.share_generators and self.generator == "groupwise"),
+            'share_across_targets needs share_generators=True and generator="groupwise": other '
+            "generators belong to a layer or to a side's length",
+        )
+        _require(
+            not self.share_inputs or self.latents == "trained",
+            'share_inputs needs latents="trained": seeded latents cost nothing',
+        )
+        _require(
+            self.latents_per_side == 1 or self.generator == "groupwise",
+            'latents_per_side > 1 needs generator="groupwise"',
+        )
+        _require(
+            not (self.normalize == "group" and self.group_size == 1 == self.latents_per_side),
             'normalize="group" with group_size=1 leaves nothing of a latent: '
             "use a larger group_size or another normalize",
         )
@@ -250,6 +274,11 @@ class GenLoRAConfig(LowRankConfig):
         return self.basis == "rbf" and self.generator == "groupwise"
 
     @property
+    def group_inputs(self) -> int:
+        """Number m g of values that a groupwise generator reads of a group."""
+        return self.latents_per_side * self.group_size
+
+    @property
     def attainable_rank(self) -> int | None:
         """Rank that one side can reach however long it is; None where its length decides.
 
@@ -258,8 +287,8 @@ class GenLoRAConfig(LowRankConfig):
         if self.generator == "elementwise":
             return None
         count = 0 if self.basis is None else self.kernels
-        features = count if self.joint else self.group_size * count
-        return self.group_size * (features + (self.group_size if self.residual else 0))
+        features = count if self.joint else self.group_inputs * count
+        return self.group_size * (features + (self.group_inputs if self.residual else 0))
 
 
 METHODS: dict[str, type[AdapterConfig]] = {

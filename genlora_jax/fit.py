@@ -73,6 +73,8 @@ def fit(
     """
     if type(cfg) not in (GenLoRAConfig, LoRAConfig):
         raise ValueError(f"fit makes GenLoRA and LoRA adapters, not those of {type(cfg).__name__}")
+    if isinstance(cfg, GenLoRAConfig) and (cfg.share_across_targets or cfg.share_inputs):
+        raise ValueError("fit needs share_across_targets=False and share_inputs=False")
     if steps < 1 or not learning_rate > 0:
         raise ValueError(f"steps ({steps}) and learning_rate ({learning_rate}) must be positive")
     key = jax.random.key(0) if key is None else key
@@ -188,17 +190,21 @@ def _truncate(cfg: LowRankConfig, delta: Triple) -> dict[str, jax.Array]:
 def _start(
     cfg: GenLoRAConfig, adapter: Adapter, deltas: Mapping[str, Triple], key: jax.Array
 ) -> Adapter:
-    """Latents from the first singular vectors, and generators of which the first passes them on.
+    """Latents from the first m singular vectors, and generators of which the first m pass them on.
 
-    Without normalisation this is LoRA of rank 1 at its best, plus noise.
+    Without normalisation this is LoRA of rank m at its best, plus noise.
     """
+    m, g = cfg.latents_per_side, cfg.group_size
+    passed = min(m, cfg.rank, *(s.shape[-1] for _, s, _ in deltas.values()))
     trainable = jax.tree.map(lambda leaf: leaf, adapter.trainable)
     for i, (name, (u, s, v)) in enumerate(deltas.items()):
         norm = jnp.sqrt(jnp.square(s).sum(-1).mean())
         for side, vectors in (("a", u), ("b", v)):
             n = vectors.shape[1]
             if "latents" in trainable:
-                top = vectors[..., 0] * jnp.sqrt(s[:, :1] / s[:, 0].mean())
+                top = vectors * jnp.sqrt(s / s[:, 0].mean())[:, None]
+                top = jnp.pad(top, ((0, 0), (0, 0), (0, m)))[..., :m].swapaxes(1, 2)
+                top = top.reshape(len(top), m * n)
                 if cfg.share_latents:
                     top = jnp.linalg.svd(top, full_matrices=False)[2][:1]
                 trainable["latents"][name][side] = math.sqrt(n) * top
@@ -207,10 +213,12 @@ def _start(
             for j, part in enumerate(p for p in ("residual", "weights") if p in generator):
                 own = jax.random.fold_in(key, 4 * i + 2 * j + (side == "b"))
                 shape = generator[part].shape
-                value = _NOISE * jax.random.normal(own, shape) / math.sqrt(cfg.group_size)
-                if part == "residual":
-                    groupwise = cfg.generator == "groupwise"
-                    value = value.at[:, 0].add(jnp.eye(cfg.group_size) if groupwise else 1.0)
+                value = _NOISE * jax.random.normal(own, shape) / math.sqrt(cfg.group_inputs)
+                if part == "residual" and cfg.generator == "elementwise":
+                    value = value.at[:, 0].add(1.0)
+                elif part == "residual":
+                    for one in range(passed):
+                        value = value.at[:, one, one * g : (one + 1) * g].add(jnp.eye(g))
                 generator[part] = size * value
     return adapter.replace(trainable=trainable)
 

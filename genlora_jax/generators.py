@@ -1,6 +1,7 @@
 """From a latent to basis vectors: normalise, evaluate basis functions, combine.
 
-Everything here is one side of one layer: a latent `z: [n]` in, a basis `[n, r]` out. Sides, layers
+Everything here is one side of one layer: a latent `z: [n]` in, a basis `[n, r]` out. Where a side
+has m latents, z is `[m n]`, one after the other, and a group has m g values. Sides, layers
 and targets are mapped over by `genlora_jax.adapter`. All arithmetic is float32 at the highest
 precision, for a basis that differs between training and merging is a bug nobody finds.
 """
@@ -47,16 +48,23 @@ def group_count(cfg: GenLoRAConfig, n: int) -> int:
 
 
 def normalize_latent(cfg: GenLoRAConfig, z: jax.Array) -> jax.Array:
-    """Normalises a latent and cuts it into groups: `[n]` -> `[J, g]`.
+    """Normalises a latent and cuts it into groups: `[m n]` -> `[J, m g]`.
 
     The padding of the last group is zero and takes no part in the statistics.
     """
-    n, groups, g = z.shape[0], group_count(cfg, z.shape[0]), cfg.group_size
-    t = jnp.pad(z.astype(jnp.float32), (0, groups * g - n)).reshape(groups, g)
+    m, g = cfg.latents_per_side, cfg.group_size
+    n = z.shape[0] // m
+    groups = group_count(cfg, n)
+
+    def cut(values: jax.Array) -> jax.Array:
+        padded = jnp.pad(values.reshape(m, n), ((0, 0), (0, groups * g - n)))
+        return padded.reshape(m, groups, g).swapaxes(0, 1).reshape(groups, m * g)
+
+    t = cut(z.astype(jnp.float32))
     if cfg.normalize == "none":
         return t
     axis = 1 if cfg.normalize == "group" else None
-    inside = (jnp.arange(groups * g) < n).reshape(groups, g)
+    inside = cut(jnp.ones(m * n, bool))
     mean = t.mean(axis=axis, keepdims=True, where=inside)
     power = t.var(axis=axis, keepdims=True, where=inside) + cfg.eps
     # With eps = 0, equal elements (a lone one in the last group, say) would be 0 / 0.
@@ -143,9 +151,9 @@ def generate(cfg: GenLoRAConfig, z: jax.Array, generator: Generator) -> jax.Arra
 
     Args:
         cfg: Settings of the generator.
-        z: Latent `[n]`.
-        generator: `weights` `[r, F, g]` (`[r, J, K]` elementwise), `residual` `[r, g, g]`
-            (`[r, J]` elementwise), `centers` `[K, g]` and `log_width` `[K]`; those that `cfg`
+        z: Latent `[m n]`.
+        generator: `weights` `[r, F, g]` (`[r, J, K]` elementwise), `residual` `[r, m g, g]`
+            (`[r, J]` elementwise), `centers` `[K, m g]` and `log_width` `[K]`; those that `cfg`
             asks for.
 
     Returns:
@@ -173,24 +181,25 @@ def generate(cfg: GenLoRAConfig, z: jax.Array, generator: Generator) -> jax.Arra
         jnp.concatenate(weights, axis=axis),
         precision=jax.lax.Precision.HIGHEST,
     )
-    basis = basis.reshape(-1, cfg.rank)[: z.shape[0]]
+    basis = basis.reshape(-1, cfg.rank)[: z.shape[0] // cfg.latents_per_side]
     return basis - basis.mean(axis=0) if cfg.center_basis else basis
 
 
 def fixed_centers(cfg: GenLoRAConfig, seed: int, name: str) -> Generator:
-    """Centres `[K, g]` drawn from N(0, 1) and log-widths of 0, from the adapter's seed."""
+    """Centres `[K, m g]` drawn from N(0, 1) and log-widths of 0, from the adapter's seed."""
     return {
-        "centers": seeded_normal(seed, f"{name}/centers", (cfg.kernels, cfg.group_size)),
+        "centers": seeded_normal(seed, f"{name}/centers", (cfg.kernels, cfg.group_inputs)),
         "log_width": jnp.zeros(cfg.kernels, jnp.float32),
     }
 
 
 def weight_shapes(cfg: GenLoRAConfig, n: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the generators' weights of one side of length n; see `generate`."""
-    g, k, groups = cfg.group_size, cfg.kernels, group_count(cfg, n)
+    g, k, groups, inputs = cfg.group_size, cfg.kernels, group_count(cfg, n), cfg.group_inputs
     shapes: dict[str, tuple[int, ...]]
     if cfg.generator == "groupwise":
-        shapes = {"weights": (cfg.rank, k if cfg.joint else g * k, g), "residual": (cfg.rank, g, g)}
+        features = k if cfg.joint else inputs * k
+        shapes = {"weights": (cfg.rank, features, g), "residual": (cfg.rank, inputs, g)}
     else:
         shapes = {"weights": (cfg.rank, groups, k), "residual": (cfg.rank, groups)}
     used = {"weights": cfg.basis is not None, "residual": cfg.residual}
@@ -211,13 +220,13 @@ def init_weights(
     Args:
         cfg: Settings of the generator.
         normals: N(0, 1) numbers in the weights' shapes, for the parts that have a share.
-        z: Latents `[L, n]` that these generators will serve.
+        z: Latents `[L, m n]` that these generators will serve.
         centers: `fixed_centers(...)`.
 
     Returns:
         The weights.
     """
-    (count, n), g = z.shape, cfg.group_size
+    count, n, g = z.shape[0], z.shape[1] // cfg.latents_per_side, cfg.group_size
     t = jax.vmap(lambda row: normalize_latent(cfg, row))(z)
     scaled = {}
     for part, normal in normals.items():

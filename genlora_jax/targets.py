@@ -10,6 +10,11 @@ from flax.traverse_util import flatten_dict
 from genlora_jax.config import AdapterConfig
 
 Path = tuple[str, ...]
+# Modules of one parent that read the same vector, under one word.
+_INPUTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+}
 _INDEXED = re.compile(r"(.+)_(\d+)")
 
 
@@ -43,6 +48,13 @@ class Target:
     d_in: int
     d_out: int
     kernels: tuple[Kernel, ...]
+
+    @property
+    def input(self) -> tuple[str, int, tuple[int, ...]]:
+        """What the target's kernels read: equal for targets that read the same, in all layers."""
+        parent, _, own = self.name.rpartition(".")
+        layers = tuple(layer for kernel in self.kernels for layer in kernel.layers)
+        return f"{parent}.{_INPUTS.get(own, own)}", self.d_in, layers
 
     @property
     def depth(self) -> int:

@@ -10,13 +10,16 @@ from genlora_jax.methods.method import Kernels, Tree
 from genlora_jax.targets import AdapterSpec, Target
 
 
-def init(cfg: DoRAConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+def init(
+    cfg: DoRAConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
+) -> tuple[Tree, Tree]:
     """LoRA's factors, and the norms of the base's columns."""
-    trainable, frozen = lora.init(cfg, key, target, kernels)
+    trainable, frozen = lora.init(cfg, key, target, spec, kernels)
     norms = jnp.concatenate([column_norm(kernel) for kernel in kernels])
     return trainable | {"magnitudes": norms}, frozen
 
 
-def factors(cfg: DoRAConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+def factors(cfg: DoRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
     """LoRA's, and the magnitudes."""
-    return lora.factors(cfg, parts, target, spec) | {"magnitude": parts["magnitudes"]}
+    own = groups["magnitudes"][target.name]
+    return lora.factors(cfg, groups, target, spec) | {"magnitude": own}

@@ -8,11 +8,13 @@ from genlora_jax.methods.method import Kernels, Tree
 from genlora_jax.targets import AdapterSpec, Target
 
 
-def init(cfg: FullConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+def init(
+    cfg: FullConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
+) -> tuple[Tree, Tree]:
     """Zeros."""
     return {"deltas": jnp.zeros((target.depth, target.d_in, target.d_out), jnp.float32)}, {}
 
 
-def factors(cfg: FullConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+def factors(cfg: FullConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
     """The delta as it is."""
-    return {"delta": parts["deltas"]}
+    return {"delta": groups["deltas"][target.name]}

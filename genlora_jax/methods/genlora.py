@@ -1,4 +1,4 @@
-"""GenLoRA (arXiv 2602.05709): factors generated from one latent a side."""
+"""GenLoRA (arXiv 2602.05709): factors generated from a latent a side."""
 
 import functools
 import math
@@ -14,14 +14,20 @@ from genlora_jax.methods.method import Kernels, Tree
 from genlora_jax.targets import AdapterSpec, Target
 
 
-def init(cfg: GenLoRAConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
-    """Side B's generators are zero, so that the delta is."""
+def init(
+    cfg: GenLoRAConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
+) -> tuple[Tree, Tree]:
+    """Side B's generators are zero, so that the delta is.
+
+    What targets share is made, and stored, by the first of them.
+    """
+    m = cfg.latents_per_side
     lengths = {"a": target.d_in, "b": target.d_out}
     rows = 1 if cfg.share_latents else target.depth
     sets = 1 if cfg.share_generators else target.depth
     shapes: dict[Any, tuple[int, ...]] = {}
     if cfg.latents == "trained":
-        shapes |= {("latents", side): (rows, n) for side, n in lengths.items()}
+        shapes |= {("latents", side): (rows, m * n) for side, n in lengths.items()}
     for part, shape in generators.weight_shapes(cfg, target.d_in).items():
         if generators.init_shares(cfg)[part] > 0:
             shapes[part] = (sets, *shape)
@@ -43,26 +49,34 @@ def init(cfg: GenLoRAConfig, key: jax.Array, target: Target, kernels: Kernels) -
             z = latents[side] = cfg.latent_std * normals.pop(("latents", side))
         if side == "a":
             # A set serves all layers, or one; the only row of shared latents serves every set.
-            served = z[None] if cfg.share_generators else jnp.broadcast_to(z, (sets, n))[:, None]
+            one_each = not cfg.share_generators
+            served = jnp.broadcast_to(z, (sets, m * n))[:, None] if one_each else z[None]
             own = {part: normal for part, normal in normals.items() if isinstance(part, str)}
             scale = functools.partial(generators.init_weights, cfg, centers=centers)
             weights[side] |= jax.vmap(lambda noise, z, scale=scale: scale(noise, z))(own, served)
-    return {"generators": weights} | ({"latents": latents} if latents else {}), {}
+    if _latents_of(cfg, target, spec, "a") != target.name:
+        latents.pop("a", None)
+    groups = {"latents": latents, "generators": weights}
+    if _generators_of(cfg, target, spec) != target.name:
+        del groups["generators"]
+    return {name: group for name, group in groups.items() if group}, {}
 
 
-def factors(cfg: GenLoRAConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+def factors(cfg: GenLoRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
     """The bases that the generators make of both latents, B's transposed."""
     sides = {}
+    owner = _generators_of(cfg, target, spec)
+    lengths = {own.name: own.d_in for own in spec.targets}
     for side in "ab":
         if cfg.latents == "seeded":
             z = _seeded_latents(cfg, target, side, spec.seed)
         else:
-            z = parts["latents"][side]
-        weights = parts["generators"][side]
+            z = groups["latents"][_latents_of(cfg, target, spec, side)][side]
+        weights = groups["generators"][owner][side]
         fixed = (
             {}
             if cfg.trainable_centers
-            else generators.fixed_centers(cfg, spec.seed, f"{target.name}/{side}")
+            else generators.fixed_centers(cfg, spec.seed, f"{owner}/{side}")
         )
 
         def basis(row: jax.Array, own: Tree, fixed: Tree = fixed) -> jax.Array:
@@ -78,7 +92,22 @@ def factors(cfg: GenLoRAConfig, parts: Tree, target: Target, spec: AdapterSpec) 
         else:
             mapped = jax.vmap(basis)(z, weights)
         sides[side] = mapped if side == "a" else mapped.swapaxes(-1, -2)
+    # Its owner's side A had variance 1 / d_in at first; so shall everyone's.
+    if owner != target.name:
+        sides["a"] = sides["a"] * math.sqrt(lengths[owner] / target.d_in)
     return sides
+
+
+def _generators_of(cfg: GenLoRAConfig, target: Target, spec: AdapterSpec) -> str:
+    """The name under which a target's generators are stored."""
+    return spec.targets[0].name if cfg.share_across_targets else target.name
+
+
+def _latents_of(cfg: GenLoRAConfig, target: Target, spec: AdapterSpec, side: str) -> str:
+    """The name under which the latents of a target's side are stored."""
+    if side == "b" or not cfg.share_inputs:
+        return target.name
+    return next(own.name for own in spec.targets if own.input == target.input)
 
 
 def _normals(key: jax.Array, shapes: dict[Any, tuple[int, ...]]) -> dict[Any, jax.Array]:
@@ -92,7 +121,7 @@ def _normals(key: jax.Array, shapes: dict[Any, tuple[int, ...]]) -> dict[Any, ja
 
 
 def _seeded_latents(cfg: GenLoRAConfig, target: Target, side: str, seed: int) -> jax.Array:
-    n = target.d_in if side == "a" else target.d_out
+    n = cfg.latents_per_side * (target.d_in if side == "a" else target.d_out)
     count = 1 if cfg.share_latents else target.depth
     normal = generators.seeded_normal(seed, f"{target.name}/{side}/latents", (count, n))
     return cfg.latent_std * normal

@@ -8,7 +8,9 @@ from genlora_jax.methods.method import Kernels, Tree
 from genlora_jax.targets import AdapterSpec, Target
 
 
-def init(cfg: LoRAConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+def init(
+    cfg: LoRAConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
+) -> tuple[Tree, Tree]:
     """A random A, and a B of zeros."""
     shape = (target.depth, target.d_in, cfg.rank)
     bound = target.d_in**-0.5  # as PEFT: Kaiming-uniform with a = sqrt(5)
@@ -17,6 +19,6 @@ def init(cfg: LoRAConfig, key: jax.Array, target: Target, kernels: Kernels) -> t
     return {"factors": {"a": a, "b": b}}, {}
 
 
-def factors(cfg: LoRAConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+def factors(cfg: LoRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
     """The factors as they are."""
-    return dict(parts["factors"])
+    return dict(groups["factors"][target.name])

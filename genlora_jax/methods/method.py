@@ -13,13 +13,16 @@ Kernels = tuple[jax.Array, ...]
 class Method(Protocol):
     """A method's module, entered in `adapter.METHODS` under its config's class."""
 
-    def init(self, cfg: Any, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+    def init(
+        self, cfg: Any, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
+    ) -> tuple[Tree, Tree]:
         """What a target's adapter starts at.
 
         Args:
             cfg: The method's config.
             key: PRNG key of the target.
             target: The target, of L layers.
+            spec: The adapter's static part.
             kernels: The base's kernels `[layers, d_in, d_out]`, L layers in all, for a config with
                 `reads_base`; else empty.
 
@@ -28,12 +31,12 @@ class Method(Protocol):
         """
         ...
 
-    def factors(self, cfg: Any, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+    def factors(self, cfg: Any, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
         """The factors of a target.
 
         Args:
             cfg: The method's config.
-            parts: The groups that `init` made, trained and kept.
+            groups: What `init` made for all targets, trained and kept, `{group: {target: ...}}`.
             target: The target.
             spec: The adapter's static part.
 

@@ -12,7 +12,9 @@ from genlora_jax.methods.method import Kernels, Tree
 from genlora_jax.targets import AdapterSpec, Target
 
 
-def init(cfg: PiSSAConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+def init(
+    cfg: PiSSAConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
+) -> tuple[Tree, Tree]:
     """A and B at the principal part, and the same kept; the scale is taken off both.
 
     Raises:
@@ -33,9 +35,9 @@ def init(cfg: PiSSAConfig, key: jax.Array, target: Target, kernels: Kernels) -> 
     return {"factors": {"a": a, "b": b}}, {"principal": {"a": a, "b": b}}
 
 
-def factors(cfg: PiSSAConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+def factors(cfg: PiSSAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
     """`[A, -A0]` and `[B; B0]`."""
-    own, start = parts["factors"], parts["principal"]
+    own, start = groups["factors"][target.name], groups["principal"][target.name]
     return {
         "a": jnp.concatenate([own["a"], -start["a"]], axis=-1),
         "b": jnp.concatenate([own["b"], start["b"]], axis=-2),

@@ -9,7 +9,9 @@ from genlora_jax.methods.method import Kernels, Tree
 from genlora_jax.targets import AdapterSpec, Target
 
 
-def init(cfg: VeRAConfig, key: jax.Array, target: Target, kernels: Kernels) -> tuple[Tree, Tree]:
+def init(
+    cfg: VeRAConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
+) -> tuple[Tree, Tree]:
     """The vectors d, which scale A's columns, and b, which scale B's."""
     d = jnp.full((target.depth, cfg.rank), cfg.d_initial, jnp.float32)
     b = jnp.zeros((target.depth, target.d_out), jnp.float32)
@@ -28,10 +30,10 @@ def projections(cfg: VeRAConfig, spec: AdapterSpec) -> tuple[jax.Array, jax.Arra
     return a, b
 
 
-def factors(cfg: VeRAConfig, parts: Tree, target: Target, spec: AdapterSpec) -> Tree:
+def factors(cfg: VeRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
     """The target's share of the projections, with both vectors multiplied into B."""
     a, b = projections(cfg, spec)
-    vectors = parts["vectors"]
+    vectors = groups["vectors"][target.name]
     return {
         "a": jnp.broadcast_to(a[: target.d_in], (target.depth, target.d_in, cfg.rank)),
         "b": vectors["d"][:, :, None] * b[:, : target.d_out] * vectors["b"][:, None, :],

@@ -1,55 +1,135 @@
 """The study's arms: settings under a name, and the grid of rates that each is swept over."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import genlora_jax as gl
 
 ALPHA = 2.0  # over the rank: every arm's delta has scale 2
-
-# Four a decade. An arm's grid starts at its method's first rate.
-RATES = [10 ** (exponent / 4) for exponent in range(-16, 0)]  # 1e-4 to 0.56
-FIRST = {"lora": 1e-3, "genlora": 1e-3}
-
-
-def lora(rank: int, **fields: Any) -> gl.AdapterConfig:
-    return gl.LoRAConfig(rank=rank, alpha=ALPHA * rank, **fields)
+PER_DECADE = 4
+# Exponents (in steps of the grid) of the first rates to try: 1.8e-3 and 5.6e-4.
+FIRST = {"hard": -11, "known": -13}
 
 
-def genlora(rank: int, group: int, kernels: int | None, **fields: Any) -> gl.AdapterConfig:
+def rate_at(exponent: int) -> float:
+    """A rate of the grid, four a decade."""
+    return float(f"{10 ** (exponent / PER_DECADE):.3g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A setting to sweep.
+
+    Attributes:
+        cfg: The adapter.
+        ratio: Rate of the generators over that of the latents.
+        b_ratio: LoRA+'s.
+        shift: Where its grid starts, in steps of it, from where others start.
+    """
+
+    cfg: gl.AdapterConfig
+    ratio: float = 0.3
+    b_ratio: float = 1.0
+    shift: int = 0
+
+
+def lora(rank: int, kind: Any = gl.LoRAConfig, **fields: Any) -> Arm:
+    """LoRA or a relative of it."""
+    return Arm(cfg=kind(rank=rank, alpha=ALPHA * rank), **fields)
+
+
+def genlora(
+    rank: int, group: int, kernels: int | None = None, *, ratio: float = 0.3, **fields: Any
+) -> Arm:
     """Groupwise; `kernels=None` is the linear residual alone."""
     own = {"basis": None} if kernels is None else {"kernels": kernels}
-    return gl.GenLoRAConfig(rank=rank, alpha=ALPHA * rank, group_size=group, **own | fields)
+    cfg = gl.GenLoRAConfig(rank=rank, alpha=ALPHA * rank, group_size=group, **own | fields)
+    # RBFs that carry part of the first variance want a lower rate.
+    carried = cfg.basis is not None and (cfg.rbf_init > 0 or not cfg.residual)
+    return Arm(cfg=cfg, ratio=ratio, shift=-2 if carried else 0)
 
 
-ARMS: dict[str, gl.AdapterConfig] = {
+def across(rank: int, group: int, kernels: int | None = None, **fields: Any) -> Arm:
+    """One set of generators for all targets."""
+    return genlora(rank, group, kernels, share_across_targets=True, **fields)
+
+
+MAIN: dict[str, Arm] = {
     "lora r=1": lora(1),
     "lora r=2": lora(2),
     "lora r=4": lora(4),
     "lora r=8": lora(8),
     "lora r=32": lora(32),
-    # Residual alone, by rank and by group size.
-    "residual r=8 g=8": genlora(8, 8, None),
-    "residual r=16 g=16": genlora(16, 16, None),
-    "residual r=32 g=16": genlora(32, 16, None),
-    "residual r=32 g=32": genlora(32, 32, None),
-    "residual r=64 g=16": genlora(64, 16, None),
-    "residual r=128 g=8": genlora(128, 8, None),
-    # What the RBFs are worth: by number, beside the residual and alone, from zero or not.
-    "rbf K=4 r=16 g=16": genlora(16, 16, 4),
-    "rbf K=16 r=16 g=16": genlora(16, 16, 16),
-    "rbf K=8 r=32 g=16": genlora(32, 16, 8),
-    "rbf K=16 r=16 g=16, half": genlora(16, 16, 16, rbf_init=0.5),
-    "rbf K=64 r=16 g=4, half": genlora(16, 4, 64, rbf_init=0.5),
-    "rbf alone K=16 r=16 g=16": genlora(16, 16, 16, residual=False),
-    "rbf alone K=64 r=16 g=4": genlora(16, 4, 64, residual=False),
-    "chebyshev K=2 r=16 g=16": genlora(16, 16, 2, basis="chebyshev", rbf_init=0.5),
-    # Scopes.
-    "residual r=16 g=16, group": genlora(16, 16, None, normalize="group"),
-    "residual r=16 g=16, none": genlora(16, 16, None, normalize="none", latent_std=1.0),
-    "residual r=16 g=16, own generators": genlora(16, 16, None, share_generators=False),
-    "residual r=16 g=16, shared latents": genlora(
-        16, 16, None, share_generators=False, share_latents=True
-    ),
+    "target r=16 g=16": genlora(16, 16),
+    "target r=32 g=16": genlora(32, 16),
+    "target r=64 g=16": genlora(64, 16),
+    "target r=128 g=16": genlora(128, 16),
+    "model r=32 g=16": across(32, 16),
+    "model r=64 g=16": across(64, 16),
+    "model r=128 g=16": across(128, 16),
+    "model r=64 g=32": across(64, 32),
+    "model r=128 g=32": across(128, 32),
+    "model m=2 r=64 g=16": across(64, 16, latents_per_side=2),
+    "model m=4 r=64 g=16": across(64, 16, latents_per_side=4),
+    "rbf model K=16 r=64 g=16": across(64, 16, 16),
+    "rbf model K=16 r=64 g=16, half": across(64, 16, 16, rbf_init=0.5),
+    "dora r=1": lora(1, gl.DoRAConfig),
+    "vera r=1024": Arm(cfg=gl.VeRAConfig(rank=1024), shift=4),
     "elementwise g=256 r=32": genlora(32, 256, 4, generator="elementwise"),
-    "seeded r=16 g=16": genlora(16, 16, None, latents="seeded"),
 }
+
+MORE: dict[str, Arm] = {
+    # By group size.
+    "target r=8 g=8": genlora(8, 8),
+    "target r=32 g=8": genlora(32, 8),
+    "target r=32 g=32": genlora(32, 32),
+    "model r=32 g=8": across(32, 8),
+    "model r=32 g=32": across(32, 32),
+    # Latents: shared by kernels of one input, several a side, seeded, shared by layers.
+    "model r=64 g=16, inputs": across(64, 16, share_inputs=True),
+    "model m=2 r=32 g=8": across(32, 8, latents_per_side=2),
+    "model m=4 r=32 g=4": across(32, 4, latents_per_side=4),
+    "seeded model r=64 g=32": across(64, 32, latents="seeded"),
+    "latents of all layers r=16 g=16": genlora(16, 16, share_generators=False, share_latents=True),
+    "layer r=16 g=16": genlora(16, 16, share_generators=False),
+    # What the RBFs are worth: beside the residual and alone, by number; other families.
+    "rbf target K=4 r=16 g=16": genlora(16, 16, 4),
+    "rbf model K=64 r=32 g=16": across(32, 16, 64),
+    "rbf model K=64 r=32 g=16, half": across(32, 16, 64, rbf_init=0.5),
+    "rbf alone model K=64 r=32 g=4": across(32, 4, 64, residual=False),
+    "rbf alone model K=256 r=32 g=8": across(32, 8, 256, residual=False),
+    "chebyshev model K=2 r=32 g=16, half": across(32, 16, 2, basis="chebyshev", rbf_init=0.5),
+    "fourier model K=2 r=32 g=16, half": across(32, 16, 2, basis="fourier", rbf_init=0.5),
+    "bspline model K=4 r=32 g=16, half": across(32, 16, 4, basis="bspline", rbf_init=0.5),
+    # Scopes and rates.
+    "model r=32 g=16, group": across(32, 16, normalize="group"),
+    "model r=32 g=16, none": across(32, 16, normalize="none", latent_std=1.0),
+    "model r=32 g=16, ratio 0.1": across(32, 16, ratio=0.1),
+    "model r=32 g=16, ratio 1": across(32, 16, ratio=1.0),
+    "rbf model K=64 r=32 g=16, ratio 1": across(32, 16, 64, ratio=1.0),
+    # Other methods.
+    "lora+ r=4 x4": lora(4, b_ratio=4.0, shift=-1),
+    "lora+ r=4 x16": lora(4, b_ratio=16.0, shift=-2),
+    "dora r=4": lora(4, gl.DoRAConfig),
+    "pissa r=4": lora(4, gl.PiSSAConfig, shift=-2),
+    "vera r=256": Arm(cfg=gl.VeRAConfig(rank=256), shift=4),
+    "full": Arm(cfg=gl.FullConfig(), shift=-6),
+}
+
+FEW = (
+    "lora r=1",
+    "lora r=4",
+    "lora r=32",
+    "target r=32 g=16",
+    "model r=32 g=16",
+    "model r=64 g=16",
+    "model r=128 g=32",
+    "model m=2 r=64 g=16",
+    "rbf model K=16 r=64 g=16",
+)
+SETS: dict[str, dict[str, Arm]] = {
+    "main": MAIN,
+    "more": MORE,
+    "few": {name: MAIN[name] for name in FEW},
+}
+ARMS = MAIN | MORE
