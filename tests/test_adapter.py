@@ -116,6 +116,9 @@ CONFIGS = {
     "unshared": gl.GenLoRAConfig(**SMALL, share_generators=False),
     "shared_latents": gl.GenLoRAConfig(**SMALL, share_generators=False, share_latents=True),
     "seeded": gl.GenLoRAConfig(**SMALL, latents="seeded", trainable_centers=False),
+    "several_latents": gl.GenLoRAConfig(**SMALL, latents_per_side=2, rbf_init=0.5),
+    "across_targets": gl.GenLoRAConfig(**SMALL, share_across_targets=True, rbf_init=0.5),
+    "inputs": gl.GenLoRAConfig(**SMALL, share_inputs=True),
     "lora": gl.LoRAConfig(rank=3),
 }
 every_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
@@ -231,6 +234,56 @@ def test_unrolled_layers_share_their_generators(random_llama):
     assert {leaf.shape[0] for leaf in jax.tree.leaves(adapter.trainable["latents"])} == {3}
 
 
+def test_latents_and_generators_that_targets_share_are_counted_once(random_llama):
+    _, params = random_llama()
+    r, g, k, m = 3, 4, 2, 2
+    cfg = gl.GenLoRAConfig(**SMALL, latents_per_side=m, share_across_targets=True)
+    targets = find_targets(cfg, params)
+    sides = sum(target.depth * (target.d_in + target.d_out) for target in targets)
+    generators = 2 * (r * (g * k + m * g * g) + k * (m * g + 1))
+    assert count(cfg, params) == m * sides + generators
+    shared = dataclasses.replace(cfg, share_inputs=True)
+    hidden = next(target for target in targets if target.name.endswith("q_proj"))
+    # k, v and up do without a latent of their own for what q and gate read.
+    assert count(cfg, params) - count(shared, params) == 3 * m * hidden.depth * hidden.d_in
+
+
+def test_targets_that_share_generators_or_latents_make_the_factors_of_their_owners(
+    random_llama, perturb
+):
+    _, params = random_llama()
+    names = ["q_proj", "k_proj", "gate_proj", "down_proj"]
+    cfg = gl.GenLoRAConfig(**SMALL, targets=names, share_across_targets=True, share_inputs=True)
+    adapter = perturb(init(cfg, params))
+    factors = {
+        path[-2]: leaf
+        for path, leaf in flatten_dict(generate(cfg, adapter)).items()
+        if path[-1] == "a"
+    }
+    np.testing.assert_array_equal(factors["q_proj"], factors["k_proj"])
+    assert not np.allclose(factors["q_proj"], factors["gate_proj"])
+    generators, latents = adapter.trainable["generators"], adapter.trainable["latents"]
+    assert [name.rsplit(".", 1)[1] for name in generators] == ["down_proj"]  # the first by name
+    (own,) = (jax.tree.map(lambda x: x[0], sides["a"]) for sides in generators.values())
+    for name, leaves in latents.items():
+        if "a" not in leaves:
+            continue
+        # What is generated has variance 1 / d_in of the owner at first, and 1 / d_in of its own.
+        scale = np.sqrt(factors["down_proj"].shape[1] / leaves["a"].shape[1])
+        basis = jax.vmap(lambda z: gl.generators.generate(cfg, z, own))(leaves["a"])
+        np.testing.assert_allclose(
+            factors[name.rsplit(".", 1)[1]], scale * basis, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_targets_of_layers_that_differ_share_no_latent():
+    kernel = jax.ShapeDtypeStruct((8, 8), np.float32)
+    params = {"layers_0": {"q_proj": {"kernel": kernel}, "k_proj": {"kernel": kernel}}}
+    params["layers_1"] = {"q_proj": {"kernel": kernel}}
+    cfg = gl.GenLoRAConfig(**SMALL, share_inputs=True)
+    assert count(cfg, params) == count(dataclasses.replace(cfg, share_inputs=False), params)
+
+
 # The attainable rank.
 
 
@@ -239,6 +292,7 @@ def test_unrolled_layers_share_their_generators(random_llama):
     [
         (gl.GenLoRAConfig(rank=25, group_size=4, kernels=2, targets="proj"), 4 * (4 + 2)),
         (gl.GenLoRAConfig(rank=17, group_size=4, kernels=2, basis=None), 4 * 4),
+        (gl.GenLoRAConfig(rank=33, group_size=4, basis=None, latents_per_side=2), 4 * 8),
         (gl.GenLoRAConfig(rank=9, group_size=4, kernels=2, residual=False), 4 * 2),
         (gl.GenLoRAConfig(rank=13, group_size=16, kernels=2, generator="elementwise"), 4 * 3),
         (gl.LoRAConfig(rank=65), 64),
@@ -292,6 +346,11 @@ def test_a_rank_above_the_attainable_one_warns_and_one_at_it_does_not(cfg, limit
         ("eps", {"eps": "small"}),
         ("bandwidth", {"bandwidth": 0.0}),
         ("bandwidth", {"bandwidth": 1.0, "basis": "fourier"}),
+        ("latents_per_side", {"latents_per_side": 0}),
+        ("latents_per_side", {"latents_per_side": 2, "generator": "elementwise"}),
+        ("share_inputs", {"share_inputs": True, "latents": "seeded"}),
+        ("share_across_targets", {"share_across_targets": True, "share_generators": False}),
+        ("share_across_targets", {"share_across_targets": True, "generator": "elementwise"}),
     ],
 )
 def test_a_value_that_a_field_does_not_take_raises_and_names_the_field(field, changes):

@@ -105,8 +105,9 @@ def test_the_result_depends_on_the_delta_alone():
         {"share_generators": False, "share_latents": True},
         {"latents": "seeded", "share_generators": False},
         {"basis": "fourier", "residual": False, "kernels": 4, "generator": "elementwise"},
+        {"latents_per_side": 3},
     ],
-    ids=["shared_latents", "seeded", "elementwise"],
+    ids=["shared_latents", "seeded", "elementwise", "several_latents"],
 )
 def test_every_form_of_the_generator_can_be_fitted(changes):
     cfg = dataclasses.replace(CFG, **changes)
@@ -139,6 +140,8 @@ def test_wrong_inputs_are_named():
     kernel = {"kernel": jnp.zeros((4, 64, 48))}
     with pytest.raises(ValueError, match="steps"):
         gl.fit(CFG, factors, steps=0)
+    with pytest.raises(ValueError, match="needs share_across_targets=False"):
+        gl.fit(dataclasses.replace(CFG, share_across_targets=True), factors)
     with pytest.raises(ValueError, match="not those of AdapterConfig"):
         gl.fit(gl.config.AdapterConfig(), factors)
     with pytest.raises(ValueError, match=r"factors of layers\.q hold \['a'\], not a and b"):

@@ -43,16 +43,18 @@ def scalar_features(family, x, count, bandwidth):
 
 
 def reference_groups(cfg, z):
-    """Normalised groups, the last one padded with zeros."""
+    """Normalised groups, of every latent one after the other; the last padded with zeros."""
     z, g = np.asarray(z, np.float64), cfg.group_size
     if cfg.normalize == "latent":
         z = (z - z.mean()) / np.sqrt(z.var() + cfg.eps)
+    latents = np.split(z, cfg.latents_per_side)
     groups = []
-    for start in range(0, len(z), g):
-        part = z[start : start + g]
+    for start in range(0, len(latents[0]), g):
+        parts = [latent[start : start + g] for latent in latents]
         if cfg.normalize == "group":
-            part = (part - part.mean()) / np.sqrt(part.var() + cfg.eps)
-        groups.append(np.concatenate([part, np.zeros(g - len(part))]))
+            mean, var = np.mean(parts), np.var(parts)
+            parts = [(part - mean) / np.sqrt(var + cfg.eps) for part in parts]
+        groups.append(np.concatenate([np.pad(part, (0, g - len(part))) for part in parts]))
     return groups
 
 
@@ -70,14 +72,14 @@ def reference(cfg, z, generator):
                     for k in range(count):
                         h = (cfg.bandwidth or 2**0.5) * np.exp(own["log_width"][k])
                         distance = ((t - own["centers"][k]) ** 2).sum()
-                        phi.append(np.exp(-distance / (g * h**2)))
+                        phi.append(np.exp(-distance / (len(t) * h**2)))
                 elif cfg.basis is not None:
                     for x in t:
                         phi += scalar_features(cfg.basis, x, count, cfg.bandwidth)
                 for f, value in enumerate(phi):
                     out += value * own["weights"][i, f]
                 if cfg.residual:
-                    for m in range(g):
+                    for m in range(len(t)):
                         out += t[m] * own["residual"][i, m]
             else:
                 for m, x in enumerate(t):
@@ -87,7 +89,7 @@ def reference(cfg, z, generator):
                     if cfg.residual:
                         out[m] += x * own["residual"][i, j]
             column.append(out)
-        column = np.concatenate(column)[: len(z)]
+        column = np.concatenate(column)[: len(z) // cfg.latents_per_side]
         columns.append(column - column.mean() if cfg.center_basis else column)
     return np.stack(columns, axis=1)
 
@@ -108,7 +110,7 @@ def init_generator(cfg, key, z, centers):
 def random_generator(cfg, n, seed=0):
     """A latent, and weights of the shapes that generators have, all random."""
     rng = np.random.default_rng(seed)
-    z = jnp.asarray(rng.standard_normal(n) + 0.3, jnp.float32)
+    z = jnp.asarray(rng.standard_normal(cfg.latents_per_side * n) + 0.3, jnp.float32)
     centers = generators.fixed_centers(cfg, 0, "test")
     init = init_generator(cfg, jax.random.key(0), z[None], centers)
     own = {
@@ -166,6 +168,34 @@ def test_generate_equals_the_reference_with_other_settings(form, changes, basis)
     check_against_reference(
         gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, generator=form, basis=basis, **changes)
     )
+
+
+@pytest.mark.parametrize("normalize", ["latent", "group", "none"])
+@pytest.mark.parametrize("basis", ["rbf", "fourier", None])
+@pytest.mark.parametrize("m", [2, 3])
+def test_generate_equals_the_reference_with_several_latents(normalize, basis, m):
+    check_against_reference(
+        gl.GenLoRAConfig(
+            rank=3,
+            group_size=4,
+            kernels=2,
+            latents_per_side=m,
+            normalize=normalize,
+            basis=basis,
+            rbf_init=0.5,
+        )
+    )
+
+
+def test_as_many_latents_as_ranks_in_groups_of_one_are_a_mixture_of_them():
+    cfg = gl.GenLoRAConfig(
+        rank=3, group_size=1, latents_per_side=3, basis=None, normalize="none", alpha=3.0
+    )
+    z = jax.random.normal(jax.random.key(0), (3, 10))
+    mixing = jax.random.normal(jax.random.key(1), (3, 3))
+    basis = generators.generate(cfg, z.reshape(-1), {"residual": mixing[:, :, None]})
+    expected = np.asarray(z, np.float64).T @ np.asarray(mixing, np.float64).T
+    np.testing.assert_allclose(basis, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_group_normalisation_of_a_lone_last_element_is_zero():

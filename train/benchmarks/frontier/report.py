@@ -17,68 +17,96 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent.parent / "results" / "frontier"
 PICTURES = Path(__file__).parents[3] / "docs" / "frontier"
-COLOURS = {"lora": "tab:blue", "residual": "tab:orange", "rbf": "tab:green"}
+Arms = dict[str, dict[str, Any]]
 
 
-def best(arm: dict[str, Any]) -> tuple[float, float, str]:
-    """Lowest validation loss over an arm's rates, its rate, and where in the grid that lies."""
-    losses = [math.inf if loss is None else loss for loss in arm["validation_loss"]]
-    i = min(range(len(losses)), key=losses.__getitem__)
-    rates = sorted({member["learning_rate"] for member in arm["members"]})
-    rate = arm["members"][i]["learning_rate"]
-    edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(rate, "") if len(rates) > 1 else ""
-    return losses[i], rate, edge
+def finished(arms: Arms) -> Arms:
+    """Arms by parameters; those that failed are left out."""
+    done = [(name, arm) for name, arm in arms.items() if "failed" not in arm]
+    return dict(sorted(done, key=lambda item: item[1]["parameters"]))
 
 
-def lora_equivalent(parameters: int, loss: float, arms: dict[str, Any]) -> float | None:
+def lora_equivalent(arm: dict[str, Any], arms: Arms) -> float | None:
     """Parameters that LoRA needs for the same loss over an arm's, by interpolation of logarithms.
 
     None outside of what LoRA's arms span.
     """
-    plain = [a for n, a in arms.items() if n.startswith("lora") and "failed" not in a]
-    curve = sorted((best(arm)[0], math.log(arm["parameters"])) for arm in plain)
+    plain = [own for name, own in arms.items() if name.startswith("lora r=")]
+    curve = sorted((own["best_loss"], math.log(own["parameters"])) for own in plain)
     for (low, more), (high, fewer) in itertools.pairwise(curve):
-        if low <= loss <= high:
-            share = (high - loss) / (high - low) if high > low else 0.0
-            return math.exp(fewer + share * (more - fewer)) / parameters
+        if low <= arm["best_loss"] <= high:
+            share = (high - arm["best_loss"]) / (high - low) if high > low else 0.0
+            return math.exp(fewer + share * (more - fewer)) / float(arm["parameters"])
     return None
 
 
-def table(arms: dict[str, Any]) -> str:
-    """A regime's arms by parameters, in Markdown."""
-    lines = [
-        "| arm | parameters | best rate | validation loss | LoRA needs |",
-        "|---|---|---|---|---|",
-    ]
-    done = {name: arm for name, arm in arms.items() if "failed" not in arm}
-    for name, arm in sorted(done.items(), key=lambda item: item[1]["parameters"]):
-        loss, rate, edge = best(arm)
-        ratio = lora_equivalent(arm["parameters"], loss, done)
-        needs = "" if ratio is None or name.startswith("lora") else f"{ratio:.2f} x"
-        said = f"{rate:.2g}" + (f" ({edge})" if edge else "")
-        lines.append(f"| {name} | {arm['parameters']:,} | {said} | {loss:.4f} | {needs} |")
+def table(arms: Arms) -> str:
+    """A run's arms by parameters, in Markdown."""
+    done = finished(arms)
+    tested = any("test_loss" in arm for arm in done.values())
+    head = ["arm", "parameters", "best rate", "validation loss", "LoRA needs"]
+    head += ["test loss"] if tested else []
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, arm in done.items():
+        rates = sorted({member["learning_rate"] for member in arm["members"]})
+        edge = " (edge)" if arm["best_rate"] in (rates[0], rates[-1]) else ""
+        ratio = None if name.startswith("lora r=") else lora_equivalent(arm, done)
+        cells = [
+            name,
+            f"{arm['parameters']:,}",
+            f"{arm['best_rate']:.2g}{edge}",
+            f"{arm['best_loss']:.4f}",
+            "" if ratio is None else f"{ratio:.2f} x",
+        ]
+        if tested:
+            own = arm.get("test_loss", [])
+            cells.append(f"{sum(own) / len(own):.4f}" if own else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    if lost := sorted(set(arms) - set(done)):
+        lines.append(f"\nNot finished: {', '.join(lost)}.")
     return "\n".join(lines)
 
 
-def draw(run: dict[str, Any], file: Path) -> None:
-    """Loss against parameters, a panel a regime."""
-    regimes = run["regimes"]
-    figure, axes = plt.subplots(1, len(regimes), figsize=(6 * len(regimes), 4.5), squeeze=False)
-    for axis, (regime, found) in zip(axes[0], regimes.items(), strict=True):
+def draw_frontier(runs: dict[str, Arms], file: Path) -> None:
+    """Loss against parameters, a panel a run (the paper's Figure 1, lower)."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.5), squeeze=False)
+    for axis, (name, arms) in zip(axes[0], runs.items(), strict=True):
         points: dict[str, list[tuple[int, float]]] = {}
-        for name, arm in found["arms"].items():
-            if "failed" not in arm:
-                points.setdefault(name.split()[0], []).append((arm["parameters"], best(arm)[0]))
+        for arm_name, arm in finished(arms).items():
+            family = arm_name.split()[0]
+            points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
         for family, values in points.items():
-            line = "o-" if family == "lora" else "o"
-            axis.plot(
-                *zip(*sorted(values), strict=True), line, label=family, color=COLOURS.get(family)
-            )
-        axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss", title=regime)
+            style = "-" if family == "lora" else ""
+            axis.plot(*zip(*values, strict=True), style, marker="o", label=family)
+        axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss", title=name)
         axis.legend(fontsize=8)
+    save(figure, file)
+
+
+def draw_scaling(runs: dict[str, Arms], file: Path) -> None:
+    """Loss against rank, a line a group size and scope of sharing (the paper's Figure 3)."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.5), squeeze=False)
+    for axis, (name, arms) in zip(axes[0], runs.items(), strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for arm_name, arm in finished(arms).items():
+            cfg, words = arm["config"], arm_name.split()
+            if cfg["method"] == "lora" and words[0] == "lora":
+                lines.setdefault("lora", []).append((cfg["rank"], arm["best_loss"]))
+            elif words[0] in ("target", "model") and len(words) == 3:
+                label = f"one set a {words[0]}, g={cfg['group_size']}"
+                lines.setdefault(label, []).append((cfg["rank"], arm["best_loss"]))
+        for label, values in sorted(lines.items()):
+            axis.plot(*zip(*sorted(values), strict=True), marker="o", label=label)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="rank", ylabel="validation loss", title=name)
+        axis.legend(fontsize=8)
+    save(figure, file)
+
+
+def save(figure: Any, file: Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=90)
     plt.close(figure)
 
 
@@ -86,12 +114,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
     for file in parser.parse_args().files:
-        run = json.loads(file.read_text())
-        for regime, found in run["regimes"].items():
-            told = found["pretraining"]
-            print(f"\n## {file.stem}, {regime} (base: loss {told['loss']:.3f})\n")
-            print(table(found["arms"]))
-        draw(run, PICTURES / f"{file.stem}.png")
+        found = json.loads(file.read_text())
+        for name, arms in found["runs"].items():
+            told = found["pretraining"][" ".join(name.split()[:2])]
+            print(f"\n## {file.stem}: {name} (base: loss {told['loss']:.3f})\n")
+            print(table(arms))
+        draw_frontier(found["runs"], PICTURES / f"{file.stem}.png")
+        draw_scaling(found["runs"], PICTURES / f"{file.stem}_scaling.png")
 
 
 if __name__ == "__main__":

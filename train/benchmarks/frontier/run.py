@@ -1,7 +1,7 @@
 """One run of the study: bases pretrained, then every arm at as many rates as its optimum takes.
 
     python -m train.benchmarks.frontier.run --data frontier-data --folder frontier-bases \
-        --bases wide deep --tasks math --arms main --gpus 2 --per-gpu 4 --out run.json
+        --bases wide deep --tasks math --arms main --gpus 2 --per-gpu 3 --out run.json
 
 Figures of several runs are not for comparison: a rebuilt base differs a little. Every run has LoRA
 arms to compare with. Results are written after each arm; the same command again goes on where the
@@ -181,10 +181,10 @@ def perform(work: tuple[argparse.Namespace, dict[str, str]]) -> tuple[dict[str, 
 
 
 def claim(places: Any, options: argparse.Namespace) -> None:
-    """Gives a worker its GPU, which it may share, before JAX looks for one."""
+    """Gives a worker its GPU, or a share of it, before JAX looks for one."""
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(places.get())
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.93 / options.per_gpu:.2f}"
     jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))
 
 
