@@ -106,7 +106,7 @@ def finetune(recipe: Recipe) -> int | None:
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
     if recipe.train.distributed:
-        join()
+        join(recipe.train.heartbeat)
     output = Path(recipe.train.output)
     if is_primary():
         check_output(recipe)

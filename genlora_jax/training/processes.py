@@ -12,25 +12,30 @@ from genlora_jax.training.interrupt import Interruption
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
-def join() -> None:
+def join(heartbeat: int = 100) -> None:
     """Joins the processes of a run, before JAX is used for anything else.
 
     By the environment's variables JAX_COORDINATOR_ADDRESS (host:port of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds out itself on TPU pods, SLURM,
     Kubernetes and under MPI.
 
+    Args:
+        heartbeat: Seconds of silence after which a process counts as lost, and all others end.
+
     Raises:
         ValueError: If some of the variables are missing, or nothing can be found out.
     """
+    patience = {"heartbeat_timeout_seconds": heartbeat}
     said = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
     missing = [name for name, value in said.items() if not value]
     try:
         if not missing:
-            jax.distributed.initialize(said[ADDRESS], int(said[COUNT] or 0), int(said[INDEX] or 0))
+            own = said[ADDRESS], int(said[COUNT] or 0), int(said[INDEX] or 0)
+            jax.distributed.initialize(*own, **patience)
         elif len(missing) < len(said):
             raise ValueError(f"{', '.join(missing)} must be set as well")
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**patience)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"train.distributed: cannot join the run's processes: {error}. Set {ADDRESS}, {COUNT} "

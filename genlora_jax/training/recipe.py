@@ -56,6 +56,7 @@ class TrainConfig:
         wandb: Project at Weights & Biases; needs the extra of that name.
         progress: Whether to show a progress bar.
         distributed: Whether this is one of several processes; see `processes.join`.
+        heartbeat: Seconds of silence after which a process counts as lost, and all others end.
     """
 
     output: str
@@ -73,11 +74,12 @@ class TrainConfig:
     wandb: str | None = None
     progress: bool = True
     distributed: bool = False
+    heartbeat: int = 100
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
         counts = ("steps", "epochs", "accumulate", "eval_every", "save_every", "chunk")
-        for name in (*counts, "keep", "keep_every"):
+        for name in (*counts, "keep", "keep_every", "heartbeat"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {value}")

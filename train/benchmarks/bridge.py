@@ -97,7 +97,7 @@ def ours(model_path: Path, text: Path, arm: Arm) -> dict[str, Any]:
     }
 
 
-def peft(model_path: Path, text: Path, arm: Arm) -> dict[str, Any]:
+def peft(model_path: Path, text: Path, arm: Arm, seed: int = 0) -> dict[str, Any]:
     """Trains LoRA with PyTorch and PEFT on the same batches."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -105,7 +105,7 @@ def peft(model_path: Path, text: Path, arm: Arm) -> dict[str, Any]:
 
     train, held = read_rows(model_path, text)
     cfg = arm.config
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     lora = LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules="all-linear")
     model = get_peft_model(model, lora)
