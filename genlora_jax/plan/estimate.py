@@ -6,12 +6,14 @@ terms, for attention whose scores exist for one layer at a time.
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh
 
 from genlora_jax.adapter import generate_factors, init_adapter
@@ -23,9 +25,9 @@ from genlora_jax.training.recipe import Recipe
 
 # Passes over the layers: forward, backward, and forward again where nothing was kept.
 PASSES = {"none": 2, "dots": 2, "full": 3}
-# Estimates of memory were found to be 73 to 97 % of the compiler's figures, never more
-# (train/benchmarks/results/plan.json).
-MARGIN = 0.28
+# Estimates of memory were found to be this near to the compiler's figures, or nearer
+# (train/benchmarks/results: plan.json, two_gpus.json).
+MARGIN = 0.15
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,14 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     between = tokens * hidden * width // tensor  # what passes from layer to layer
     kept = layers * (between if model.remat == "full" else working)
     chunk = max(1, -(-train.chunk // rows)) * rows
-    # Factors in float32, their gradients likewise, and a copy in the model's dtype.
-    own_factors = _own_values(mesh, factors, factor_specs(factors)) * (4 + 4 + width)
+    # Of factors a copy in the model's dtype, and in the layers' backward pass their gradients.
+    own_factors = _own_values(mesh, factors, factor_specs(factors))
     put_together = layer_bytes, head_values * width // tensor
     gathered = put_together if mesh.fsdp > 1 else (0, 0)
-    in_a_layer = gathered[0] + (working if model.remat == "full" else 0)
-    in_the_head = gathered[1] + 2 * chunk * cfg.vocab_size * 4 // tensor
-    temporaries = kept + own_factors + max(in_a_layer, in_the_head)
+    in_a_layer = gathered[0] + (working if model.remat == "full" else 0) + 4 * own_factors
+    in_the_head = gathered[1] + chunk * cfg.vocab_size * (4 + width) // tensor  # logits, twice
+    temporaries = kept + own_factors * width + max(in_a_layer, in_the_head)
+    temporaries += _transposed_values(recipe, chip, mesh, shapes) * width
     params = _own_values(mesh, shapes, param_specs(shapes)) * jnp.dtype(model.param_dtype).itemsize
     arguments = params + 4 * (3 * trained + frozen) + 13 * rows * train.accumulate * length
 
@@ -143,6 +146,20 @@ def _keeps_no_scores(recipe: Recipe, chip: Chip) -> bool:
     """Whether attention's scores stay within the chip."""
     attention = recipe.model.attention
     return attention in ("cudnn", "splash") or (attention == "auto" and chip.tpu)
+
+
+def _transposed_values(recipe: Recipe, chip: Chip, mesh: MeshConfig, shapes: Any) -> int:
+    """Values of kernels that the compiler keeps a second time, transposed.
+
+    While it loops over the layers: on TPUs those whose products attention takes, on GPUs those
+    that `fsdp` cuts by their last axis, since NCCL puts together by the first.
+    """
+    if not recipe.model.scan or (mesh.fsdp == 1 and not chip.tpu):
+        return 0
+    pattern = "(q|k|v|qkv)_proj" if chip.tpu else "(o|down)_proj"
+    flat = flatten_dict(shapes["model"]["layers"])
+    kernels = {path: leaf for path, leaf in flat.items() if re.fullmatch(pattern, path[-2])}
+    return _own_values(mesh, kernels, flatten_dict(param_specs(unflatten_dict(kernels))))
 
 
 def _abstract(mesh: MeshConfig) -> Any:
