@@ -17,6 +17,7 @@ class Chip:
         bandwidth: Bytes a second from and to device memory.
         link: Bytes a second out of the chip, to all of its neighbours together.
         tpu: Whether libtpu can compile for it.
+        dimensions: Those of the torus that its links make; 0 for a switch.
     """
 
     memory: float
@@ -24,16 +25,17 @@ class Chip:
     bandwidth: float
     link: float
     tpu: bool
+    dimensions: int
 
 
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, True),
-    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, True),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, True),
-    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9, True),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, True, 3),
+    "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, True, 2),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, True, 3),
+    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9, True, 2),
 }
 # For GPUs the memory is the user's to say; the rest is that of an H100 with NVLink.
-GPU = Chip(0, 989e12, 3350e9, 450e9, False)
+GPU = Chip(0, 989e12, 3350e9, 450e9, False, 0)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ terms, for attention whose scores exist for one layer at a time.
 
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh
 
 from genlora_jax.adapter import generate_factors, init_adapter
@@ -23,9 +25,9 @@ from genlora_jax.training.recipe import Recipe
 
 # Passes over the layers: forward, backward, and forward again where nothing was kept.
 PASSES = {"none": 2, "dots": 2, "full": 3}
-# Estimates of memory were found to be 73 to 97 % of the compiler's figures, never more
-# (train/benchmarks/results/plan.json).
-MARGIN = 0.28
+# Estimates of memory were found to be this near to the compiler's figures, or nearer
+# (train/benchmarks/results: plan.json, two_gpus.json).
+MARGIN = 0.15
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,22 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     scores = rows * heads // tensor * length * length * (4 + width + 4)  # and their gradient
     working = tokens * inner * width + (0 if _keeps_no_scores(recipe, chip) else scores)
     between = tokens * hidden * width // tensor  # what passes from layer to layer
-    kept = layers * (between if model.remat == "full" else working)
+    # Without remat also the parts of SwiGLU, and what the two norms compute in float32.
+    parts = tokens * (2 * cfg.intermediate_size // tensor * width + 4 * hidden * 4)
+    kept = layers * {"full": between, "dots": working, "none": working + parts}[model.remat]
     chunk = max(1, -(-train.chunk // rows)) * rows
-    # Factors in float32, their gradients likewise, and a copy in the model's dtype.
-    own_factors = _own_values(mesh, factors, factor_specs(factors)) * (4 + 4 + width)
-    put_together = layer_bytes, head_values * width // tensor
-    gathered = put_together if mesh.fsdp > 1 else (0, 0)
-    in_a_layer = gathered[0] + (working if model.remat == "full" else 0)
-    in_the_head = gathered[1] + 2 * chunk * cfg.vocab_size * 4 // tensor
-    temporaries = kept + own_factors + max(in_a_layer, in_the_head)
-    params = _own_values(mesh, shapes, param_specs(shapes)) * jnp.dtype(model.param_dtype).itemsize
+    # Of factors a copy in the model's dtype, and in the layers' backward pass their gradients.
+    own_factors = _own_values(mesh, factors, factor_specs(factors))
+    copies = _copies_gathered(chip, mesh)
+    gathered = copies * layer_bytes, copies * head_values * width // tensor
+    in_a_layer = gathered[0] + (working if model.remat == "full" else 0) + 4 * own_factors
+    # Of a chunk's logits, in the backward pass, TPUs keep none in float32.
+    logits = chunk * cfg.vocab_size * (width if chip.tpu else 4 + width) // tensor
+    in_the_head = gathered[1] + logits
+    temporaries = kept + own_factors * width + max(in_a_layer, in_the_head)
+    stored = jnp.dtype(model.param_dtype).itemsize
+    temporaries += _transposed_values(recipe, chip, mesh, shapes) * stored
+    params = _own_values(mesh, shapes, param_specs(shapes)) * stored
     arguments = params + 4 * (3 * trained + frozen) + 13 * rows * train.accumulate * length
 
     steps = train.accumulate
@@ -143,6 +151,31 @@ def _keeps_no_scores(recipe: Recipe, chip: Chip) -> bool:
     """Whether attention's scores stay within the chip."""
     attention = recipe.model.attention
     return attention in ("cudnn", "splash") or (attention == "auto" and chip.tpu)
+
+
+def _copies_gathered(chip: Chip, mesh: MeshConfig) -> int:
+    """Copies of a layer put together, or of the head's kernel, that there are at once.
+
+    Over 64 chips of a 3D torus or more the compiler gathers by an all-reduce of zeros with a
+    chip's own part among them: what goes in is as large as what comes out.
+    """
+    if mesh.fsdp == 1:
+        return 0
+    return 2 if chip.dimensions == 3 and mesh.fsdp >= 64 else 1
+
+
+def _transposed_values(recipe: Recipe, chip: Chip, mesh: MeshConfig, shapes: Any) -> int:
+    """Values of kernels that the compiler keeps a second time, transposed.
+
+    While it loops over the layers: on TPUs those whose products attention takes, on GPUs those
+    that `fsdp` cuts by their last axis, since NCCL puts together by the first.
+    """
+    if not recipe.model.scan or (mesh.fsdp == 1 and not chip.tpu):
+        return 0
+    pattern = "(q|k|v|qkv)_proj" if chip.tpu else "(o|down)_proj"
+    flat = flatten_dict(shapes["model"]["layers"])
+    kernels = {path: leaf for path, leaf in flat.items() if re.fullmatch(pattern, path[-2])}
+    return _own_values(mesh, kernels, flatten_dict(param_specs(unflatten_dict(kernels))))
 
 
 def _abstract(mesh: MeshConfig) -> Any:
