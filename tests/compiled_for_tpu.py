@@ -7,11 +7,23 @@ from genlora_jax.cli import main
 from genlora_jax.command import parse
 from genlora_jax.plan import report
 from genlora_jax.plan.chips import GIB, parse_topology
-from genlora_jax.plan.compiled import compile_step
-from genlora_jax.plan.estimate import MARGIN, rank_meshes
+from genlora_jax.plan.compiled import compile_step, topology_devices
+from genlora_jax.plan.estimate import MARGIN, candidates, rank_meshes
+from genlora_jax.sharding import make_mesh
 from genlora_jax.training.recipe import Recipe
 
 FILE = str(REPOSITORY / "train" / "recipes" / "llama3_8b_v5e_16.yaml")
+
+
+@pytest.mark.parametrize("name", ["v4:4x4x4", "v5e:4x4", "v5p:4x4x4", "v6e:8x8"])
+def test_every_mesh_that_is_offered_can_be_made(name):
+    recipe, topology = parse(Recipe, ["--config", FILE]), parse_topology(name)
+    devices = topology_devices(topology)
+    assert len(devices) == topology.count
+    meshes = list(candidates(recipe, topology))
+    assert len(meshes) > 3
+    for mesh in meshes:
+        assert make_mesh(mesh, devices).devices.shape == (mesh.data, mesh.fsdp, mesh.tensor)
 
 
 def test_the_8b_recipe_compiles_for_16_chips_and_fits_as_estimated(capsys, monkeypatch):

@@ -40,8 +40,12 @@ def topology_devices(topology: Topology) -> Any:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
+    # A v4's two cores are one device only when asked to be.
+    options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **options
+        ).devices
     except Exception as error:  # the plugin raises what it likes
         raise ValueError(f"cannot compile for {topology.name}: {error}") from error
 
