@@ -1,5 +1,6 @@
 """Runs of several processes: how they find one another, and stop together."""
 
+import functools
 import os
 import signal
 from typing import Any
@@ -25,17 +26,18 @@ def join(heartbeat: int = 100) -> None:
     Raises:
         ValueError: If some of the variables are missing, or nothing can be found out.
     """
-    patience = {"heartbeat_timeout_seconds": heartbeat}
+    initialize = functools.partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat
+    )
     said = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
     missing = [name for name, value in said.items() if not value]
     try:
         if not missing:
-            own = said[ADDRESS], int(said[COUNT] or 0), int(said[INDEX] or 0)
-            jax.distributed.initialize(*own, **patience)
+            initialize(said[ADDRESS], int(said[COUNT] or 0), int(said[INDEX] or 0))
         elif len(missing) < len(said):
             raise ValueError(f"{', '.join(missing)} must be set as well")
         else:
-            jax.distributed.initialize(**patience)
+            initialize()
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"train.distributed: cannot join the run's processes: {error}. Set {ADDRESS}, {COUNT} "

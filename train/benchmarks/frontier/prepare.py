@@ -165,6 +165,7 @@ def main() -> None:
         np.savez_compressed(arguments.out / f"{kind}.npz", **arrays)
     tokenizer.save_pretrained(arguments.out / "tokenizer")
     about = {
+        "vocabulary": len(tokenizer),
         "rows": {name: {k: len(v) for k, v in own.items()} for name, own in shares.items()},
         "tokens": {name: int(stream.size) for name, stream in streams.items()},
         "sha256": {

@@ -1,14 +1,19 @@
 """Bases for the study, pretrained from a seed at the start of each run: too large to keep."""
 
+import argparse
 import functools
+import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.flax import load_file, save_file
 
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, init_params
@@ -108,3 +113,36 @@ def pretrain(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
     return jax.tree.map(lambda leaf: leaf.astype(model.dtype), carry[0]), told
+
+
+def base_model(name: str, data: Path) -> Any:
+    """The model of a base with the vocabulary of the data's tokenizer."""
+    vocabulary = json.loads((data / "about.json").read_text())["vocabulary"]
+    attention = "cudnn" if jax.default_backend() == "gpu" else "auto"
+    return make_model(BASES[name], vocabulary, attention)
+
+
+def base_file(folder: Path, job: dict[str, str]) -> Path:
+    return folder / f"{job['base']}-{job['regime']}.safetensors"
+
+
+def load_base(folder: Path, job: dict[str, str]) -> Any:
+    """Parameters of a base that this run pretrained."""
+    return unflatten_dict(load_file(base_file(folder, job)), sep="/")
+
+
+def pretrain_base(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
+    """Pretrains a base into the run's folder; what became of it."""
+    streams = np.load(options.data / "pretraining.npz")
+    rows = [streams["novels"]]
+    if job["regime"] == "known":
+        rows += [v for name, v in streams.items() if name != "novels"] * REPEATS
+    params, told = pretrain(
+        base_model(job["base"], options.data),
+        np.concatenate(rows),
+        rate=BASES[job["base"]].rate,
+        seed=0,
+        steps=options.pretraining_steps,
+    )
+    save_file(flatten_dict(params, sep="/"), base_file(options.folder, job))
+    return told

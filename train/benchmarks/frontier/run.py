@@ -10,10 +10,8 @@ which looks at them once, with the member of each arm that validation chose.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -21,154 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.flax import load_file, save_file
 
-import genlora_jax as gl
-from genlora_jax.config import config_to_json
-from genlora_jax.training.losses import next_token_targets, summed_loss
-from genlora_jax.training.members import Member
-from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.provenance import provenance
-from genlora_jax.training.sweep import run_sweep
-from train.benchmarks.frontier.arms import ARMS, FIRST, SETS, rate_at
-from train.benchmarks.frontier.pretrain import BASES, REPEATS, make_model, pretrain
-
-FIELDS = ("input_ids", "loss_mask", "segment_ids", "positions")
-CHUNK, VOCABULARY, STEPS_PER_CALL = 16384, 8192, 8
-RATES_AT_ONCE, MOST_RATES = 4, 16
-
-
-def load_batches(file: Path, task: str) -> list[dict[str, np.ndarray]]:
-    """A task's batches, one after another."""
-    arrays = np.load(file)
-    stacked = [arrays[f"{task}/{field}"] for field in FIELDS]
-    return [dict(zip(FIELDS, parts, strict=True)) for parts in zip(*stacked, strict=True)]
-
-
-def base_model(name: str) -> Any:
-    return make_model(
-        BASES[name], VOCABULARY, "cudnn" if jax.default_backend() == "gpu" else "auto"
-    )
-
-
-def best_of(losses: dict[float, list[float]]) -> float:
-    """The rate with the lowest loss, the mean over its seeds; a lost seed loses the rate."""
-    return min(losses, key=lambda rate: (np.mean(losses[rate]), rate))
-
-
-def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
-    """An arm at rates of the grid until the best is not the first or the last; its record."""
-    arm, began = ARMS[job["arm"]], time.perf_counter()
-    model, params = base_model(job["base"]), load_base(options.folder, job)
-    tuned = load_batches(options.data / "tuned.npz", job["task"])
-    held_out = load_batches(options.data / "validation.npz", job["task"])
-    steps = (options.steps or len(tuned)) // STEPS_PER_CALL * STEPS_PER_CALL
-    members: list[Member] = []
-    losses: dict[float, list[float]] = {}
-    kept: dict[float, list[gl.Adapter]] = {}
-    train_loss, diverged = [], []
-
-    def sweep(exponents: range) -> None:
-        new = [
-            Member(learning_rate=rate_at(exponent), generator_ratio=arm.ratio, seed=seed)
-            for exponent in exponents
-            for seed in range(options.seeds)
-        ]
-        result = run_sweep(
-            model,
-            params,
-            arm.cfg,
-            new,
-            iter(tuned),
-            held_out,
-            optim=OptimConfig(b_ratio=arm.b_ratio),
-            steps=steps,
-            eval_every=max(steps // STEPS_PER_CALL // 3, 1) * STEPS_PER_CALL,
-            chunk=CHUNK,
-            steps_per_call=STEPS_PER_CALL,
-        )
-        for i, (member, loss) in enumerate(zip(new, result.best_loss, strict=True)):
-            members.append(member)
-            losses.setdefault(member.learning_rate, []).append(float(loss))
-            kept.setdefault(member.learning_rate, []).append(result.adapter(i))
-        train_loss.extend(result.loss[-STEPS_PER_CALL:].mean(axis=0).round(5).tolist())
-        diverged.extend(result.diverged.tolist())
-
-    low = FIRST[job["regime"]] + arm.shift
-    high = low + RATES_AT_ONCE
-    sweep(range(low, high))
-    while high - low < MOST_RATES:
-        best = best_of(losses)
-        if best == rate_at(low):
-            sweep(range(low - RATES_AT_ONCE, low))
-            low -= RATES_AT_ONCE
-        elif best == rate_at(high - 1):
-            sweep(range(high, high + RATES_AT_ONCE))
-            high += RATES_AT_ONCE
-        else:
-            break
-    best = best_of(losses)
-    record = {
-        "config": config_to_json(arm.cfg),
-        "b_ratio": arm.b_ratio,
-        "parameters": gl.count_parameters(kept[best][0]),
-        "members": [dataclasses.asdict(member) for member in members],
-        "steps": steps,
-        "train_loss": train_loss,
-        "validation_loss": [
-            round(x, 5) if math.isfinite(x) else None for own in losses.values() for x in own
-        ],
-        "diverged_at": diverged,
-        "best_rate": best,
-        "best_loss": round(float(np.mean(losses[best])), 5),
-    }
-    if options.test:
-        rows = load_batches(options.data / "test.npz", job["task"])
-        record["test_loss"] = [
-            held_out_loss(model, params, arm.cfg, adapter, rows) for adapter in kept[best]
-        ]
-    return record | {"seconds": round(time.perf_counter() - began, 1)}
-
-
-def held_out_loss(model: Any, params: Any, cfg: Any, adapter: Any, batches: Any) -> float:
-    """Mean loss of the trained tokens of some batches."""
-
-    @jax.jit
-    def sums(params: Any, factors: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        total = summed_loss(model, params, factors, batch, chunk=CHUNK)
-        return total, next_token_targets(batch)[1].sum()
-
-    factors = gl.generate_factors(cfg, adapter)
-    parts = [sums(params, factors, batch) for batch in batches]
-    return round(float(sum(t for t, _ in parts)) / float(sum(n for _, n in parts)), 5)
-
-
-def base_file(folder: Path, job: dict[str, str]) -> Path:
-    return folder / f"{job['base']}-{job['regime']}.safetensors"
-
-
-def load_base(folder: Path, job: dict[str, str]) -> Any:
-    """Parameters of a base that this run pretrained."""
-    return unflatten_dict(load_file(base_file(folder, job)), sep="/")
-
-
-def pretrain_base(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
-    """Pretrains a base into the run's folder; what became of it."""
-    streams = np.load(options.data / "pretraining.npz")
-    rows = [streams["novels"]]
-    if job["regime"] == "known":
-        rows += [v for name, v in streams.items() if name != "novels"] * REPEATS
-    params, told = pretrain(
-        base_model(job["base"]),
-        np.concatenate(rows),
-        rate=BASES[job["base"]].rate,
-        seed=0,
-        steps=options.pretraining_steps,
-    )
-    save_file(flatten_dict(params, sep="/"), base_file(options.folder, job))
-    return told
+from train.benchmarks.frontier.arms import ARMS, FIRST, SETS
+from train.benchmarks.frontier.pretrain import BASES, pretrain_base
+from train.benchmarks.frontier.tune import sweep_rates
 
 
 def perform(work: tuple[argparse.Namespace, dict[str, str]]) -> tuple[dict[str, str], Any]:

@@ -1,0 +1,134 @@
+"""The study: its data's shares, its sweeps, and that its page shows the committed results."""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from tiny_base import REPOSITORY
+
+import genlora_jax as gl
+from train.benchmarks.frontier import report, run, tune
+from train.benchmarks.frontier.arms import SETS, rate_at
+from train.benchmarks.frontier.prepare import split
+from train.benchmarks.frontier.pretrain import pretrain_base
+
+JOB = {"base": "tiny", "regime": "known", "task": "letters", "arm": "model r=32 g=8"}
+LENGTH, STEPS = 16, 16
+
+
+def write_batches(file, batches, seed):
+    """Counting upwards from a random start, two segments a row, the second half of each trained."""
+    rng = np.random.default_rng(seed)
+    place = np.arange(LENGTH) % (LENGTH // 2)
+    starts = np.repeat(rng.integers(1, 40, (batches, 2, 2)), LENGTH // 2, axis=-1)
+    shape = starts.shape
+    arrays = {
+        "input_ids": starts + place,
+        "loss_mask": np.broadcast_to(place >= LENGTH // 4, shape),
+        "segment_ids": np.broadcast_to(1 + np.arange(LENGTH) // (LENGTH // 2), shape),
+        "positions": np.broadcast_to(place, shape),
+    }
+    np.savez(file, **{f"letters/{name}": value for name, value in arrays.items()})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Options of a run on little data, without test rows, and its base."""
+    here = tmp_path_factory.mktemp("study")
+    (here / "about.json").write_text(json.dumps({"vocabulary": 48}))
+    rng = np.random.default_rng(0)
+    rows = {name: rng.integers(0, 48, (320, LENGTH)) for name in ("novels", "known-letters")}
+    np.savez(here / "pretraining.npz", **rows)
+    write_batches(here / "tuned.npz", STEPS, 1)
+    write_batches(here / "validation.npz", 2, 2)
+    options = argparse.Namespace(
+        data=here, folder=here, steps=None, pretraining_steps=10, seeds=2, test=False
+    )
+    told = pretrain_base(options, JOB)
+    assert told["steps"] == 10
+    return options
+
+
+def test_shares_of_a_task_have_no_row_in_common():
+    rows = [{"prompt": str(i)} for i in range(1000)]
+    shares = split(rows, seed=3)
+    drawn = [row["prompt"] for share in shares.values() for row in share]
+    assert len(set(drawn)) == len(drawn) == 1000
+    assert [len(shares[name]) for name in ("known", "validation", "tuned")] == [500, 125, 375]
+
+
+def test_a_sweep_goes_on_until_its_best_rate_lies_inside(study, monkeypatch):
+    monkeypatch.setitem(tune.FIRST, "known", -24)  # far too low: 1e-6
+    record = tune.sweep_rates(study, JOB)
+    rates = sorted({member["learning_rate"] for member in record["members"]})
+    assert rates[0] == rate_at(-24)
+    assert rates[3] < record["best_rate"]
+    assert record["best_rate"] < rates[-1] or len(rates) == tune.MOST_RATES
+    losses = np.array(record["validation_loss"]).reshape(-1, 2)  # seeds of a rate side by side
+    assert record["best_loss"] == pytest.approx(losses.mean(axis=1).min(), abs=1e-5)
+    assert record["singular_values"][0] == 1.0
+    assert "test_loss" not in record
+
+
+def test_test_rows_are_looked_at_with_what_validation_chose(study):
+    (study.data / "validation.npz").rename(study.data / "test.npz")
+    write_batches(study.data / "validation.npz", 2, 2)  # the same rows
+    looking = argparse.Namespace(**vars(study) | {"test": True})
+    record = tune.sweep_rates(looking, JOB)
+    (study.data / "test.npz").unlink()
+    assert len(record["test_loss"]) == 2
+    assert np.mean(record["test_loss"]) == pytest.approx(record["best_loss"], rel=1e-4)
+    assert all(0 <= share <= 1 for share in record["test_exact_match"])
+
+
+def test_a_completion_is_got_if_all_its_tokens_are():
+    class Counting(nn.Module):
+        """Says the next number, but after 6 that it is 9; nearly sure."""
+
+        @nn.compact
+        def __call__(self, ids, *, positions, segment_ids):
+            said = jnp.where(ids == 6, 9, ids + 1)
+            adapted = nn.Dense(10, use_bias=False, name="proj")(jnp.ones((*ids.shape, 4)))
+            return 5.0 * jax.nn.one_hot(said, 10) + 0.0 * adapted
+
+    batch = {
+        "input_ids": np.array([[1, 2, 3, 4, 5, 6, 7, 8]]),
+        "loss_mask": np.array([[0, 0, 1, 1, 0, 0, 1, 1]], bool),
+        "segment_ids": np.array([[1, 1, 1, 1, 2, 2, 2, 2]]),
+        "positions": np.array([[0, 1, 2, 3, 0, 1, 2, 3]]),
+    }
+    params, cfg = {"proj": {"kernel": jnp.zeros((4, 10))}}, gl.LoRAConfig(rank=1)
+    adapter = gl.init_adapter(cfg, jax.random.key(0), params)
+    told = tune.tested(Counting(), params, cfg, adapter, [batch, batch])
+    right = np.log(np.exp(5) + 9) - 5
+    assert told["test_loss"] == pytest.approx((3 * right + right + 5) / 4, abs=1e-4)
+    assert told["test_exact_match"] == 0.5  # 3 4, but not 7 8
+
+
+def test_arms_can_be_asked_for_by_set_or_name_on_every_base():
+    options = argparse.Namespace(
+        bases=["wide", "deep"], regimes=["hard"], tasks=["math", "code"], arms=["few", "full"]
+    )
+    bases, tuning = run.jobs_of(options)
+    assert len(bases) == 2
+    assert len(tuning) == 2 * 2 * (len(SETS["few"]) + 1)
+
+
+def test_what_lora_needs_is_interpolated_between_its_ranks():
+    arms = {
+        "lora r=1": {"parameters": 100, "best_loss": 2.0},
+        "lora r=4": {"parameters": 400, "best_loss": 1.0},
+    }
+    assert report.lora_equivalent({"parameters": 50, "best_loss": 1.5}, arms) == pytest.approx(4)
+    assert report.lora_equivalent({"parameters": 50, "best_loss": 0.5}, arms) is None
+
+
+@pytest.mark.parametrize("file", sorted(report.RESULTS.glob("*.json")), ids=lambda f: f.stem)
+def test_the_page_shows_the_committed_results(file):
+    page = (REPOSITORY / "docs" / "when.md").read_text()
+    for arms in json.loads(file.read_text())["runs"].values():
+        assert report.table(arms) in page
