@@ -300,6 +300,32 @@ def test_script_with_an_adapter(run, base, subject, score, exercises, perturb, t
     assert found["base"] == pytest.approx(expected, rel=FLOAT32)
 
 
+def test_a_model_cut_over_devices_gets_the_same_results(run, subject, perturb, tmp_path):
+    cfg = gl.LoRAConfig(rank=2)
+    adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), subject.params))
+    gl.save_adapter(tmp_path / "adapter", cfg, adapter, model=subject.model)
+    asked = [
+        "--adapter",
+        tmp_path / "adapter",
+        "--match.data",
+        str(QUESTIONS),
+        "--match.limit",
+        "6",
+    ]
+    asked += ["--match.max_new_tokens", "8", "--perplexity.data", str(QUESTIONS)]
+    asked += ["--perplexity.limit", "6", "--perplexity.length", "64"]
+    found = []
+    for more in ([], ["--overwrite", "true", "--mesh.fsdp", "-1", "--mesh.tensor", "2"]):
+        assert run(*asked, *more)[0] == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+        lines = (tmp_path / "out" / "match.jsonl").read_text()
+        found.append((results["perplexity"][str(QUESTIONS)]["loss"], lines))
+    assert found[1][0] == pytest.approx(found[0][0], rel=FLOAT32)
+    assert found[1][1] == found[0][1]
+    status, _, err = run(*asked, "--overwrite", "true", "--mesh.data", "3")
+    assert (status, err.splitlines()[0][:28]) == (1, "error: mesh data=3 x fsdp=-1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

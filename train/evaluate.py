@@ -21,6 +21,7 @@ from genlora_jax.evaluation.perplexity import PerplexityConfig
 from genlora_jax.evaluation.sandbox import isolation
 from genlora_jax.evaluation.subject import load_subject
 from genlora_jax.evaluation.tasks import PromptConfig, read_examples
+from genlora_jax.sharding import MeshConfig, make_mesh
 from genlora_jax.storage import new_directory, refuse_existing
 from genlora_jax.training.provenance import digest, provenance
 from genlora_jax.training.recipe import ModelConfig
@@ -43,6 +44,7 @@ class Evaluation:
         adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
         batch_size: Rows that are computed together.
         overwrite: Replace an existing output.
+        mesh: Devices of this process over which the model is cut; one device if it is left out.
         perplexity: Completions to predict.
         match: Questions to answer.
         choices: Questions with options.
@@ -54,6 +56,7 @@ class Evaluation:
     adapter: str | None = None
     batch_size: int = 16
     overwrite: bool = False
+    mesh: MeshConfig | None = None
     perplexity: PerplexityConfig | None = None
     match: MatchConfig | None = None
     choices: ChoicesConfig | None = None
@@ -81,10 +84,11 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
         if isinstance(task, PromptConfig):
             read_examples(task, TASKS[name].read)
     walls = check_sandbox(cfg.code) if cfg.code else None
+    mesh = make_mesh(cfg.mesh) if cfg.mesh else None
 
     options = dataclasses.asdict(cfg.model)
     del options["shape"]
-    subject = load_subject(**options, adapter=cfg.adapter, batch_size=cfg.batch_size)
+    subject = load_subject(**options, mesh=mesh, adapter=cfg.adapter, batch_size=cfg.batch_size)
     for task in asked.values():
         if isinstance(task, MatchConfig | CodeConfig):
             room(subject, task.max_new_tokens)

@@ -85,6 +85,9 @@ MORE: dict[str, Arm] = {
     "target r=32 g=32": genlora(32, 32),
     "model r=32 g=8": across(32, 8),
     "model r=32 g=32": across(32, 32),
+    "model r=112 g=32": across(112, 32),
+    "model r=28 g=64": across(28, 64),
+    "model r=64 g=64": across(64, 64),
     # Latents: shared by kernels of one input, several a side, seeded, shared by layers.
     "model r=64 g=16, inputs": across(64, 16, share_inputs=True),
     "model m=2 r=32 g=8": across(32, 8, latents_per_side=2),
