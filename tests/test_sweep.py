@@ -161,7 +161,7 @@ def test_sweeps_of_one_size_share_one_program(run, result):
 
 def lowered(base, batches, members, **settings):
     model, params = base
-    program = sweeps.Program(model=model, cfg=CFG, optim=OPTIM, steps=STEPS, **settings)
+    program = sweeps.SweepProgram(model=model, cfg=CFG, optim=OPTIM, steps=STEPS, **settings)
     states, numbers = sweeps.initial_states(program, members, params)
     stacked = {name: np.stack([b[name] for b in batches[:EVERY]]) for name in batches[0]}
     traced = sweeps.train_members.trace(states, numbers, params, stacked, program=program)

@@ -26,9 +26,7 @@ def join(heartbeat: int = 100) -> None:
     Raises:
         ValueError: If some of the variables are missing, or nothing can be found out.
     """
-    initialize = functools.partial(
-        jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat
-    )
+    initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat)
     said = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
     missing = [name for name, value in said.items() if not value]
     try:

@@ -30,7 +30,7 @@ Numbers = dict[str, jax.Array]  # rates, and scales over the config's, float32 [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class SweepProgram:
     """What a sweep's compiled programs depend on, beside shapes: one compilation each.
 
     Attributes:
@@ -87,7 +87,7 @@ def train_members(
     params: Mapping[str, Any],
     batches: Batch,
     *,
-    program: Program,
+    program: SweepProgram,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Some steps of all members, in one call.
 
@@ -132,7 +132,7 @@ def evaluate_members(
     params: Mapping[str, Any],
     batches: Batch,
     *,
-    program: Program,
+    program: SweepProgram,
 ) -> tuple[jax.Array, tuple[Adapter, jax.Array]]:
     """All members' evaluation losses, and their best adapters so far.
 
@@ -229,7 +229,7 @@ def run_sweep(
         raise ValueError("a sweep needs batches to evaluate on: they tell which member is best")
     if steps < 1 or steps_per_call < 1 or (eval_every is not None and eval_every < 1):
         raise ValueError("steps, eval_every and steps_per_call must be at least 1")
-    program = Program(
+    program = SweepProgram(
         model=for_members(model),
         cfg=cfg,
         optim=optim,
@@ -275,7 +275,7 @@ def run_sweep(
 
 
 def initial_states(
-    program: Program,
+    program: SweepProgram,
     members: Sequence[Member],
     params: Mapping[str, Any],
     make_adapter: Callable[[AdapterConfig, int], Adapter] | None = None,

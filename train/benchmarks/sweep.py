@@ -31,7 +31,7 @@ from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import init_state, make_train_step
-from genlora_jax.training.sweep import Program, for_members, initial_states, train_members
+from genlora_jax.training.sweep import SweepProgram, for_members, initial_states, train_members
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -123,7 +123,7 @@ def measure_size(size: str, count: int, calls: int, cfg: Any) -> dict[str, Any]:
     members = [
         Member(learning_rate=1e-4 * (i + 1), generator_ratio=0.3, seed=i) for i in range(count)
     ]
-    program = Program(model=for_members(model), cfg=cfg, optim=optim, steps=STEPS)
+    program = SweepProgram(model=for_members(model), cfg=cfg, optim=optim, steps=STEPS)
     states, numbers = initial_states(program, members, params)
     # Two steps a call: the loop is in the program, as in a real sweep.
     batch = random_batch(model, rows, length)
