@@ -53,7 +53,7 @@ class Adapter:
     Attributes:
         trainable: Float32 leaves. GenLoRA: `latents/TARGET/{a,b}` `[L, m n]` and
             `generators/TARGET/{a,b}/...` `[S, ...]`, where S is 1 if all layers share one, else
-            L; what targets share lies under the first of them. LoRA: `factors/TARGET/{a,b}`,
+            L; what targets share lies under names of its own. LoRA: `factors/TARGET/{a,b}`,
             `[L, d_in, r]` and `[L, r, d_out]`; DoRA also `magnitudes/TARGET` `[L, d_out]`. VeRA:
             `vectors/TARGET/{d,b}`, `[L, r]` and `[L, d_out]`. Full: `deltas/TARGET`
             `[L, d_in, d_out]`.
@@ -157,8 +157,8 @@ def _init(
         target_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
         parts = _method(cfg).init(cfg, target_key, target, spec, kernels.get(target.name, ()))
         for tree, groups in zip((trainable, frozen), parts, strict=True):
-            for group, leaves in groups.items():
-                tree.setdefault(group, {})[target.name] = leaves
+            for group, named in groups.items():
+                tree[group] = named | tree.get(group, {})
     return Adapter(trainable=trainable, frozen=frozen, spec=spec)
 
 

@@ -184,8 +184,8 @@ class GenLoRAConfig(LowRankConfig):
         share_across_targets: One set of generators for all targets as well: a groupwise generator
             reads groups, so it fits a side of any length.
         share_latents: One set of latents for all layers.
-        share_inputs: Kernels that read the same input (q, k and v; gate and up) share the latent
-            of side A.
+        share_inputs: Kernels that read the same input share the latent of side A. Which do is
+            told by name: `q_proj`, `k_proj` and `v_proj` of one module, `gate_proj` and `up_proj`.
         latents_per_side: Number m of latents that a side has; a generator reads a group of each,
             R^(m g) -> R^g. With m = rank and g = 1 this is a mixture of LoRA's own vectors.
         latents: `"trained"`, or `"seeded"`: rebuilt from `seed`, never trained or stored.
@@ -247,6 +247,11 @@ class GenLoRAConfig(LowRankConfig):
         _require(
             not self.share_inputs or self.latents == "trained",
             'share_inputs needs latents="trained": seeded latents cost nothing',
+        )
+        _require(
+            self.latents_per_side <= self.rank,
+            f"latents_per_side ({self.latents_per_side}) exceeds rank ({self.rank}): LoRA of that "
+            "rank has fewer parameters",
         )
         _require(
             self.latents_per_side == 1 or self.generator == "groupwise",

@@ -198,18 +198,18 @@ def _start(
     passed = min(m, cfg.rank, *(s.shape[-1] for _, s, _ in deltas.values()))
     trainable = jax.tree.map(lambda leaf: leaf, adapter.trainable)
     for i, (name, (u, s, v)) in enumerate(deltas.items()):
-        norm = jnp.sqrt(jnp.square(s).sum(-1).mean())
+        largest = s[:, 0].mean()
         for side, vectors in (("a", u), ("b", v)):
             n = vectors.shape[1]
             if "latents" in trainable:
-                top = vectors * jnp.sqrt(s / s[:, 0].mean())[:, None]
+                top = vectors * jnp.sqrt(s / largest)[:, None]
                 top = jnp.pad(top, ((0, 0), (0, 0), (0, m)))[..., :m].swapaxes(1, 2)
                 top = top.reshape(len(top), m * n)
                 if cfg.share_latents:
                     top = jnp.linalg.svd(top, full_matrices=False)[2][:1]
                 trainable["latents"][name][side] = math.sqrt(n) * top
             generator = trainable["generators"][name][side]
-            size = jnp.sqrt(norm / n / (1.0 if side == "a" else cfg.scale**2))
+            size = jnp.sqrt(largest / n / (1.0 if side == "a" else cfg.scale**2))
             for j, part in enumerate(p for p in ("residual", "weights") if p in generator):
                 own = jax.random.fold_in(key, 4 * i + 2 * j + (side == "b"))
                 shape = generator[part].shape

@@ -51,8 +51,8 @@ class Target:
 
     @property
     def input(self) -> tuple[str, int, tuple[int, ...]]:
-        """What the target's kernels read: equal for targets that read the same, in all layers."""
-        parent, _, own = self.name.rpartition(".")
+        """What the target's kernels read, by their names: equal for those that read the same."""
+        parent, _, own = self.name.partition("[")[0].rpartition(".")
         layers = tuple(layer for kernel in self.kernels for layer in kernel.layers)
         return f"{parent}.{_INPUTS.get(own, own)}", self.d_in, layers
 

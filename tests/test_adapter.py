@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import genlora_jax as gl
+from genlora_jax.analysis import parameters_by_target
 from genlora_jax.config import config_from_json, config_to_json
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
@@ -263,17 +264,41 @@ def test_targets_that_share_generators_or_latents_make_the_factors_of_their_owne
     np.testing.assert_array_equal(factors["q_proj"], factors["k_proj"])
     assert not np.allclose(factors["q_proj"], factors["gate_proj"])
     generators, latents = adapter.trainable["generators"], adapter.trainable["latents"]
-    assert [name.rsplit(".", 1)[1] for name in generators] == ["down_proj"]  # the first by name
+    assert list(generators) == ["shared"]
+    assert sorted(name.rsplit(".", 1)[1] for name, own in latents.items() if "a" in own) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj+q_proj",
+    ]
+    counts = parameters_by_target(adapter)
+    assert sum(counts.values()) == gl.count_parameters(adapter)
+    assert counts["shared"] == sum(
+        leaf.size
+        for leaf in jax.tree.leaves((generators, latents["model.layers.self_attn.k_proj+q_proj"]))
+    )
     (own,) = (jax.tree.map(lambda x: x[0], sides["a"]) for sides in generators.values())
     for name, leaves in latents.items():
         if "a" not in leaves:
             continue
-        # What is generated has variance 1 / d_in of the owner at first, and 1 / d_in of its own.
+        # The generators are scaled for the first target by name.
         scale = np.sqrt(factors["down_proj"].shape[1] / leaves["a"].shape[1])
         basis = jax.vmap(lambda z: gl.generators.generate(cfg, z, own))(leaves["a"])
         np.testing.assert_allclose(
-            factors[name.rsplit(".", 1)[1]], scale * basis, rtol=1e-5, atol=1e-6
+            factors[name.rsplit(".", 1)[1].partition("+")[0]], scale * basis, rtol=1e-5, atol=1e-6
         )
+
+
+def test_kernels_of_one_input_share_its_latent_whatever_their_shapes():
+    params = {
+        f"layers_{i}": {
+            name: {"kernel": jax.ShapeDtypeStruct((d_in, d_in), np.float32)}
+            for name in ("q_proj", "k_proj")
+        }
+        for i, d_in in enumerate((8, 12))
+    }
+    cfg = gl.GenLoRAConfig(**SMALL, share_inputs=True)
+    own = count(dataclasses.replace(cfg, share_inputs=False), params)
+    assert own - count(cfg, params) == 8 + 12
 
 
 def test_targets_of_layers_that_differ_share_no_latent():
@@ -347,6 +372,7 @@ def test_a_rank_above_the_attainable_one_warns_and_one_at_it_does_not(cfg, limit
         ("bandwidth", {"bandwidth": 0.0}),
         ("bandwidth", {"bandwidth": 1.0, "basis": "fourier"}),
         ("latents_per_side", {"latents_per_side": 0}),
+        ("latents_per_side", {"latents_per_side": 3, "rank": 2}),
         ("latents_per_side", {"latents_per_side": 2, "generator": "elementwise"}),
         ("share_inputs", {"share_inputs": True, "latents": "seeded"}),
         ("share_across_targets", {"share_across_targets": True, "share_generators": False}),

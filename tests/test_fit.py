@@ -1,6 +1,7 @@
 """Adapters fitted to factors, against the formed deltas in float64."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +113,19 @@ def test_the_result_depends_on_the_delta_alone():
 def test_every_form_of_the_generator_can_be_fitted(changes):
     cfg = dataclasses.replace(CFG, **changes)
     factors = random_factors()
-    adapter, report = gl.fit(cfg, factors, steps=60)
+    adapter, report = gl.fit(cfg, factors, steps=100)
     assert report.losses[-1] < min(0.95, report.losses[0])
     assert report.error == pytest.approx(relative_error(cfg, adapter, factors), rel=1e-3)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_the_first_latents_are_the_first_singular_pairs(m, monkeypatch):
+    monkeypatch.setattr(sys.modules["genlora_jax.fit"], "_NOISE", 0.0)
+    cfg = dataclasses.replace(CFG, rank=m, group_size=1, latents_per_side=m)
+    factors = random_factors(rank=4)
+    first = gl.fit(cfg, factors, steps=1)[1].losses[0]
+    truncated = gl.fit(gl.LoRAConfig(rank=m), factors)[1].error ** 2
+    assert first == pytest.approx(truncated, rel=1e-4, abs=1e-9)
 
 
 def test_a_fitted_adapter_serves_its_base(random_llama, tmp_path):

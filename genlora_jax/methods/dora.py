@@ -16,7 +16,7 @@ def init(
     """LoRA's factors, and the norms of the base's columns."""
     trainable, frozen = lora.init(cfg, key, target, spec, kernels)
     norms = jnp.concatenate([column_norm(kernel) for kernel in kernels])
-    return trainable | {"magnitudes": norms}, frozen
+    return trainable | {"magnitudes": {target.name: norms}}, frozen
 
 
 def factors(cfg: DoRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:

@@ -12,7 +12,8 @@ def init(
     cfg: FullConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
 ) -> tuple[Tree, Tree]:
     """Zeros."""
-    return {"deltas": jnp.zeros((target.depth, target.d_in, target.d_out), jnp.float32)}, {}
+    zeros = jnp.zeros((target.depth, target.d_in, target.d_out), jnp.float32)
+    return {"deltas": {target.name: zeros}}, {}
 
 
 def factors(cfg: FullConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:

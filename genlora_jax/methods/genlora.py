@@ -17,10 +17,7 @@ from genlora_jax.targets import AdapterSpec, Target
 def init(
     cfg: GenLoRAConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
 ) -> tuple[Tree, Tree]:
-    """Side B's generators are zero, so that the delta is.
-
-    What targets share is made, and stored, by the first of them.
-    """
+    """Side B's generators are zero, so that the delta is."""
     m = cfg.latents_per_side
     lengths = {"a": target.d_in, "b": target.d_out}
     rows = 1 if cfg.share_latents else target.depth
@@ -39,7 +36,7 @@ def init(
             part: jnp.zeros((sets, *shape), jnp.float32)
             for part, shape in generators.weight_shapes(cfg, n).items()
         }
-        centers = generators.fixed_centers(cfg, cfg.seed, f"{target.name}/{side}")
+        centers = generators.fixed_centers(cfg, cfg.seed, f"{_generators_of(cfg, target)}/{side}")
         if cfg.joint and cfg.trainable_centers:
             for name, value in centers.items():
                 weights[side][name] = jnp.broadcast_to(value, (sets, *value.shape))
@@ -54,29 +51,27 @@ def init(
             own = {part: normal for part, normal in normals.items() if isinstance(part, str)}
             scale = functools.partial(generators.init_weights, cfg, centers=centers)
             weights[side] |= jax.vmap(lambda noise, z, scale=scale: scale(noise, z))(own, served)
-    if _latents_of(cfg, target, spec, "a") != target.name:
-        latents.pop("a", None)
-    groups = {"latents": latents, "generators": weights}
-    if _generators_of(cfg, target, spec) != target.name:
-        del groups["generators"]
-    return {name: group for name, group in groups.items() if group}, {}
+    groups: Tree = {"generators": {_generators_of(cfg, target): weights}}
+    for side, z in latents.items():
+        own = groups.setdefault("latents", {}).setdefault(_latents_of(cfg, target, spec, side), {})
+        own[side] = z
+    return groups, {}
 
 
 def factors(cfg: GenLoRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
     """The bases that the generators make of both latents, B's transposed."""
     sides = {}
-    owner = _generators_of(cfg, target, spec)
-    lengths = {own.name: own.d_in for own in spec.targets}
+    generator = _generators_of(cfg, target)
     for side in "ab":
         if cfg.latents == "seeded":
             z = _seeded_latents(cfg, target, side, spec.seed)
         else:
             z = groups["latents"][_latents_of(cfg, target, spec, side)][side]
-        weights = groups["generators"][owner][side]
+        weights = groups["generators"][generator][side]
         fixed = (
             {}
             if cfg.trainable_centers
-            else generators.fixed_centers(cfg, spec.seed, f"{owner}/{side}")
+            else generators.fixed_centers(cfg, spec.seed, f"{generator}/{side}")
         )
 
         def basis(row: jax.Array, own: Tree, fixed: Tree = fixed) -> jax.Array:
@@ -92,22 +87,25 @@ def factors(cfg: GenLoRAConfig, groups: Tree, target: Target, spec: AdapterSpec)
         else:
             mapped = jax.vmap(basis)(z, weights)
         sides[side] = mapped if side == "a" else mapped.swapaxes(-1, -2)
-    # Its owner's side A had variance 1 / d_in at first; so shall everyone's.
-    if owner != target.name:
-        sides["a"] = sides["a"] * math.sqrt(lengths[owner] / target.d_in)
+    if cfg.share_across_targets:
+        # They were scaled to variance 1 / d_in for the first target's side A.
+        sides["a"] = sides["a"] * math.sqrt(spec.targets[0].d_in / target.d_in)
     return sides
 
 
-def _generators_of(cfg: GenLoRAConfig, target: Target, spec: AdapterSpec) -> str:
+def _generators_of(cfg: GenLoRAConfig, target: Target) -> str:
     """The name under which a target's generators are stored."""
-    return spec.targets[0].name if cfg.share_across_targets else target.name
+    return "shared" if cfg.share_across_targets else target.name
 
 
 def _latents_of(cfg: GenLoRAConfig, target: Target, spec: AdapterSpec, side: str) -> str:
     """The name under which the latents of a target's side are stored."""
-    if side == "b" or not cfg.share_inputs:
-        return target.name
-    return next(own.name for own in spec.targets if own.input == target.input)
+    if side == "a" and cfg.share_inputs:
+        readers = [own for own in spec.targets if own.input == target.input]
+        if len(readers) > 1:
+            parent = target.name.rpartition(".")[0]
+            return f"{parent}.{'+'.join(own.name.rpartition('.')[2] for own in readers)}"
+    return target.name
 
 
 def _normals(key: jax.Array, shapes: dict[Any, tuple[int, ...]]) -> dict[Any, jax.Array]:

@@ -16,7 +16,7 @@ def init(
     bound = target.d_in**-0.5  # as PEFT: Kaiming-uniform with a = sqrt(5)
     a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
     b = jnp.zeros((target.depth, cfg.rank, target.d_out), jnp.float32)
-    return {"factors": {"a": a, "b": b}}, {}
+    return {"factors": {target.name: {"a": a, "b": b}}}, {}
 
 
 def factors(cfg: LoRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:

@@ -27,7 +27,9 @@ class Method(Protocol):
                 `reads_base`; else empty.
 
         Returns:
-            Leaves that are trained and leaves that are kept, `{group: ...}` each; float32.
+            Leaves that are trained and leaves that are kept, `{group: {name: ...}}` each; float32.
+            The name is the target's, or another for what it shares: that is kept of the first
+            target that brings it.
         """
         ...
 
@@ -36,7 +38,7 @@ class Method(Protocol):
 
         Args:
             cfg: The method's config.
-            groups: What `init` made for all targets, trained and kept, `{group: {target: ...}}`.
+            groups: What `init` made for all targets, trained and kept, `{group: {name: ...}}`.
             target: The target.
             spec: The adapter's static part.
 

@@ -32,7 +32,8 @@ def init(
     # A layer at a time: a decomposition needs several times the kernel's memory.
     parts = [jax.lax.map(principal, kernel) for kernel in kernels]
     a, b = (jnp.concatenate(side) for side in zip(*parts, strict=True))
-    return {"factors": {"a": a, "b": b}}, {"principal": {"a": a, "b": b}}
+    sides = {target.name: {"a": a, "b": b}}
+    return {"factors": sides}, {"principal": sides}
 
 
 def factors(cfg: PiSSAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:

@@ -15,7 +15,7 @@ def init(
     """The vectors d, which scale A's columns, and b, which scale B's."""
     d = jnp.full((target.depth, cfg.rank), cfg.d_initial, jnp.float32)
     b = jnp.zeros((target.depth, target.d_out), jnp.float32)
-    return {"vectors": {"d": d, "b": b}}, {}
+    return {"vectors": {target.name: {"d": d, "b": b}}}, {}
 
 
 def projections(cfg: VeRAConfig, spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:

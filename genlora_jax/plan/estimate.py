@@ -110,7 +110,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     working = tokens * inner * width + (0 if _keeps_no_scores(recipe, chip) else scores)
     between = tokens * hidden * width // tensor  # what passes from layer to layer
     # Without remat also the parts of SwiGLU, and what the two norms compute in float32.
-    parts = tokens * (2 * cfg.intermediate_size // tensor * width + 4 * hidden * 4)
+    parts = tokens * (2 * cfg.intermediate_size * width + 4 * hidden * 4) // tensor
     kept = layers * {"full": between, "dots": working, "none": working + parts}[model.remat]
     chunk = max(1, -(-train.chunk // rows)) * rows
     # Of factors a copy in the model's dtype, and in the layers' backward pass their gradients.
@@ -174,7 +174,8 @@ def _transposed_values(recipe: Recipe, chip: Chip, mesh: MeshConfig, shapes: Any
         return 0
     pattern = "(q|k|v|qkv)_proj" if chip.tpu else "(o|down)_proj"
     flat = flatten_dict(shapes["model"]["layers"])
-    kernels = {path: leaf for path, leaf in flat.items() if re.fullmatch(pattern, path[-2])}
+    named = re.compile(rf"{pattern}\.kernel")
+    kernels = {path: leaf for path, leaf in flat.items() if named.fullmatch(".".join(path[-2:]))}
     return _own_values(mesh, kernels, flatten_dict(param_specs(unflatten_dict(kernels))))
 
 

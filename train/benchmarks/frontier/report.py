@@ -116,8 +116,8 @@ def main() -> None:
     for file in parser.parse_args().files:
         found = json.loads(file.read_text())
         for name, arms in found["runs"].items():
-            told = found["pretraining"][" ".join(name.split()[:2])]
-            print(f"\n## {file.stem}: {name} (base: loss {told['loss']:.3f})\n")
+            base = found["pretraining"][" ".join(name.split()[:2])]
+            print(f"\n## {file.stem}: {name} (base: loss {base['loss']:.3f})\n")
             print(table(arms))
         draw_frontier(found["runs"], PICTURES / f"{file.stem}.png")
         draw_scaling(found["runs"], PICTURES / f"{file.stem}_scaling.png")

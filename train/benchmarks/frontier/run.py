@@ -22,8 +22,8 @@ import jax
 
 from genlora_jax.training.provenance import provenance
 from train.benchmarks.frontier.arms import ARMS, FIRST, SETS
-from train.benchmarks.frontier.pretrain import BASES, pretrain_base
-from train.benchmarks.frontier.tune import sweep_rates
+from train.benchmarks.frontier.pretrain import BASES, base_file, pretrain_base
+from train.benchmarks.frontier.tune import STEPS_PER_CALL, sweep_rates
 
 
 def perform(work: tuple[argparse.Namespace, dict[str, str]]) -> tuple[dict[str, str], Any]:
@@ -49,11 +49,25 @@ def jobs_of(options: argparse.Namespace) -> tuple[list[dict[str, str]], list[dic
         {"base": base, "regime": regime}
         for base, regime in itertools.product(options.bases, options.regimes)
     ]
-    arms = [name for chosen in options.arms for name in SETS.get(chosen, {chosen: None})]
+    arms = dict.fromkeys(name for own in options.arms for name in SETS.get(own, {own: None}))
     tuning = [
         job | {"task": task, "arm": arm} for job in bases for task in options.tasks for arm in arms
     ]
     return bases, tuning
+
+
+def check_goes_on(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, found: dict[str, Any]
+) -> None:
+    """Refuses to add to results of other bases or other settings."""
+    for name in found["pretraining"]:
+        base, regime = name.split()
+        if not base_file(options.folder, {"base": base, "regime": regime}).exists():
+            parser.error(f"{options.out} has results of a base {name} that is not in --folder")
+    for field in ("seeds", "steps", "pretraining_steps"):
+        before = found["settings"][-1][field]
+        if getattr(options, field) != before:
+            parser.error(f"{options.out} was begun with {field} {before}: give another --out")
 
 
 def main() -> None:
@@ -73,16 +87,19 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="look at the test rows, once chosen")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    if unknown := [name for name in options.arms if name not in SETS | ARMS]:
-        parser.error(f"no such arms: {unknown}")
+    about = json.loads((options.data / "about.json").read_text())
+    for field, known in (("arms", SETS | ARMS), ("tasks", about["rows"])):
+        if unknown := [name for name in getattr(options, field) if name not in known]:
+            parser.error(f"no such {field}: {unknown}. There are: {[*known]}")
+    if options.steps is not None and options.steps < STEPS_PER_CALL:
+        parser.error(f"--steps must be at least {STEPS_PER_CALL}")
     options.folder.mkdir(parents=True, exist_ok=True)
-
-    found: dict[str, Any] = {"pretraining": {}, "runs": {}}
+    found: dict[str, Any] = {"data": about, "settings": [], "pretraining": {}, "runs": {}}
     if options.out.exists():
         found = json.loads(options.out.read_text())
+        check_goes_on(parser, options, found)
     settings = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
-    found |= {"data": json.loads((options.data / "about.json").read_text())} | provenance()
-    found.setdefault("settings", []).append(settings)
+    found["settings"].append(settings | provenance())
 
     def place(job: dict[str, str]) -> tuple[dict[str, Any], str]:
         """Where a job's result goes."""
@@ -92,8 +109,12 @@ def main() -> None:
         return found["runs"].setdefault(f"{base} {job['task']}", {}), job["arm"]
 
     def is_done(job: dict[str, str]) -> bool:
-        where, name = place(job)
-        return name in where and "failed" not in where[name]
+        record = place(job)[0].get(place(job)[1], {"failed": "not begun"})
+        tested = "arm" not in job or not options.test or "test_loss" in record
+        return "failed" not in record and tested
+
+    def has_base(job: dict[str, str]) -> bool:
+        return "arm" not in job or base_file(options.folder, job).exists()
 
     end = time.monotonic() + options.seconds
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
@@ -104,7 +125,7 @@ def main() -> None:
         max(options.gpus * options.per_gpu, 1), initializer=claim, initargs=(places, options)
     ) as pool:
         for stage in jobs_of(options):
-            missing = [job for job in stage if not is_done(job)]
+            missing = [job for job in stage if not is_done(job) and has_base(job)]
             done = pool.imap_unordered(perform, [(options, job) for job in missing])
             for _ in missing:
                 try:
