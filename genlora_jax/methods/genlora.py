@@ -53,8 +53,8 @@ def init(
             weights[side] |= jax.vmap(lambda noise, z, scale=scale: scale(noise, z))(own, served)
     groups: Tree = {"generators": {_generators_of(cfg, target): weights}}
     for side, z in latents.items():
-        own = groups.setdefault("latents", {}).setdefault(_latents_of(cfg, target, spec, side), {})
-        own[side] = z
+        name = _latents_of(cfg, target, spec, side)
+        groups.setdefault("latents", {}).setdefault(name, {})[side] = z
     return groups, {}
 
 

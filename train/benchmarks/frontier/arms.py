@@ -104,11 +104,22 @@ MORE: dict[str, Arm] = {
     "chebyshev model K=2 r=32 g=16, half": across(32, 16, 2, basis="chebyshev", rbf_init=0.5),
     "fourier model K=2 r=32 g=16, half": across(32, 16, 2, basis="fourier", rbf_init=0.5),
     "bspline model K=4 r=32 g=16, half": across(32, 16, 4, basis="bspline", rbf_init=0.5),
+    # The elementwise form as compression likes it: many RBFs, few groups.
+    "elementwise K=32 g=4096 r=16": genlora(16, 4096, 32, generator="elementwise"),
+    "elementwise K=32 g=4096 r=16, half": genlora(
+        16, 4096, 32, generator="elementwise", rbf_init=0.5
+    ),
+    "elementwise K=16 g=256 r=32, half": genlora(
+        32, 256, 16, generator="elementwise", rbf_init=0.5
+    ),
     # Scopes and rates.
     "model r=32 g=16, group": across(32, 16, normalize="group"),
     "model r=32 g=16, none": across(32, 16, normalize="none", latent_std=1.0),
     "model r=32 g=16, ratio 0.1": across(32, 16, ratio=0.1),
     "model r=32 g=16, ratio 1": across(32, 16, ratio=1.0),
+    "model r=128 g=32, ratio 0.1": across(128, 32, ratio=0.1),
+    "model r=128 g=32, ratio 1": across(128, 32, ratio=1.0),
+    "model r=128 g=32, latents 0.1": across(128, 32, latent_std=0.1),
     "rbf model K=64 r=32 g=16, ratio 1": across(32, 16, 64, ratio=1.0),
     # Other methods.
     "lora+ r=4 x4": lora(4, b_ratio=4.0, shift=-1),
