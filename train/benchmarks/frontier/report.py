@@ -76,8 +76,8 @@ def draw_frontier(runs: dict[str, Arms], file: Path) -> None:
             family = arm_name.split()[0]
             points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
         for family, values in points.items():
-            style = "-" if family == "lora" else ""
-            axis.plot(*zip(*values, strict=True), style, marker="o", label=family)
+            style = "-" if family == "lora" else "none"
+            axis.plot(*zip(*values, strict=True), linestyle=style, marker="o", label=family)
         axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss", title=name)
         axis.legend(fontsize=8)
     save(figure, file)
