@@ -19,7 +19,7 @@ check: $(VENV)/ready
 # Real models, adapters and data; SHARED names the folder that holds them.
 SHARED ?= ../shared
 shared: $(VENV)/ready
-	GENLORA_SHARED=$(SHARED) $(BIN)/python -m pytest -n 2 --dist worksteal -m shared
+	GENLORA_SHARED=$(SHARED) $(BIN)/python -m pytest -n 2 --dist loadgroup -m shared
 
 # Every notebook from a clean kernel; `make notebooks WRITE=--write` keeps the fresh outputs.
 notebooks: $(VENV)/ready

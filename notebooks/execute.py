@@ -8,6 +8,7 @@ import argparse
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -49,11 +50,13 @@ def main() -> None:
     files = sorted(HERE.glob("*.ipynb"))
     if unknown := set(args.names) - {file.stem for file in files}:
         parser.error(f"no notebook {', '.join(sorted(unknown))}")
-    with tempfile.TemporaryDirectory() as temporary:
-        for file in files:
-            if args.names and file.stem not in args.names:
-                continue
-            seconds = execute(file, file if args.write else Path(temporary) / file.name)
+    chosen = [file for file in files if not args.names or file.stem in args.names]
+    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(max_workers=2) as pool:
+        targets = [file if args.write else Path(temporary) / file.name for file in chosen]
+        # The last takes longest.
+        for file, seconds in zip(
+            reversed(chosen), pool.map(execute, reversed(chosen), reversed(targets)), strict=True
+        ):
             print(f"{file.name}: {seconds:.0f} s", flush=True)
 
 
