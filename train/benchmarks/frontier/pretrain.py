@@ -41,10 +41,11 @@ BASES = {
 }
 
 
-def make_model(base: Base, vocabulary: int, attention: Any = "auto") -> LlamaForCausalLM:
-    """The Linen model of a base, in bfloat16 on GPUs."""
+def base_model(name: str, data: Path) -> LlamaForCausalLM:
+    """The model of a base for the data's tokenizer, in bfloat16 on GPUs."""
+    base, on_gpu = BASES[name], jax.default_backend() == "gpu"
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=json.loads((data / "about.json").read_text())["vocabulary"],
         hidden_size=base.hidden,
         intermediate_size=base.intermediate,
         num_hidden_layers=base.layers,
@@ -52,8 +53,12 @@ def make_model(base: Base, vocabulary: int, attention: Any = "auto") -> LlamaFor
         num_key_value_heads=base.heads,
         head_dim=base.hidden // base.heads,
     )
-    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    return LlamaForCausalLM(config, dtype=dtype, param_dtype=jnp.float32, attention=attention)
+    return LlamaForCausalLM(
+        config,
+        dtype=jnp.bfloat16 if on_gpu else jnp.float32,
+        param_dtype=jnp.float32,
+        attention="cudnn" if on_gpu else "auto",
+    )
 
 
 def batch_of(ids: jax.Array) -> dict[str, jax.Array]:
@@ -113,13 +118,6 @@ def pretrain(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
     return jax.tree.map(lambda leaf: leaf.astype(model.dtype), carry[0]), told
-
-
-def base_model(name: str, data: Path) -> Any:
-    """The model of a base with the vocabulary of the data's tokenizer."""
-    vocabulary = json.loads((data / "about.json").read_text())["vocabulary"]
-    attention = "cudnn" if jax.default_backend() == "gpu" else "auto"
-    return make_model(BASES[name], vocabulary, attention)
 
 
 def base_file(folder: Path, job: dict[str, str]) -> Path:

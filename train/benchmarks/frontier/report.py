@@ -115,6 +115,9 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
     for file in parser.parse_args().files:
         found = json.loads(file.read_text())
+        if not found["runs"]:
+            print(f"{file}: no arm has run")
+            continue
         for name, arms in found["runs"].items():
             base = found["pretraining"][" ".join(name.split()[:2])]
             print(f"\n## {file.stem}: {name} (base: loss {base['loss']:.3f})\n")

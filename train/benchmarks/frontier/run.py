@@ -56,13 +56,21 @@ def jobs_of(options: argparse.Namespace) -> tuple[list[dict[str, str]], list[dic
     return bases, tuning
 
 
+def run_of(job: dict[str, str]) -> str:
+    """The name under which the results of an arm's base and task stand."""
+    return f"{job['base']} {job['regime']} {job['task']}"
+
+
 def check_goes_on(
     parser: argparse.ArgumentParser, options: argparse.Namespace, found: dict[str, Any]
 ) -> None:
     """Refuses to add to results of other bases or other settings."""
-    for name in found["pretraining"]:
+    for name, told in found["pretraining"].items():
         base, regime = name.split()
-        if not base_file(options.folder, {"base": base, "regime": regime}).exists():
+        if (
+            "failed" not in told
+            and not base_file(options.folder, {"base": base, "regime": regime}).exists()
+        ):
             parser.error(f"{options.out} has results of a base {name} that is not in --folder")
     for field in ("seeds", "steps", "pretraining_steps"):
         before = found["settings"][-1][field]
@@ -101,20 +109,16 @@ def main() -> None:
     settings = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
     found["settings"].append(settings | provenance())
 
-    def place(job: dict[str, str]) -> tuple[dict[str, Any], str]:
-        """Where a job's result goes."""
-        base = f"{job['base']} {job['regime']}"
-        if "arm" not in job:
-            return found["pretraining"], base
-        return found["runs"].setdefault(f"{base} {job['task']}", {}), job["arm"]
+    def has_base(job: dict[str, str]) -> bool:
+        told = found["pretraining"].get(f"{job['base']} {job['regime']}", {"failed": "not begun"})
+        return "failed" not in told
 
     def is_done(job: dict[str, str]) -> bool:
-        record = place(job)[0].get(place(job)[1], {"failed": "not begun"})
-        tested = "arm" not in job or not options.test or "test_loss" in record
-        return "failed" not in record and tested
-
-    def has_base(job: dict[str, str]) -> bool:
-        return "arm" not in job or base_file(options.folder, job).exists()
+        if "arm" not in job:
+            return has_base(job)
+        arms = found["runs"].get(run_of(job), {})
+        record = arms.get(job["arm"], {"failed": "not begun"})
+        return "failed" not in record and ("test_loss" in record or not options.test)
 
     end = time.monotonic() + options.seconds
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
@@ -125,7 +129,10 @@ def main() -> None:
         max(options.gpus * options.per_gpu, 1), initializer=claim, initargs=(places, options)
     ) as pool:
         for stage in jobs_of(options):
-            missing = [job for job in stage if not is_done(job) and has_base(job)]
+            # Arms of a base that failed are left out.
+            missing = [
+                job for job in stage if not is_done(job) and ("arm" not in job or has_base(job))
+            ]
             done = pool.imap_unordered(perform, [(options, job) for job in missing])
             for _ in missing:
                 try:
@@ -133,8 +140,10 @@ def main() -> None:
                 except multiprocessing.TimeoutError:
                     print("out of time", flush=True)
                     return
-                where, name = place(job)
-                where[name] = record
+                if "arm" in job:
+                    found["runs"].setdefault(run_of(job), {})[job["arm"]] = record
+                else:
+                    found["pretraining"][f"{job['base']} {job['regime']}"] = record
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
                 shown = ("parameters", "best_loss", "best_rate", "loss", "seconds", "failed")
                 told = [f"{key} {record[key]}" for key in shown if key in record]
