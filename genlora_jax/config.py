@@ -117,9 +117,20 @@ class LowRankConfig(AdapterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(LowRankConfig):
-    """LoRA (arXiv 2106.09685): both factors are stored and trained as they are."""
+    """LoRA (arXiv 2106.09685): factors are stored and trained as they are.
+
+    Attributes:
+        side_a: `"trained"`, or `"seeded"` (LoRA-FA, arXiv 2308.03303): A stays the random one that
+            it starts as, which is rebuilt from `seed` and never stored.
+    """
 
     rank: int = 8
+    side_a: Literal["trained", "seeded"] = "trained"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        _require_choice("side_a", self.side_a, ("trained", "seeded"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +151,11 @@ class PiSSAConfig(LoRAConfig):
     reads_base: ClassVar[bool] = True
 
     alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        _require(self.side_a == "trained", "PiSSA starts A at the kernel: leave side_a out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +205,11 @@ class GenLoRAConfig(LowRankConfig):
         latents_per_side: Number m of latents that a side has; a generator reads a group of each,
             R^(m g) -> R^g. With m = rank and g = 1 this is a mixture of LoRA's own vectors.
         latents: `"trained"`, or `"seeded"`: rebuilt from `seed`, never trained or stored.
+        side_a: `"trained"`, or `"seeded"`: A is random, N(0, 1 / d_in), rebuilt from `seed` and
+            never trained or stored (as in LoRA-FA, arXiv 2308.03303). Then B alone is generated,
+            and a rank costs nothing on the other side.
+        gates: A trained factor, 1 at first, for each basis vector of each kernel, so that kernels
+            which share generators can weight them differently (as VeRA's vector d).
         latent_std: Standard deviation of the latents at first.
         rbf_init: Share, in [0, 1], of side A's initial variance that the basis functions carry;
             the residual carries the rest.
@@ -212,6 +233,8 @@ class GenLoRAConfig(LowRankConfig):
     share_inputs: bool = False
     latents_per_side: int = 1
     latents: Literal["trained", "seeded"] = "trained"
+    side_a: Literal["trained", "seeded"] = "trained"
+    gates: bool = False
     latent_std: float = 0.02
     rbf_init: float = 0.0
     trainable_centers: bool = True
@@ -229,6 +252,7 @@ class GenLoRAConfig(LowRankConfig):
         _require_choice("basis", self.basis, (*BASES, None))
         _require_choice("normalize", self.normalize, ("latent", "group", "none"))
         _require_choice("latents", self.latents, ("trained", "seeded"))
+        _require_choice("side_a", self.side_a, ("trained", "seeded"))
         _require(
             self.basis is not None or self.residual,
             "basis=None needs residual=True: with neither, nothing generates a basis vector",
@@ -245,8 +269,9 @@ class GenLoRAConfig(LowRankConfig):
             "generators belong to a layer or to a side's length",
         )
         _require(
-            not self.share_inputs or self.latents == "trained",
-            'share_inputs needs latents="trained": seeded latents cost nothing',
+            not self.share_inputs or self.latents == self.side_a == "trained",
+            'share_inputs needs latents="trained" and side_a="trained": what is seeded costs '
+            "nothing",
         )
         _require(
             self.latents_per_side <= self.rank,

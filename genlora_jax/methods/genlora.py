@@ -20,14 +20,17 @@ def init(
     """Side B's generators are zero, so that the delta is."""
     m = cfg.latents_per_side
     lengths = {"a": target.d_in, "b": target.d_out}
+    if cfg.side_a == "seeded":
+        del lengths["a"]
     rows = 1 if cfg.share_latents else target.depth
     sets = 1 if cfg.share_generators else target.depth
     shapes: dict[Any, tuple[int, ...]] = {}
     if cfg.latents == "trained":
         shapes |= {("latents", side): (rows, m * n) for side, n in lengths.items()}
-    for part, shape in generators.weight_shapes(cfg, target.d_in).items():
-        if generators.init_shares(cfg)[part] > 0:
-            shapes[part] = (sets, *shape)
+    if "a" in lengths:
+        for part, shape in generators.weight_shapes(cfg, target.d_in).items():
+            if generators.init_shares(cfg)[part] > 0:
+                shapes[part] = (sets, *shape)
     normals = _normals(key, shapes)
 
     latents, weights = {}, {}
@@ -55,6 +58,8 @@ def init(
     for side, z in latents.items():
         name = _latents_of(cfg, target, spec, side)
         groups.setdefault("latents", {}).setdefault(name, {})[side] = z
+    if cfg.gates:
+        groups["gates"] = {target.name: jnp.ones((target.depth, cfg.rank), jnp.float32)}
     return groups, {}
 
 
@@ -62,7 +67,7 @@ def factors(cfg: GenLoRAConfig, groups: Tree, target: Target, spec: AdapterSpec)
     """The bases that the generators make of both latents, B's transposed."""
     sides = {}
     generator = _generators_of(cfg, target)
-    for side in "ab":
+    for side in groups["generators"][generator]:
         if cfg.latents == "seeded":
             z = _seeded_latents(cfg, target, side, spec.seed)
         else:
@@ -87,7 +92,14 @@ def factors(cfg: GenLoRAConfig, groups: Tree, target: Target, spec: AdapterSpec)
         else:
             mapped = jax.vmap(basis)(z, weights)
         sides[side] = mapped if side == "a" else mapped.swapaxes(-1, -2)
-    if cfg.share_across_targets:
+    if cfg.gates:
+        sides["b"] = sides["b"] * groups["gates"][target.name][:, :, None]
+    if cfg.side_a == "seeded":
+        normal = generators.seeded_normal(
+            spec.seed, f"{target.name}/a", (target.depth, target.d_in, cfg.rank)
+        )
+        sides["a"] = normal / math.sqrt(target.d_in)
+    elif cfg.share_across_targets:
         # They were scaled to variance 1 / d_in for the first target's side A.
         sides["a"] = sides["a"] * math.sqrt(spec.targets[0].d_in / target.d_in)
     return sides

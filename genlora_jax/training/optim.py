@@ -107,7 +107,11 @@ def make_optimizer(
         if "generators" in trainable:
             groups["generators"] = "generators"
         if "factors" in trainable:
-            groups["factors"] = {name: {"a": "rest", "b": "b"} for name in trainable["factors"]}
+            labelled = {"a": "rest", "b": "b"}
+            groups["factors"] = {
+                name: {side: labelled[side] for side in sides}
+                for name, sides in trainable["factors"].items()
+            }
         return groups
 
     return optax.chain(

@@ -33,9 +33,12 @@ class Arm:
     shift: int = 0
 
 
-def lora(rank: int, kind: Any = gl.LoRAConfig, **fields: Any) -> Arm:
+def lora(
+    rank: int, kind: Any = gl.LoRAConfig, *, b_ratio: float = 1.0, shift: int = 0, **fields: Any
+) -> Arm:
     """LoRA or a relative of it."""
-    return Arm(cfg=kind(rank=rank, alpha=ALPHA * rank), **fields)
+    cfg = kind(rank=rank, alpha=ALPHA * rank, **fields)
+    return Arm(cfg=cfg, b_ratio=b_ratio, shift=shift)
 
 
 def genlora(
@@ -130,6 +133,35 @@ MORE: dict[str, Arm] = {
     "full": Arm(cfg=gl.FullConfig(), shift=-6),
 }
 
+
+def b_only(rank: int, group: int, kernels: int | None = None, **fields: Any) -> Arm:
+    """One set of generators for all targets, on side B; A is random."""
+    return across(rank, group, kernels, side_a="seeded", **fields)
+
+
+LEAN: dict[str, Arm] = {
+    "b model r=64 g=16": b_only(64, 16),
+    "b model r=128 g=16": b_only(128, 16),
+    "b model r=256 g=16": b_only(256, 16),
+    "b model r=128 g=32": b_only(128, 32),
+    "b model r=256 g=32": b_only(256, 32),
+    "b model r=64 g=64": b_only(64, 64),
+    "b model m=2 r=128 g=16": b_only(128, 16, latents_per_side=2),
+    "b target r=64 g=16": genlora(64, 16, side_a="seeded"),
+    "b target r=128 g=16": genlora(128, 16, side_a="seeded"),
+    "b model r=128 g=16, gates": b_only(128, 16, gates=True),
+    "b model r=128 g=32, gates": b_only(128, 32, gates=True),
+    "model r=128 g=32, gates": across(128, 32, gates=True),
+    "model r=64 g=16, gates": across(64, 16, gates=True),
+    "b model r=128 g=32, ratio 1": b_only(128, 32, ratio=1.0),
+    "rbf b model K=16 r=128 g=16": b_only(128, 16, 16),
+    "model r=256 g=32": across(256, 32),
+    "lora-fa r=2": lora(2, side_a="seeded"),
+    "lora-fa r=4": lora(4, side_a="seeded"),
+    "lora-fa r=8": lora(8, side_a="seeded"),
+    "lora-fa r=16": lora(16, side_a="seeded"),
+}
+
 FEW = (
     "lora r=1",
     "lora r=4",
@@ -144,6 +176,7 @@ FEW = (
 SETS: dict[str, dict[str, Arm]] = {
     "main": MAIN,
     "more": MORE,
+    "lean": LEAN,
     "few": {name: MAIN[name] for name in FEW},
 }
-ARMS = MAIN | MORE
+ARMS = MAIN | MORE | LEAN
