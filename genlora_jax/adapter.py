@@ -219,8 +219,8 @@ def _warn_unattainable(cfg: AdapterConfig, spec: AdapterSpec) -> None:
     if not isinstance(cfg, (LoRAConfig, GenLoRAConfig)):  # VeRA's rank is a number of vectors
         return
     for target in spec.targets:
-        for n in (target.d_in, target.d_out):
-            limit = min(n, attainable_rank(cfg, n))
+        for side, n in (("a", target.d_in), ("b", target.d_out)):
+            limit = n if side == "a" and cfg.side_a == "seeded" else attainable_rank(cfg, n)
             if cfg.rank > limit:
                 warnings.warn(
                     f"rank {cfg.rank} exceeds {limit}, the rank that a side of length {n} of "

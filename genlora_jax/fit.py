@@ -69,12 +69,15 @@ def fit(
         The adapter, and how well it does.
 
     Raises:
-        ValueError: If the method is another, or the targets and the factors do not match.
+        ValueError: If the method is another or has a side that is not trained, or the targets and
+            the factors do not match.
     """
     if type(cfg) not in (GenLoRAConfig, LoRAConfig):
         raise ValueError(f"fit makes GenLoRA and LoRA adapters, not those of {type(cfg).__name__}")
     if isinstance(cfg, GenLoRAConfig) and (cfg.share_across_targets or cfg.share_inputs):
         raise ValueError("fit needs share_across_targets=False and share_inputs=False")
+    if cfg.side_a != "trained" or (isinstance(cfg, GenLoRAConfig) and cfg.gates):
+        raise ValueError('fit needs side_a="trained" and gates=False: it changes both sides')
     if steps < 1 or not learning_rate > 0:
         raise ValueError(f"steps ({steps}) and learning_rate ({learning_rate}) must be positive")
     key = jax.random.key(0) if key is None else key

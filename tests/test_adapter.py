@@ -76,8 +76,20 @@ def test_shared_latents_are_one_row_a_side():
     assert count(own) - count(shared) == (L - 1) * (D_IN + D_OUT)
 
 
-def test_lora_stores_both_factors():
+def test_lora_stores_both_factors_or_b_alone():
     assert count(gl.LoRAConfig(rank=3)) == L * 3 * (D_IN + D_OUT)
+    assert count(gl.LoRAConfig(rank=3, side_a="seeded")) == L * 3 * D_OUT
+
+
+def test_nothing_of_a_seeded_side_a_is_a_parameter():
+    r, g, k = 3, 4, 2
+    cfg = gl.GenLoRAConfig(**SMALL, side_a="seeded")
+    assert count(cfg) == L * D_OUT + r * (g * k + g * g) + k * (g + 1)
+
+
+def test_gates_are_one_for_each_basis_vector_of_each_layer():
+    cfg = gl.GenLoRAConfig(**SMALL)
+    assert count(dataclasses.replace(cfg, gates=True)) - count(cfg) == L * 3
 
 
 def test_llama_3_8b_has_the_parameters_that_the_design_states():
@@ -120,7 +132,11 @@ CONFIGS = {
     "several_latents": gl.GenLoRAConfig(**SMALL, latents_per_side=2, rbf_init=0.5),
     "across_targets": gl.GenLoRAConfig(**SMALL, share_across_targets=True, rbf_init=0.5),
     "inputs": gl.GenLoRAConfig(**SMALL, share_inputs=True),
+    "gates": gl.GenLoRAConfig(**SMALL, share_across_targets=True, gates=True),
     "lora": gl.LoRAConfig(rank=3),
+    "random_a": gl.GenLoRAConfig(**SMALL, share_across_targets=True, side_a="seeded"),
+    "random_a_elementwise": gl.GenLoRAConfig(**SMALL, generator="elementwise", side_a="seeded"),
+    "lora_fa": gl.LoRAConfig(rank=3, side_a="seeded"),
 }
 every_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
 
@@ -146,7 +162,10 @@ def test_factors_under_jit_equal_those_without(cfg, perturb):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@every_config
+@pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(cfg, id=name) for name, cfg in CONFIGS.items() if cfg.side_a == "trained"],
+)
 def test_adapters_of_many_keys_under_vmap_equal_those_one_by_one(cfg):
     keys = jax.random.split(jax.random.key(4), 3)
 
@@ -196,13 +215,41 @@ def test_the_scale_is_folded_into_b(perturb):
         np.testing.assert_array_equal(factors["a"], unit["a"])
 
 
-def test_the_seed_alone_decides_what_is_rebuilt():
-    cfg = CONFIGS["seeded"]
+@pytest.mark.parametrize("name", ["seeded", "random_a", "lora_fa"])
+def test_the_seed_alone_decides_what_is_rebuilt(name):
+    cfg = CONFIGS[name]
     adapter = init(cfg, stacked())
     other = init(dataclasses.replace(cfg, seed=1), stacked())
     same = dataclasses.replace(adapter, spec=other.spec)
     first, second = (generate(cfg, a)["layers"]["proj"]["a"] for a in (adapter, same))
     assert not np.allclose(first, second)
+
+
+def test_a_random_side_a_has_the_variance_of_a_trained_one():
+    """NumPy's moments: `1 / d_in` for GenLoRA, a third of that for LoRA (uniform)."""
+    params = stacked(4, 256, 8)
+    for cfg, expected in (
+        (gl.GenLoRAConfig(rank=8, group_size=4, side_a="seeded"), 1 / 256),
+        (gl.LoRAConfig(side_a="seeded"), 1 / (3 * 256)),
+    ):
+        a = np.asarray(generate(cfg, init(cfg, params))["layers"]["proj"]["a"], np.float64)
+        assert a.mean() == pytest.approx(0, abs=5 * np.sqrt(expected / a.size))
+        assert a.var() == pytest.approx(expected, rel=0.1)
+        layers = a.reshape(4, -1)
+        assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.1  # each layer has its own
+
+
+def test_gates_weight_the_basis_vectors_of_their_kernel(perturb):
+    cfg = CONFIGS["gates"]
+    adapter = perturb(init(cfg, stacked()))
+    open_gates = jax.tree.map(jnp.ones_like, adapter.trainable["gates"])
+    plain = adapter.replace(trainable=adapter.trainable | {"gates": open_gates})
+    ours, theirs = (generate(cfg, own)["layers"]["proj"] for own in (adapter, plain))
+    (gates,) = adapter.trainable["gates"].values()
+    np.testing.assert_array_equal(ours["a"], theirs["a"])
+    np.testing.assert_allclose(
+        ours["b"], np.asarray(gates)[:, :, None] * theirs["b"], rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("cfg", list(CONFIGS.values()), ids=list(CONFIGS))
@@ -332,6 +379,16 @@ def test_a_rank_above_the_attainable_one_warns_and_one_at_it_does_not(cfg, limit
         count(dataclasses.replace(cfg, rank=limit), params)
 
 
+def test_only_its_length_limits_the_rank_of_a_random_side_a():
+    params = stacked(2, 16, 64)
+    cfg = gl.GenLoRAConfig(rank=4, group_size=16, kernels=2, generator="elementwise")
+    with pytest.warns(UserWarning, match="rank 4 exceeds 3, the rank that a side of length 16"):
+        count(cfg, params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        count(dataclasses.replace(cfg, side_a="seeded"), params)
+
+
 # Configs.
 
 
@@ -375,6 +432,8 @@ def test_a_rank_above_the_attainable_one_warns_and_one_at_it_does_not(cfg, limit
         ("latents_per_side", {"latents_per_side": 3, "rank": 2}),
         ("latents_per_side", {"latents_per_side": 2, "generator": "elementwise"}),
         ("share_inputs", {"share_inputs": True, "latents": "seeded"}),
+        ("share_inputs", {"share_inputs": True, "side_a": "seeded"}),
+        ("side_a", {"side_a": "frozen"}),
         ("share_across_targets", {"share_across_targets": True, "share_generators": False}),
         ("share_across_targets", {"share_across_targets": True, "generator": "elementwise"}),
     ],

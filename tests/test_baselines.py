@@ -59,7 +59,7 @@ def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("methods") / "base", model_type="qwen2")
 
 
-def torch_with(name, cfg, spec, path):
+def torch_with(name, cfg, adapter, path):
     """The base in PyTorch with the method in it."""
     import peft
 
@@ -69,7 +69,7 @@ def torch_with(name, cfg, spec, path):
     if name == "vera":
         own = peft.VeraConfig(r=cfg.rank, target_modules=TARGETS, projection_prng_key=1)
         model = peft.get_peft_model(model, own)
-        for ours, theirs in zip(vera.projections(cfg, spec), "AB", strict=True):
+        for ours, theirs in zip(vera.projections(cfg, adapter.spec), "AB", strict=True):
             shared = getattr(model.base_model, f"vera_{theirs}")["default"]
             assert shared.T.shape == ours.shape
             # Of the same distribution, from another generator.
@@ -80,7 +80,14 @@ def torch_with(name, cfg, spec, path):
     if name == "pissa":
         settings["init_lora_weights"] = "pissa"
     own = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=TARGETS, **settings)
-    return peft.get_peft_model(model, own)
+    model = peft.get_peft_model(model, own)
+    if name == "lora_fa":
+        factors = flatten_dict(gl.generate_factors(cfg, adapter))
+        sides = {".".join(p[:-1]): {"a": leaf} for p, leaf in factors.items() if p[-1] == "a"}
+        set_values({"factors": sides}, model)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B" in parameter_name)
+    return model
 
 
 def tensor(value):
@@ -121,7 +128,7 @@ def case(request, base, perturb):
     model, params = load(base)
     new = gl.init_adapter(cfg, jax.random.key(0), params)
     moved = new.replace(trainable=perturb(new.trainable, size=0.1))
-    theirs = torch_with(name, cfg, new.spec, base)
+    theirs = torch_with(name, cfg, new, base)
     start = {
         path: (i, p.detach().numpy().copy()) for path, i, p in counterparts(new.trainable, theirs)
     }

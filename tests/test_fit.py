@@ -153,6 +153,9 @@ def test_wrong_inputs_are_named():
         gl.fit(CFG, factors, steps=0)
     with pytest.raises(ValueError, match="needs share_across_targets=False"):
         gl.fit(dataclasses.replace(CFG, share_across_targets=True), factors)
+    for cfg in (gl.LoRAConfig(side_a="seeded"), dataclasses.replace(CFG, gates=True)):
+        with pytest.raises(ValueError, match='needs side_a="trained" and gates=False'):
+            gl.fit(cfg, random_factors())
     with pytest.raises(ValueError, match="not those of AdapterConfig"):
         gl.fit(gl.config.AdapterConfig(), factors)
     with pytest.raises(ValueError, match=r"factors of layers\.q hold \['a'\], not a and b"):

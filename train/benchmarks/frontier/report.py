@@ -1,9 +1,8 @@
-"""Tables and pictures of the study's runs.
+"""Tables and pictures of the study's runs, from results/frontier/*.json to docs/frontier.
 
-python -m train.benchmarks.frontier.report            # all of results/frontier/*.json
+python -m train.benchmarks.frontier.report
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -16,7 +15,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent.parent / "results" / "frontier"
-PICTURES = Path(__file__).parents[3] / "docs" / "frontier"
+PAGES = Path(__file__).parents[3] / "docs" / "frontier"
+HEAD = """# The study's tables
+
+Written by `python -m train.benchmarks.frontier.report` from `train/benchmarks/results/frontier`;
+[When GenLoRA wins](../when.md) says what they mean and what the arms' names stand for.
+"""
+FAMILIES = {
+    "lora": "LoRA",
+    "target": "one set of generators a target",
+    "model": "one set of generators",
+    "b": "one set of generators, random A",
+    "rbf": "with RBFs",
+}
+SPECTRA = ("lora r=8", "lora r=32", "target r=32 g=16", "model r=64 g=16", "model r=128 g=32")
 Arms = dict[str, dict[str, Any]]
 
 
@@ -73,10 +85,10 @@ def draw_frontier(runs: dict[str, Arms], file: Path) -> None:
     for axis, (name, arms) in zip(axes[0], runs.items(), strict=True):
         points: dict[str, list[tuple[int, float]]] = {}
         for arm_name, arm in finished(arms).items():
-            family = arm_name.split()[0]
+            family = FAMILIES.get(arm_name.split()[0], "other methods and settings")
             points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
         for family, values in points.items():
-            style = "-" if family == "lora" else "none"
+            style = "-" if family == "LoRA" else "none"
             axis.plot(*zip(*values, strict=True), linestyle=style, marker="o", label=family)
         axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss", title=name)
         axis.legend(fontsize=8)
@@ -103,6 +115,20 @@ def draw_scaling(runs: dict[str, Arms], file: Path) -> None:
     save(figure, file)
 
 
+def draw_spectra(runs: dict[str, Arms], file: Path) -> None:
+    """Singular values of the deltas over their largest (the paper's Figure 4)."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.5), squeeze=False)
+    for axis, (name, arms) in zip(axes[0], runs.items(), strict=True):
+        for arm_name in SPECTRA:
+            values = finished(arms).get(arm_name, {}).get("singular_values") or []
+            above = [value for value in values if value > 0]
+            if above:
+                axis.plot(range(1, len(above) + 1), above, label=arm_name)
+        axis.set(yscale="log", xlabel="index", ylabel="singular value / largest", title=name)
+        axis.legend(fontsize=8)
+    save(figure, file)
+
+
 def save(figure: Any, file: Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,20 +136,30 @@ def save(figure: Any, file: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("*.json")))
-    for file in parser.parse_args().files:
+def page(files: list[Path]) -> str:
+    """All tables, in Markdown."""
+    parts = [HEAD]
+    for file in files:
         found = json.loads(file.read_text())
-        if not found["runs"]:
-            print(f"{file}: no arm has run")
-            continue
         for name, arms in found["runs"].items():
             base = found["pretraining"][" ".join(name.split()[:2])]
-            print(f"\n## {file.stem}: {name} (base: loss {base['loss']:.3f})\n")
-            print(table(arms))
-        draw_frontier(found["runs"], PICTURES / f"{file.stem}.png")
-        draw_scaling(found["runs"], PICTURES / f"{file.stem}_scaling.png")
+            parts.append(
+                f"## {file.stem}: {name}\n\nThe base's own loss at the end of its pretraining: "
+                f"{base['loss']:.3f}. Commit {found['settings'][0]['commit']}, "
+                f"{found['settings'][0]['machine']}.\n\n{table(arms)}\n"
+            )
+    return "\n".join(parts)
+
+
+def main() -> None:
+    files = sorted(RESULTS.glob("*.json"))
+    for file in files:
+        runs = json.loads(file.read_text())["runs"]
+        draw_frontier(runs, PAGES / f"{file.stem}.png")
+        draw_scaling(runs, PAGES / f"{file.stem}_scaling.png")
+        if any("singular_values" in arm for arms in runs.values() for arm in arms.values()):
+            draw_spectra(runs, PAGES / f"{file.stem}_spectra.png")
+    (PAGES / "tables.md").write_text(page(files))
 
 
 if __name__ == "__main__":
