@@ -236,5 +236,4 @@ def attainable_rank(cfg: LowRankConfig, n: int) -> int:
         return n
     if cfg.attainable_rank is not None:
         return min(n, cfg.attainable_rank)
-    features = (0 if cfg.basis is None else cfg.kernels) + cfg.residual
-    return min(n, generators.group_count(cfg, n) * features)
+    return min(n, generators.group_count(cfg, n) * (cfg.basis_size + cfg.residual))

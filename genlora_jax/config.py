@@ -187,12 +187,14 @@ class GenLoRAConfig(LowRankConfig):
 
     Attributes:
         group_size: Length g of the contiguous groups that a latent is cut into.
-        kernels: Number K of basis functions.
+        kernels: Number K of basis functions; if `basis` names a family, 8 by default.
         generator: `"groupwise"`: each generator is one network R^g -> R^g that serves every
             group; `"elementwise"`: every group has scalar functions of its own.
         basis: Family of basis functions: `"rbf"` (Gaussian RBFs, on R^g when groupwise),
             `"rbf_grid"`, `"fourier"`, `"chebyshev"` or `"bspline"` (K scalar functions of each
-            coordinate), or `None` for the linear residual alone.
+            coordinate), or `None` for the linear residual alone. `"auto"` is `"rbf"` if
+            something asks for it (`kernels`, `bandwidth`, `rbf_init`, `residual=False`), else
+            `None`: docs/when.md found the residual alone best.
         residual: Whether the generator has the linear residual.
         normalize: Scope of the instance-wise normalisation: the whole `"latent"`, each
             `"group"`, or `"none"`.
@@ -221,10 +223,12 @@ class GenLoRAConfig(LowRankConfig):
         eps: Added to the variance in the normalisation.
     """
 
-    group_size: int = 16
-    kernels: int = 8
+    rank: int = 64
+    alpha: float | None = 128.0
+    group_size: int = 32
+    kernels: int | None = None
     generator: Literal["groupwise", "elementwise"] = "groupwise"
-    basis: Literal["rbf", "rbf_grid", "fourier", "chebyshev", "bspline"] | None = "rbf"
+    basis: Literal["auto", "rbf", "rbf_grid", "fourier", "chebyshev", "bspline"] | None = "auto"
     residual: bool = True
     normalize: Literal["latent", "group", "none"] = "latent"
     share_generators: bool = True
@@ -246,15 +250,21 @@ class GenLoRAConfig(LowRankConfig):
         """Raises ValueError that names the field at fault."""
         super().__post_init__()
         _require_int("group_size", self.group_size, 1)
-        _require_int("kernels", self.kernels, 1)
+        asked_for = self.kernels is not None or self.bandwidth is not None or self.rbf_init != 0
+        if self.basis == "auto" and (asked_for or not self.residual):
+            object.__setattr__(self, "basis", "rbf")
+        if self.kernels is None and self.basis in BASES:
+            object.__setattr__(self, "kernels", 8)
+        if self.kernels is not None:
+            _require_int("kernels", self.kernels, 1)
         _require_int("latents_per_side", self.latents_per_side, 1)
         _require_choice("generator", self.generator, ("groupwise", "elementwise"))
-        _require_choice("basis", self.basis, (*BASES, None))
+        _require_choice("basis", self.basis, ("auto", *BASES, None))
         _require_choice("normalize", self.normalize, ("latent", "group", "none"))
         _require_choice("latents", self.latents, ("trained", "seeded"))
         _require_choice("side_a", self.side_a, ("trained", "seeded"))
         _require(
-            self.basis is not None or self.residual,
+            self.family is not None or self.residual,
             "basis=None needs residual=True: with neither, nothing generates a basis vector",
         )
         _require(
@@ -299,9 +309,19 @@ class GenLoRAConfig(LowRankConfig):
             )
 
     @property
+    def family(self) -> str | None:
+        """The family of the basis functions, None where there are none."""
+        return None if self.basis == "auto" else self.basis
+
+    @property
+    def basis_size(self) -> int:
+        """Number K of basis functions, 0 where there are none."""
+        return 0 if self.family is None else self.kernels or 0
+
+    @property
     def joint(self) -> bool:
         """Whether the basis functions are RBFs on R^g, rather than of one coordinate each."""
-        return self.basis == "rbf" and self.generator == "groupwise"
+        return self.family == "rbf" and self.generator == "groupwise"
 
     @property
     def group_inputs(self) -> int:
@@ -316,8 +336,7 @@ class GenLoRAConfig(LowRankConfig):
         """
         if self.generator == "elementwise":
             return None
-        count = 0 if self.basis is None else self.kernels
-        features = count if self.joint else self.group_inputs * count
+        features = self.basis_size * (1 if self.joint else self.group_inputs)
         return self.group_size * (features + (self.group_inputs if self.residual else 0))
 
 

@@ -72,7 +72,7 @@ def fit(
         ValueError: If the method is another or has a side that is not trained, or the targets and
             the factors do not match.
     """
-    if type(cfg) not in (GenLoRAConfig, LoRAConfig):
+    if not isinstance(cfg, (GenLoRAConfig, LoRAConfig)) or cfg.reads_base:
         raise ValueError(f"fit makes GenLoRA and LoRA adapters, not those of {type(cfg).__name__}")
     if isinstance(cfg, GenLoRAConfig) and (cfg.share_across_targets or cfg.share_inputs):
         raise ValueError("fit needs share_across_targets=False and share_inputs=False")

@@ -137,13 +137,13 @@ def basis_features(cfg: GenLoRAConfig, t: jax.Array, generator: Generator) -> ja
     Returns:
         `[J, K]` for RBFs on R^g, `[J, g, K]` for scalar families, None for `basis=None`.
     """
-    if cfg.basis is None:
+    if cfg.family is None:
         return None
     if cfg.joint:
         centers = generator["centers"]
         width = cfg.bandwidth or math.sqrt(2)
         return gaussian_rbf(t, centers, width * jnp.exp(generator["log_width"]))
-    return SCALAR_BASES[cfg.basis](t, cfg.kernels, cfg.bandwidth)
+    return SCALAR_BASES[cfg.family](t, cfg.basis_size, cfg.bandwidth)
 
 
 def generate(cfg: GenLoRAConfig, z: jax.Array, generator: Generator) -> jax.Array:
@@ -188,27 +188,27 @@ def generate(cfg: GenLoRAConfig, z: jax.Array, generator: Generator) -> jax.Arra
 def fixed_centers(cfg: GenLoRAConfig, seed: int, name: str) -> Generator:
     """Centres `[K, m g]` drawn from N(0, 1) and log-widths of 0, from the adapter's seed."""
     return {
-        "centers": seeded_normal(seed, f"{name}/centers", (cfg.kernels, cfg.group_inputs)),
-        "log_width": jnp.zeros(cfg.kernels, jnp.float32),
+        "centers": seeded_normal(seed, f"{name}/centers", (cfg.basis_size, cfg.group_inputs)),
+        "log_width": jnp.zeros(cfg.basis_size, jnp.float32),
     }
 
 
 def weight_shapes(cfg: GenLoRAConfig, n: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the generators' weights of one side of length n; see `generate`."""
-    g, k, groups, inputs = cfg.group_size, cfg.kernels, group_count(cfg, n), cfg.group_inputs
+    g, k, groups, inputs = cfg.group_size, cfg.basis_size, group_count(cfg, n), cfg.group_inputs
     shapes: dict[str, tuple[int, ...]]
     if cfg.generator == "groupwise":
         features = k if cfg.joint else inputs * k
         shapes = {"weights": (cfg.rank, features, g), "residual": (cfg.rank, inputs, g)}
     else:
         shapes = {"weights": (cfg.rank, groups, k), "residual": (cfg.rank, groups)}
-    used = {"weights": cfg.basis is not None, "residual": cfg.residual}
+    used = {"weights": cfg.family is not None, "residual": cfg.residual}
     return {part: shape for part, shape in shapes.items() if used[part]}
 
 
 def init_shares(cfg: GenLoRAConfig) -> dict[str, float]:
     """Share of side A's initial variance that each part of the generators carries."""
-    basis = 0.0 if cfg.basis is None else cfg.rbf_init if cfg.residual else 1.0
+    basis = 0.0 if cfg.family is None else cfg.rbf_init if cfg.residual else 1.0
     return {"weights": basis, "residual": 1.0 - basis}
 
 

@@ -444,6 +444,28 @@ def test_a_value_that_a_field_does_not_take_raises_and_names_the_field(field, ch
 
 
 @pytest.mark.parametrize(
+    ("fields", "family", "size"),
+    [
+        ({}, None, 0),
+        ({"kernels": 4}, "rbf", 4),
+        ({"residual": False}, "rbf", 8),
+        ({"rbf_init": 0.5}, "rbf", 8),
+        ({"bandwidth": 1.0}, "rbf", 8),
+        ({"basis": "fourier"}, "fourier", 8),
+        ({"basis": None, "kernels": 4}, None, 0),
+    ],
+)
+def test_there_are_basis_functions_where_a_field_asks_for_them(fields, family, size):
+    own = {"rank": 3, "group_size": 4}
+    cfg = gl.GenLoRAConfig(**own, **fields)
+    assert (cfg.family, cfg.basis_size) == (family, size)
+    later = dataclasses.replace(gl.GenLoRAConfig(**own), **fields)
+    assert later == cfg == config_from_json(config_to_json(cfg))
+    weights = init(cfg, stacked()).trainable["generators"]["layers.proj"]["a"]
+    assert ("weights" in weights) == (size > 0)
+
+
+@pytest.mark.parametrize(
     "cfg",
     [
         gl.GenLoRAConfig(),

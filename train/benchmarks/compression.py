@@ -41,12 +41,10 @@ QWEN_3B = LlamaConfig(
     attention_bias=True,
     tie_word_embeddings=True,
 )
-LINEAR = gl.GenLoRAConfig(rank=4, basis=None, normalize="none")
-RBF = gl.GenLoRAConfig(rank=4, kernels=8, normalize="none")
+LINEAR = gl.GenLoRAConfig(rank=4, alpha=16.0, group_size=16, normalize="none")
+RBF = dataclasses.replace(LINEAR, kernels=8)
 # One group as long as the longest latent: a curve through R^4, and a place on it for each position.
-CURVE = gl.GenLoRAConfig(
-    rank=4, generator="elementwise", basis="rbf_grid", group_size=2048, normalize="none"
-)
+CURVE = dataclasses.replace(LINEAR, generator="elementwise", basis="rbf_grid", group_size=2048)
 
 
 def _own(cfg: gl.GenLoRAConfig, **changes: Any) -> gl.GenLoRAConfig:
@@ -65,8 +63,11 @@ ARMS: dict[str, gl.AdapterConfig] = {
     **{f"elementwise K={k}, own": _own(CURVE, kernels=k) for k in (8, 32, 128)},
 }
 BASIS_ARMS = {
-    **{f"residual g={g}": gl.GenLoRAConfig(basis=None, group_size=g) for g in (8, 16, 32)},
-    **{f"RBF K=8 g={g}": gl.GenLoRAConfig(rbf_init=0.5, group_size=g) for g in (8, 16, 32)},
+    **{f"residual g={g}": gl.GenLoRAConfig(group_size=g) for g in (8, 16, 32)},
+    **{
+        f"RBF K=8 g={g}": gl.GenLoRAConfig(kernels=8, rbf_init=0.5, group_size=g)
+        for g in (8, 16, 32)
+    },
     **{
         f"elementwise K={k}": gl.GenLoRAConfig(
             generator="elementwise", group_size=2048, kernels=k, rbf_init=0.5

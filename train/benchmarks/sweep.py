@@ -177,8 +177,9 @@ def main() -> None:
     parser.add_argument("--method", choices=("genlora", "lora"), default="genlora")
     parser.add_argument("--out", type=Path, default=RESULTS / "sweep.json")
     args = parser.parse_args()
-    kind = {"genlora": gl.GenLoRAConfig, "lora": gl.LoRAConfig}[args.method]
-    cfg = kind(rank=16)
+    cfg: gl.LoRAConfig | gl.GenLoRAConfig = gl.LoRAConfig(rank=16)
+    if args.method == "genlora":
+        cfg = gl.GenLoRAConfig(rank=16, alpha=16.0, group_size=16, kernels=8)
     results: dict[str, Any] = {"method": args.method, "rank": cfg.rank, "steps": STEPS}
     for size in dict.fromkeys((args.size, args.small)):
         results[size] = measure_size(size, args.members, args.calls, cfg)

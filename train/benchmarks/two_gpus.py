@@ -128,7 +128,7 @@ def measure_jax(arm: Arm, size: Size, steps: int) -> dict[str, Any]:
     if arm.method == "lora":
         cfg: gl.AdapterConfig = gl.LoRAConfig(rank=RANK, alpha=2.0 * RANK)
     else:
-        cfg = gl.GenLoRAConfig(rank=RANK, alpha=2.0 * RANK)
+        cfg = gl.GenLoRAConfig(rank=RANK, alpha=2.0 * RANK, group_size=16, kernels=8)
     optimizer = make_optimizer(OptimConfig(learning_rate=RATE), steps)
     state = init_state(gl.init_adapter(cfg, jax.random.key(1), params), optimizer)
     rng = np.random.default_rng(0)

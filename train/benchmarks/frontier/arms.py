@@ -45,10 +45,11 @@ def genlora(
     rank: int, group: int, kernels: int | None = None, *, ratio: float = 0.3, **fields: Any
 ) -> Arm:
     """Groupwise; `kernels=None` is the linear residual alone."""
-    own = {"basis": None} if kernels is None else {"kernels": kernels}
-    cfg = gl.GenLoRAConfig(rank=rank, alpha=ALPHA * rank, group_size=group, **own | fields)
+    cfg = gl.GenLoRAConfig(
+        rank=rank, alpha=ALPHA * rank, group_size=group, kernels=kernels, **fields
+    )
     # RBFs that carry part of the first variance want a lower rate.
-    carried = cfg.basis is not None and (cfg.rbf_init > 0 or not cfg.residual)
+    carried = cfg.family is not None and (cfg.rbf_init > 0 or not cfg.residual)
     return Arm(cfg=cfg, ratio=ratio, shift=-2 if carried else 0)
 
 
