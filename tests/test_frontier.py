@@ -47,7 +47,7 @@ def study(tmp_path_factory):
     write_batches(here / "tuned.npz", STEPS, 1)
     write_batches(here / "validation.npz", 2, 2)
     options = argparse.Namespace(
-        data=here, folder=here, steps=None, pretraining_steps=10, seeds=2, test=False
+        data=here, folder=here, steps=None, pretraining_steps=10, seeds=2, rates=4, test=False
     )
     told = pretrain_base(options, JOB)
     assert told["steps"] == 10
@@ -73,6 +73,14 @@ def test_a_sweep_goes_on_until_its_best_rate_lies_inside(study, monkeypatch):
     assert record["best_loss"] == pytest.approx(losses.mean(axis=1).min(), abs=1e-5)
     assert record["singular_values"][0] == 1.0
     assert "test_loss" not in record
+
+
+def test_a_sweep_has_as_many_rates_as_are_asked_for(study):
+    record = tune.sweep_rates(argparse.Namespace(**vars(study) | {"rates": 7}), JOB)
+    rates = sorted({member["learning_rate"] for member in record["members"]})
+    assert 7 <= len(rates) <= tune.MOST_RATES
+    assert rates[0] < record["best_rate"] < rates[-1]
+    assert report.over_seeds(report.own_losses(record)).startswith(f"{record['best_loss']:.3f}")
 
 
 def test_test_rows_are_looked_at_with_what_validation_chose(study):

@@ -101,6 +101,7 @@ MORE: dict[str, Arm] = {
     "layer r=16 g=16": genlora(16, 16, share_generators=False),
     # What the RBFs are worth: beside the residual and alone, by number; other families.
     "rbf target K=4 r=16 g=16": genlora(16, 16, 4),
+    "rbf model K=16 r=64 g=32": across(64, 32, 16),
     "rbf model K=64 r=32 g=16": across(32, 16, 64),
     "rbf model K=64 r=32 g=16, half": across(32, 16, 64, rbf_init=0.5),
     "rbf alone model K=64 r=32 g=4": across(32, 4, 64, residual=False),
@@ -157,6 +158,7 @@ LEAN: dict[str, Arm] = {
     "b model r=128 g=32, ratio 1": b_only(128, 32, ratio=1.0),
     "rbf b model K=16 r=128 g=16": b_only(128, 16, 16),
     "model r=256 g=32": across(256, 32),
+    "b model r=64 g=64, gates": b_only(64, 64, gates=True),
     "lora-fa r=2": lora(2, side_a="seeded"),
     "lora-fa r=4": lora(4, side_a="seeded"),
     "lora-fa r=8": lora(8, side_a="seeded"),
@@ -167,17 +169,26 @@ FEW = (
     "lora r=1",
     "lora r=4",
     "lora r=32",
-    "target r=32 g=16",
-    "model r=32 g=16",
-    "model r=64 g=16",
+    "model r=64 g=32",
     "model r=128 g=32",
-    "model m=2 r=64 g=16",
-    "rbf model K=16 r=64 g=16",
+    "b model r=128 g=32, gates",
+    "rbf model K=16 r=64 g=32",
 )
+FINAL = (
+    *FEW,
+    "lora r=2",
+    "lora r=8",
+    "model r=64 g=64",
+    "b model r=128 g=16, gates",
+    "b model r=64 g=64, gates",
+    "dora r=1",
+    "vera r=1024",
+)
+ARMS = MAIN | MORE | LEAN
 SETS: dict[str, dict[str, Arm]] = {
     "main": MAIN,
     "more": MORE,
     "lean": LEAN,
-    "few": {name: MAIN[name] for name in FEW},
+    "few": {name: ARMS[name] for name in FEW},
+    "final": {name: ARMS[name] for name in FINAL},
 }
-ARMS = MAIN | MORE | LEAN

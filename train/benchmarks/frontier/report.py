@@ -6,6 +6,7 @@ python -m train.benchmarks.frontier.report
 import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,26 @@ def lora_equivalent(arm: dict[str, Any], arms: Arms) -> float | None:
     return None
 
 
+def own_losses(arm: dict[str, Any]) -> list[float]:
+    """Validation losses of an arm's best rate, one a seed."""
+    pairs = zip(arm["members"], arm["validation_loss"], strict=True)
+    return [loss for member, loss in pairs if member["learning_rate"] == arm["best_rate"]]
+
+
+def over_seeds(values: list[float]) -> str:
+    """Their mean, and their standard deviation if there are several."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
 def table(arms: Arms) -> str:
     """A run's arms by parameters, in Markdown."""
     done = finished(arms)
     tested = any("test_loss" in arm for arm in done.values())
-    head = ["arm", "parameters", "best rate", "validation loss", "LoRA needs"]
-    head += ["test loss"] if tested else []
+    head = ["arm", "rank", "parameters", "best rate", "validation loss", "LoRA needs"]
+    head += ["test loss", "exact match"] if tested else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, arm in done.items():
         rates = sorted({member["learning_rate"] for member in arm["members"]})
@@ -65,14 +80,15 @@ def table(arms: Arms) -> str:
         ratio = None if name.startswith("lora r=") else lora_equivalent(arm, done)
         cells = [
             name,
+            str(arm["config"].get("rank", "")),
             f"{arm['parameters']:,}",
             f"{arm['best_rate']:.2g}{edge}",
-            f"{arm['best_loss']:.4f}",
+            over_seeds(own_losses(arm)),
             "" if ratio is None else f"{ratio:.2f} x",
         ]
         if tested:
-            own = arm.get("test_loss", [])
-            cells.append(f"{sum(own) / len(own):.4f}" if own else "")
+            cells.append(over_seeds(arm.get("test_loss", [])))
+            cells.append(over_seeds(arm.get("test_exact_match", [])))
         lines.append("| " + " | ".join(cells) + " |")
     if lost := sorted(set(arms) - set(done)):
         lines.append(f"\nNot finished: {', '.join(lost)}.")

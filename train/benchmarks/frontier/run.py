@@ -72,8 +72,8 @@ def check_goes_on(
             and not base_file(options.folder, {"base": base, "regime": regime}).exists()
         ):
             parser.error(f"{options.out} has results of a base {name} that is not in --folder")
-    for field in ("seeds", "steps", "pretraining_steps"):
-        before = found["settings"][-1][field]
+    for field in ("seeds", "rates", "steps", "pretraining_steps"):
+        before = found["settings"][-1].get(field)
         if getattr(options, field) != before:
             parser.error(f"{options.out} was begun with {field} {before}: give another --out")
 
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["math"])
     parser.add_argument("--arms", nargs="+", default=["main"], help=f"of {[*SETS, *ARMS]}")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rates", type=int, default=4, help="at least so many for each arm")
     parser.add_argument("--steps", type=int, help="tune for so many steps instead of all there are")
     parser.add_argument("--pretraining-steps", type=int)
     parser.add_argument("--gpus", type=int, default=0)

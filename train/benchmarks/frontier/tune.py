@@ -41,7 +41,7 @@ def best_of(losses: dict[float, list[float]]) -> float:
 
 
 def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
-    """An arm at rates of the grid until the best is not the first or the last; its record."""
+    """An arm at rates of the grid, so many and until the best is not at an end; its record."""
     arm, began = ARMS[job["arm"]], time.perf_counter()
     model, params = base_model(job["base"], options.data), load_base(options.folder, job)
     tuned = load_batches(options.data / "tuned.npz", job["task"])
@@ -82,15 +82,15 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
     high = low + RATES_AT_ONCE
     sweep(range(low, high))
     while high - low < MOST_RATES:
-        best = best_of(losses)
-        if best == rate_at(low):
+        place = sorted(losses).index(best_of(losses))
+        if 0 < place < len(losses) - 1 and len(losses) >= options.rates:
+            break
+        if place < len(losses) / 2:
             sweep(range(low - RATES_AT_ONCE, low))
             low -= RATES_AT_ONCE
-        elif best == rate_at(high - 1):
+        else:
             sweep(range(high, high + RATES_AT_ONCE))
             high += RATES_AT_ONCE
-        else:
-            break
     best = best_of(losses)
     record = {
         "config": config_to_json(arm.cfg),
