@@ -224,7 +224,6 @@ class GenLoRAConfig(LowRankConfig):
     """
 
     rank: int = 64
-    alpha: float | None = 128.0
     group_size: int = 32
     kernels: int | None = None
     generator: Literal["groupwise", "elementwise"] = "groupwise"
