@@ -53,8 +53,9 @@ class Adapter:
     Attributes:
         trainable: Float32 leaves. GenLoRA: `latents/TARGET/{a,b}` `[L, m n]` and
             `generators/TARGET/{a,b}/...` `[S, ...]`, where S is 1 if all layers share one, else
-            L; what targets share lies under names of its own. LoRA: `factors/TARGET/{a,b}`,
-            `[L, d_in, r]` and `[L, r, d_out]`; DoRA also `magnitudes/TARGET` `[L, d_out]`. VeRA:
+            L; what targets share lies under names of its own; perhaps `gates/TARGET` `[L, r]`.
+            LoRA: `factors/TARGET/{a,b}`, `[L, d_in, r]` and `[L, r, d_out]`. A side A that is
+            seeded has no leaf. DoRA also `magnitudes/TARGET` `[L, d_out]`. VeRA:
             `vectors/TARGET/{d,b}`, `[L, r]` and `[L, d_out]`. Full: `deltas/TARGET`
             `[L, d_in, d_out]`.
         frozen: Leaves that cannot be rebuilt from the seed; no gradient reaches them. PiSSA:

@@ -64,7 +64,7 @@ def init(
 
 
 def factors(cfg: GenLoRAConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
-    """The bases that the generators make of both latents, B's transposed."""
+    """The bases that the generators make of the latents, B's transposed; A may be random."""
     sides = {}
     generator = _generators_of(cfg, target)
     for side in groups["generators"][generator]:

@@ -107,9 +107,8 @@ def make_optimizer(
         if "generators" in trainable:
             groups["generators"] = "generators"
         if "factors" in trainable:
-            labelled = {"a": "rest", "b": "b"}
             groups["factors"] = {
-                name: {side: labelled[side] for side in sides}
+                name: {side: "b" if side == "b" else "rest" for side in sides}
                 for name, sides in trainable["factors"].items()
             }
         return groups

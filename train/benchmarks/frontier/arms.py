@@ -58,6 +58,11 @@ def across(rank: int, group: int, kernels: int | None = None, **fields: Any) -> 
     return genlora(rank, group, kernels, share_across_targets=True, **fields)
 
 
+def b_only(rank: int, group: int, kernels: int | None = None, **fields: Any) -> Arm:
+    """One set of generators for all targets, on side B; A is random."""
+    return across(rank, group, kernels, side_a="seeded", **fields)
+
+
 MAIN: dict[str, Arm] = {
     "lora r=1": lora(1),
     "lora r=2": lora(2),
@@ -134,12 +139,6 @@ MORE: dict[str, Arm] = {
     "vera r=256": Arm(cfg=gl.VeRAConfig(rank=256), shift=4),
     "full": Arm(cfg=gl.FullConfig(), shift=-6),
 }
-
-
-def b_only(rank: int, group: int, kernels: int | None = None, **fields: Any) -> Arm:
-    """One set of generators for all targets, on side B; A is random."""
-    return across(rank, group, kernels, side_a="seeded", **fields)
-
 
 LEAN: dict[str, Arm] = {
     "b model r=64 g=16": b_only(64, 16),

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,61 +96,55 @@ def table(arms: Arms) -> str:
     return "\n".join(lines)
 
 
-def draw_frontier(runs: dict[str, Arms], file: Path) -> None:
-    """Loss against parameters, a panel a run (the paper's Figure 1, lower)."""
+def draw(runs: dict[str, Arms], plot: Callable[[Any, Arms], None], file: Path) -> None:
+    """A panel a run, in each what `plot` makes of its finished arms."""
     figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.5), squeeze=False)
     for axis, (name, arms) in zip(axes[0], runs.items(), strict=True):
-        points: dict[str, list[tuple[int, float]]] = {}
-        for arm_name, arm in finished(arms).items():
-            family = FAMILIES.get(arm_name.split()[0], "other methods and settings")
-            points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
-        for family, values in points.items():
-            style = "-" if family == "LoRA" else "none"
-            axis.plot(*zip(*values, strict=True), linestyle=style, marker="o", label=family)
-        axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss", title=name)
+        plot(axis, finished(arms))
+        axis.set_title(name)
         axis.legend(fontsize=8)
-    save(figure, file)
-
-
-def draw_scaling(runs: dict[str, Arms], file: Path) -> None:
-    """Loss against rank, a line a group size and scope of sharing (the paper's Figure 3)."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.5), squeeze=False)
-    for axis, (name, arms) in zip(axes[0], runs.items(), strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for arm_name, arm in finished(arms).items():
-            cfg, words = arm["config"], arm_name.split()
-            if cfg["method"] == "lora" and words[0] == "lora":
-                lines.setdefault("lora", []).append((cfg["rank"], arm["best_loss"]))
-            elif words[0] in ("target", "model") and len(words) == 3:
-                label = f"one set a {words[0]}, g={cfg['group_size']}"
-                lines.setdefault(label, []).append((cfg["rank"], arm["best_loss"]))
-        for label, values in sorted(lines.items()):
-            axis.plot(*zip(*sorted(values), strict=True), marker="o", label=label)
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="rank", ylabel="validation loss", title=name)
-        axis.legend(fontsize=8)
-    save(figure, file)
-
-
-def draw_spectra(runs: dict[str, Arms], file: Path) -> None:
-    """Singular values of the deltas over their largest (the paper's Figure 4)."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.5), squeeze=False)
-    for axis, (name, arms) in zip(axes[0], runs.items(), strict=True):
-        for arm_name in SPECTRA:
-            values = finished(arms).get(arm_name, {}).get("singular_values") or []
-            above = [value for value in values if value > 0]
-            if above:
-                axis.plot(range(1, len(above) + 1), above, label=arm_name)
-        axis.set(yscale="log", xlabel="index", ylabel="singular value / largest", title=name)
-        axis.legend(fontsize=8)
-    save(figure, file)
-
-
-def save(figure: Any, file: Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=90)
     plt.close(figure)
+
+
+def plot_frontier(axis: Any, arms: Arms) -> None:
+    """Loss against parameters (the paper's Figure 1, lower)."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, arm in arms.items():
+        family = FAMILIES.get(name.split()[0], "other methods and settings")
+        points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
+    for family, values in points.items():
+        style = "-" if family == "LoRA" else "none"
+        axis.plot(*zip(*values, strict=True), linestyle=style, marker="o", label=family)
+    axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss")
+
+
+def plot_scaling(axis: Any, arms: Arms) -> None:
+    """Loss against rank, a line a group size and scope of sharing (the paper's Figure 3)."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, arm in arms.items():
+        cfg, words = arm["config"], name.split()
+        if cfg["method"] == "lora" and words[0] == "lora":
+            lines.setdefault("lora", []).append((cfg["rank"], arm["best_loss"]))
+        elif words[0] in ("target", "model") and len(words) == 3:
+            label = f"one set a {words[0]}, g={cfg['group_size']}"
+            lines.setdefault(label, []).append((cfg["rank"], arm["best_loss"]))
+    for label, values in sorted(lines.items()):
+        axis.plot(*zip(*sorted(values), strict=True), marker="o", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="rank", ylabel="validation loss")
+
+
+def plot_spectra(axis: Any, arms: Arms) -> None:
+    """Singular values of the deltas over their largest (the paper's Figure 4)."""
+    for name in SPECTRA:
+        values = arms.get(name, {}).get("singular_values") or []
+        above = [value for value in values if value > 0]
+        if above:
+            axis.plot(range(1, len(above) + 1), above, label=name)
+    axis.set(yscale="log", xlabel="index", ylabel="singular value / largest")
 
 
 def page(files: list[Path]) -> str:
@@ -171,10 +166,10 @@ def main() -> None:
     files = sorted(RESULTS.glob("*.json"))
     for file in files:
         runs = json.loads(file.read_text())["runs"]
-        draw_frontier(runs, PAGES / f"{file.stem}.png")
-        draw_scaling(runs, PAGES / f"{file.stem}_scaling.png")
+        draw(runs, plot_frontier, PAGES / f"{file.stem}.png")
+        draw(runs, plot_scaling, PAGES / f"{file.stem}_scaling.png")
         if any("singular_values" in arm for arms in runs.values() for arm in arms.values()):
-            draw_spectra(runs, PAGES / f"{file.stem}_spectra.png")
+            draw(runs, plot_spectra, PAGES / f"{file.stem}_spectra.png")
     (PAGES / "tables.md").write_text(page(files))
 
 
