@@ -5,6 +5,7 @@
 
 import functools
 import hashlib
+import math
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from genlora_jax.config import (
     LoRAConfig,
     LowRankConfig,
     PiSSAConfig,
+    TwoSidedConfig,
     VeRAConfig,
 )
 from genlora_jax.methods import dora, full, genlora, lora, pissa, vera
@@ -176,8 +178,10 @@ def generate_factors(cfg: AdapterConfig, adapter: Adapter) -> Tree:
     Returns:
         A tree that mirrors the base's: at each adapted module `{"a": [..., d_in, r],
         "b": [..., r, d_out]}`, float32, with the scale folded into b; DoRA adds `"magnitude"`
-        `[..., d_out]`, and full fine-tuning has `{"delta": [..., d_in, d_out]}` instead. Under
-        `nn.scan` the leading axis is the layer; layers that are not adapted have zeros.
+        `[..., d_out]`. With `hadamard=True` they are `gain_a` and `gain_b`: the elements of the
+        kernel are multiplied with 1 plus those of their product. Full fine-tuning has
+        `{"delta": [..., d_in, d_out]}` instead. Under `nn.scan` the leading axis is the layer;
+        layers that are not adapted have zeros.
     """
     flat: dict[tuple[str, ...], jax.Array] = {}
     groups = adapter.trainable | jax.lax.stop_gradient(adapter.frozen)
@@ -185,6 +189,8 @@ def generate_factors(cfg: AdapterConfig, adapter: Adapter) -> Tree:
         leaves = _method(cfg).factors(cfg, groups, target, adapter.spec)
         if isinstance(cfg, LowRankConfig):
             leaves["b"] = leaves["b"] * cfg.scale
+        if isinstance(cfg, TwoSidedConfig) and cfg.hadamard:
+            leaves = {"gain_a": leaves["a"] * math.sqrt(target.d_in), "gain_b": leaves["b"]}
         start = 0
         for kernel in target.kernels:
             stop = start + len(kernel.layers)
@@ -217,7 +223,7 @@ def _place(value: jax.Array, stack: int | None, layers: tuple[int, ...]) -> jax.
 
 def _warn_unattainable(cfg: AdapterConfig, spec: AdapterSpec) -> None:
     """Warns where a rank is asked for that the factors cannot have."""
-    if not isinstance(cfg, (LoRAConfig, GenLoRAConfig)):  # VeRA's rank is a number of vectors
+    if not isinstance(cfg, TwoSidedConfig):  # VeRA's rank is a number of vectors
         return
     for target in spec.targets:
         for side, n in (("a", target.d_in), ("b", target.d_out)):

@@ -135,11 +135,16 @@ def target_factors(factors: Mapping[str, Any], target: Target) -> tuple[jax.Arra
         `a` `[L, d_in, r]` and `b` `[L, r, d_out]`, padded with zeros to the largest rank.
 
     Raises:
-        ValueError: If a layer of the target has no factors.
+        ValueError: If a layer of the target has no factors, or a gain.
     """
     flat = flatten_dict(dict(factors))
     sides: dict[str, list[jax.Array]] = {"a": [], "b": []}
     for kernel in target.kernels:
+        if (*kernel.path, "gain_a") in flat:
+            raise ValueError(
+                f"{'.'.join(kernel.path)} has a gain (hadamard=True): its delta depends on the "
+                "kernel and has no factors of its rank"
+            )
         if (*kernel.path, "a") not in flat:
             raise ValueError(f"no factors for {'.'.join(kernel.path)}: leave it out of the targets")
         for side, layers in sides.items():

@@ -17,7 +17,7 @@ from genlora_jax.analysis import (
     singular_values,
 )
 from genlora_jax.command import parse, parse_arguments, report_errors
-from genlora_jax.config import AdapterConfig, LowRankConfig
+from genlora_jax.config import AdapterConfig, LowRankConfig, TwoSidedConfig
 from genlora_jax.decoding import decode
 from genlora_jax.factors import Module, by_module
 from genlora_jax.hf.checkpoint import checkpoint_dtype, load_tokenizer, locate, stop_tokens
@@ -96,7 +96,8 @@ def _lora_size(rank: int, target: Target) -> int:
 
 def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
     low_rank = isinstance(cfg, LowRankConfig)
-    columns = ["parameters", *["LoRA"] * low_rank, "values > 1 %", "effective rank"]
+    of = "gain's " if isinstance(cfg, TwoSidedConfig) and cfg.hadamard else ""
+    columns = ["parameters", *["LoRA"] * low_rank, f"{of}values > 1 %", f"{of}effective rank"]
     table = Table("target", "layers", "shape", *columns)
     table.columns[0].overflow = "fold"  # a name cut short names nothing
     for column in table.columns[1:]:
@@ -121,9 +122,11 @@ def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
 
 
 def _singular_values(own: Module, kernel: Kernel) -> jax.Array:
-    """Singular values of the adapted layers' deltas, `[layers, k]`."""
+    """Singular values of the adapted layers' deltas or gains, `[layers, k]`."""
     if "delta" in own:
         values = jnp.linalg.svd(own["delta"], compute_uv=False)
+    elif "gain_a" in own:
+        values = singular_values(own["gain_a"], own["gain_b"])
     else:
         values = singular_values(own["a"], own["b"])
     return values[None] if kernel.stack is None else values[jnp.array(kernel.layers)]

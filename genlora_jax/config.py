@@ -116,16 +116,19 @@ class LowRankConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(LowRankConfig):
-    """LoRA (arXiv 2106.09685): factors are stored and trained as they are.
+class TwoSidedConfig(LowRankConfig):
+    """What the methods share that make each kernel a basis on either side: LoRA and GenLoRA.
 
     Attributes:
-        side_a: `"trained"`, or `"seeded"` (LoRA-FA, arXiv 2308.03303): A stays the random one that
-            it starts as, which is rebuilt from `seed` and never stored.
+        side_a: `"trained"`, or `"seeded"` (as in LoRA-FA, arXiv 2308.03303): A is random, rebuilt
+            from `seed` and never trained or stored.
+        hadamard: The delta is `W * (A @ B)`, elementwise with the base's kernel W (HiRA, ICLR
+            2025), which has a high rank at any rank of A and B. A is multiplied with sqrt(d_in)
+            there: elements of `A @ B` are then as large for kernels of any width.
     """
 
-    rank: int = 8
     side_a: Literal["trained", "seeded"] = "trained"
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
@@ -134,10 +137,22 @@ class LoRAConfig(LowRankConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig(TwoSidedConfig):
+    """LoRA (arXiv 2106.09685): factors are stored and trained as they are."""
+
+    rank: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoRAConfig(LoRAConfig):
     """DoRA (arXiv 2402.09353): LoRA, and a trained magnitude for each column of the kernel."""
 
     reads_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        _require(not self.hadamard, "DoRA adds its delta to the kernel: leave hadamard out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +170,10 @@ class PiSSAConfig(LoRAConfig):
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
         super().__post_init__()
-        _require(self.side_a == "trained", "PiSSA starts A at the kernel: leave side_a out")
+        _require(
+            self.side_a == "trained" and not self.hadamard,
+            "PiSSA starts A at the kernel: leave side_a and hadamard out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +200,7 @@ class FullConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenLoRAConfig(LowRankConfig):
+class GenLoRAConfig(TwoSidedConfig):
     """GenLoRA (arXiv 2602.05709): basis vectors generated from one latent a side.
 
     Attributes:
@@ -207,9 +225,6 @@ class GenLoRAConfig(LowRankConfig):
         latents_per_side: Number m of latents that a side has; a generator reads a group of each,
             R^(m g) -> R^g. With m = rank and g = 1 this is a mixture of LoRA's own vectors.
         latents: `"trained"`, or `"seeded"`: rebuilt from `seed`, never trained or stored.
-        side_a: `"trained"`, or `"seeded"`: A is random, N(0, 1 / d_in), rebuilt from `seed` and
-            never trained or stored (as in LoRA-FA, arXiv 2308.03303). Then B alone is generated,
-            and a rank costs nothing on the other side.
         gates: A trained factor, 1 at first, for each basis vector of each kernel, so that kernels
             which share generators can weight them differently (as VeRA's vector d).
         latent_std: Standard deviation of the latents at first.
@@ -236,7 +251,6 @@ class GenLoRAConfig(LowRankConfig):
     share_inputs: bool = False
     latents_per_side: int = 1
     latents: Literal["trained", "seeded"] = "trained"
-    side_a: Literal["trained", "seeded"] = "trained"
     gates: bool = False
     latent_std: float = 0.02
     rbf_init: float = 0.0
@@ -261,7 +275,6 @@ class GenLoRAConfig(LowRankConfig):
         _require_choice("basis", self.basis, ("auto", *BASES, None))
         _require_choice("normalize", self.normalize, ("latent", "group", "none"))
         _require_choice("latents", self.latents, ("trained", "seeded"))
-        _require_choice("side_a", self.side_a, ("trained", "seeded"))
         _require(
             self.family is not None or self.residual,
             "basis=None needs residual=True: with neither, nothing generates a basis vector",

@@ -1,4 +1,7 @@
-"""What factors are at one module: A and B, perhaps with a magnitude, or a whole delta."""
+"""What factors are at one module.
+
+A and B, perhaps with a magnitude; A and B of a gain that multiplies the kernel; or a whole delta.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-LEAVES = ("a", "b", "magnitude", "delta")
-KINDS = ({"a", "b"}, {"a", "b", "magnitude"}, {"delta"})
+LEAVES = ("a", "b", "magnitude", "gain_a", "gain_b", "delta")
+KINDS = ({"a", "b"}, {"a", "b", "magnitude"}, {"gain_a", "gain_b"}, {"delta"})
 EXACT = jax.lax.Precision.HIGHEST
 Module = dict[str, Any]
 
@@ -26,7 +29,7 @@ def by_module(factors: Mapping[str, Any]) -> dict[tuple[str, ...], Module]:
         if set(own) not in KINDS:
             raise ValueError(
                 f"factors of {'.'.join(path)} hold {sorted(own)}, not a and b, nor these with a "
-                "magnitude, nor a delta alone"
+                "magnitude, nor gain_a and gain_b, nor a delta alone"
             )
     return modules
 
@@ -34,7 +37,11 @@ def by_module(factors: Mapping[str, Any]) -> dict[tuple[str, ...], Module]:
 def refuse_other_than_products(factors: Mapping[str, Any], what: str) -> None:
     """Raises ValueError if some factors are more than A and B, the only ones that `what` takes."""
     for path, own in by_module(factors).items():
-        for leaf, method in (("magnitude", "DoRA"), ("delta", "full fine-tuning")):
+        for leaf, method in (
+            ("magnitude", "DoRA"),
+            ("gain_a", "hadamard=True"),
+            ("delta", "full fine-tuning"),
+        ):
             if leaf in own:
                 raise ValueError(
                     f"{what} takes A and B alone; {'.'.join(path)} has a {leaf} ({method}): "
@@ -47,9 +54,15 @@ def fits(own: Module, shape: tuple[int, ...]) -> bool:
     *lead, d_in, d_out = shape
     if "delta" in own:
         return own["delta"].shape == tuple(shape)
-    rank = own["a"].shape[-1]
-    expected = {"a": (*lead, d_in, rank), "b": (*lead, rank, d_out), "magnitude": (*lead, d_out)}
+    rank = side_a(own).shape[-1]
+    a, b = (*lead, d_in, rank), (*lead, rank, d_out)
+    expected = {"a": a, "b": b, "magnitude": (*lead, d_out), "gain_a": a, "gain_b": b}
     return all(leaf.shape == expected[name] for name, leaf in own.items())
+
+
+def side_a(own: Module) -> Any:
+    """A module's A, `[..., d_in, r]`, of its delta or of its gain."""
+    return own["gain_a" if "gain_a" in own else "a"]
 
 
 def describe(own: Module) -> str:
@@ -57,12 +70,33 @@ def describe(own: Module) -> str:
     return " and ".join(str(own[leaf].shape) for leaf in LEAVES if leaf in own)
 
 
-def delta(own: Module) -> jax.Array:
-    """The delta of a module, float32, before its magnitude."""
+def adapted(kernel: jax.Array, own: Module) -> jax.Array:
+    """A kernel with a module's factors in it, float32."""
+    whole = kernel.astype(jnp.float32)
+    if "gain_a" in own:
+        return whole * (1 + _product(own["gain_a"], own["gain_b"]))
+    whole += _delta(own)
+    if "magnitude" in own:
+        whole *= column_scale(own["magnitude"], column_norm(whole))
+    return whole
+
+
+def base_of(kernel: jax.Array, own: Module) -> jax.Array:
+    """Inverse of `adapted`, but for magnitudes."""
+    whole = kernel.astype(jnp.float32)
+    if "gain_a" in own:
+        return whole / (1 + _product(own["gain_a"], own["gain_b"]))
+    return whole - _delta(own)
+
+
+def _delta(own: Module) -> jax.Array:
     if "delta" in own:
         return own["delta"].astype(jnp.float32)
-    a, b = (own[side].astype(jnp.float32) for side in "ab")
-    return jnp.matmul(a, b, precision=EXACT)
+    return _product(own["a"], own["b"])
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=EXACT)
 
 
 def column_norm(kernel: jax.Array) -> jax.Array:

@@ -78,6 +78,8 @@ def fit(
         raise ValueError("fit needs share_across_targets=False and share_inputs=False")
     if cfg.side_a != "trained" or (isinstance(cfg, GenLoRAConfig) and cfg.gates):
         raise ValueError('fit needs side_a="trained" and gates=False: it changes both sides')
+    if cfg.hadamard:
+        raise ValueError("fit needs hadamard=False: it knows deltas, not the kernels under them")
     if steps < 1 or not learning_rate > 0:
         raise ValueError(f"steps ({steps}) and learning_rate ({learning_rate}) must be positive")
     key = jax.random.key(0) if key is None else key

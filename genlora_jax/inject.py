@@ -56,7 +56,7 @@ def _interceptor(
         if dropout > 0.0:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
-        change = _change(x, own, index)
+        change = _change(x, module, own, index)
         if "magnitude" in own:
             return _rescale(module, own, y, change, x if dropout > 0.0 else None)
         return y + change
@@ -94,9 +94,12 @@ def _rescale(
     return y + (scale - 1).astype(y.dtype) * base + scale.astype(y.dtype) * change
 
 
-def _change(x: jax.Array, own: Module, index: jax.Array | None) -> jax.Array:
+def _change(x: jax.Array, module: nn.Dense, own: Module, index: jax.Array | None) -> jax.Array:
     """`x` times the delta, by way of its factors."""
     own = {leaf: value.astype(x.dtype) for leaf, value in own.items()}
+    if "gain_a" in own:
+        kernel: jax.Array = module.get_variable("params", "kernel")
+        return x @ (kernel.astype(x.dtype) * (own["gain_a"] @ own["gain_b"]))
     if "delta" in own:
         return x @ own["delta"]
     a, b = own["a"], own["b"]

@@ -1,4 +1,4 @@
-"""Merging: adds the deltas to the base's kernels, in float32, cast last."""
+"""Merging: brings the factors into the base's kernels, in float32, cast last."""
 
 import functools
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from genlora_jax import merge_kernel
-from genlora_jax.factors import Module, by_module, column_norm, column_scale, delta, describe, fits
+from genlora_jax.factors import Module, adapted, base_of, by_module, describe, fits
 
 Path = tuple[str, ...]
 
@@ -17,7 +17,8 @@ Path = tuple[str, ...]
 def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
     """The base's parameters with the factors' deltas added to their kernels.
 
-    Where there are magnitudes (DoRA), the columns of the sums are then brought to these.
+    Where there are magnitudes (DoRA), the columns of the sums are then brought to these; where
+    there is a gain (`hadamard=True`), the kernel's elements are multiplied with 1 and that.
 
     Args:
         params: The base's parameters, of any float dtype.
@@ -116,11 +117,8 @@ def pair_kernels(
     return pairs
 
 
-def _sum(kernel: jax.Array, own: Module, sign: float) -> jax.Array:
-    whole = kernel.astype(jnp.float32) + sign * delta(own)
-    if "magnitude" in own:
-        whole *= column_scale(own["magnitude"], column_norm(whole))
-    return whole.astype(kernel.dtype)
+def _changed(kernel: jax.Array, own: Module, sign: float) -> jax.Array:
+    return (adapted if sign > 0 else base_of)(kernel, own).astype(kernel.dtype)
 
 
 def _layer(own: Module, i: Any) -> Module:
@@ -131,12 +129,12 @@ def _merge(kernel: jax.Array, own: Module, sign: float, on_one_gpu: bool) -> jax
     if on_one_gpu and set(own) == {"a", "b"} and merge_kernel.fits(kernel.shape):
         return merge_kernel.add_product(kernel, own["a"], own["b"], sign=sign)
     if kernel.ndim == 2:
-        return _sum(kernel, own, sign)
+        return _changed(kernel, own, sign)
 
     # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
     def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
         before = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
-        after = _sum(before, _layer(own, i), sign)
+        after = _changed(before, _layer(own, i), sign)
         return jax.lax.dynamic_update_index_in_dim(kernel, after, i, 0)
 
     return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
@@ -144,7 +142,7 @@ def _merge(kernel: jax.Array, own: Module, sign: float, on_one_gpu: bool) -> jax
 
 @functools.partial(jax.jit, static_argnames="sign")
 def _merge_layer(kernel: jax.Array, own: Module, i: jax.Array, sign: float) -> jax.Array:
-    return _sum(kernel[i], _layer(own, i), sign)
+    return _changed(kernel[i], _layer(own, i), sign)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -116,6 +116,8 @@ def factor_specs(factors: Mapping[str, Any]) -> Any:
             "a": (rows, None),
             "b": (None, columns),
             "magnitude": (columns,),
+            "gain_a": (rows, None),
+            "gain_b": (None, columns),
             "delta": (rows, columns),
         }
         own = kinds[path[-1]]

@@ -9,6 +9,7 @@ SHARED = {"rank": 3, "alpha": 6.0, "targets": TARGETS}
 METHODS = {
     "rslora": gl.LoRAConfig(**SHARED, scaling="rslora"),
     "lora_fa": gl.LoRAConfig(**SHARED, side_a="seeded"),
+    "hira": gl.LoRAConfig(**SHARED, hadamard=True),
     "dora": gl.DoRAConfig(**SHARED),
     "pissa": gl.PiSSAConfig(**SHARED),
     "vera": gl.VeRAConfig(rank=5, d_initial=0.3, targets=TARGETS),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from baseline_methods import EPS, METHODS, TARGETS, close
+from baseline_methods import EPS, METHODS, SHARED, TARGETS, close
 from flax.traverse_util import flatten_dict
 from tiny_base import write_base
 
@@ -28,6 +28,8 @@ IDS = np.random.default_rng(0).integers(0, 512, (2, 9)).astype(np.int32)
 THEIRS = {
     ("factors", "a"): "lora_A.default.weight",
     ("factors", "b"): "lora_B.default.weight",
+    ("hira", "a"): "hira_A.default",
+    ("hira", "b"): "hira_B.default",
     ("magnitudes",): "lora_magnitude_vector.default.weight",
     ("vectors", "d"): "vera_lambda_d.default",
     ("vectors", "b"): "vera_lambda_b.default",
@@ -76,6 +78,8 @@ def torch_with(name, cfg, adapter, path):
             assert 0.8 < np.abs(ours).max() / shared.abs().max() < 1.25
             shared.copy_(tensor(ours.T))
         return model
+    if name == "hira":  # which has no scale
+        return peft.get_peft_model(model, peft.HiraConfig(r=cfg.rank, target_modules=TARGETS))
     settings = {"use_rslora": name == "rslora", "use_dora": name == "dora"}
     if name == "pissa":
         settings["init_lora_weights"] = "pissa"
@@ -97,15 +101,18 @@ def tensor(value):
 
 
 def counterparts(trainable, model):
-    """(our path, layer, their parameter) of every layer's leaf."""
+    """(our path, layer, their parameter, its size over ours) of every layer's leaf."""
     parameters = dict(model.named_parameters())
-    for path in flatten_dict(trainable):
+    hira = any("hira_" in name for name in parameters)
+    for path, leaf in flatten_dict(trainable).items():
         group, name, *side = path
         head, tail = name.split(".layers.")
         prefix = "" if group == "deltas" else "base_model.model."
+        sizes = {"a": leaf.shape[1] ** 0.5, "b": SHARED["alpha"] / SHARED["rank"]} if hira else {}
         for i in range(2):
-            theirs = THEIRS[(group, *side)]
-            yield path, i, parameters[f"{prefix}{head}.layers.{i}.{tail}.{theirs}"]
+            theirs = THEIRS[("hira" if hira else group, *side)]
+            parameter = parameters[f"{prefix}{head}.layers.{i}.{tail}.{theirs}"]
+            yield path, i, parameter, sizes.get(path[-1], 1.0)
 
 
 def set_values(trainable, model):
@@ -114,8 +121,8 @@ def set_values(trainable, model):
 
     flat = flatten_dict(trainable)
     with torch.no_grad():
-        for path, i, parameter in counterparts(trainable, model):
-            value = tensor(flat[path][i].T)
+        for path, i, parameter, size in counterparts(trainable, model):
+            value = tensor(size * flat[path][i].T)
             parameter.add_(value) if path[0] == "deltas" else parameter.copy_(value)
 
 
@@ -130,7 +137,8 @@ def case(request, base, perturb):
     moved = new.replace(trainable=perturb(new.trainable, size=0.1))
     theirs = torch_with(name, cfg, new, base)
     start = {
-        path: (i, p.detach().numpy().copy()) for path, i, p in counterparts(new.trainable, theirs)
+        path: (i, p.detach().numpy().copy())
+        for path, i, p, _ in counterparts(new.trainable, theirs)
     }
 
     def loss(trainable):
@@ -174,9 +182,9 @@ def test_logits_and_gradients_are_those_of_peft(case):
     assert np.abs(case.logits - case.base).max() > 0.1 * np.abs(case.base).max()
     close(case.logits, case.their_logits)
     gradient = flatten_dict(case.gradient)
-    for path, i, parameter in counterparts(case.new.trainable, case.theirs):
+    for path, i, parameter, size in counterparts(case.new.trainable, case.theirs):
         assert np.abs(gradient[path]).max() > 0
-        ours, theirs = gradient[path][i].T, parameter.grad.numpy()
+        ours, theirs = gradient[path][i].T, size * parameter.grad.numpy()
         np.testing.assert_allclose(
             ours, theirs, rtol=0, atol=256 * EPS * np.abs(gradient[path]).max(), err_msg=str(path)
         )

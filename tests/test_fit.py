@@ -156,6 +156,8 @@ def test_wrong_inputs_are_named():
     for cfg in (gl.LoRAConfig(side_a="seeded"), dataclasses.replace(CFG, gates=True)):
         with pytest.raises(ValueError, match='needs side_a="trained" and gates=False'):
             gl.fit(cfg, random_factors())
+    with pytest.raises(ValueError, match="needs hadamard=False"):
+        gl.fit(dataclasses.replace(CFG, hadamard=True), factors)
     with pytest.raises(ValueError, match="not those of AdapterConfig"):
         gl.fit(gl.config.AdapterConfig(), factors)
     with pytest.raises(ValueError, match=r"factors of layers\.q hold \['a'\], not a and b"):

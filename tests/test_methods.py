@@ -30,12 +30,13 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
 
 
-def test_magnitudes_and_deltas_on_a_mesh_are_those_of_one_device(random_llama, perturb):
+def test_magnitudes_gains_and_deltas_on_a_mesh_are_those_of_one_device(random_llama, perturb):
     model, params = random_llama(attention="xla", attention_bias=True, vocab_size=64, **WIDE)
-    # Two methods in one model, so that one program serves both.
+    # All in one model, so that one program serves them.
     methods = [
         dataclasses.replace(METHODS["dora"], targets=["q_proj", "down_proj"]),
         dataclasses.replace(METHODS["full"], targets=["v_proj", "o_proj"]),
+        dataclasses.replace(METHODS["hira"], targets=["k_proj", "gate_proj"]),
     ]
     adapters = [perturb(gl.init_adapter(cfg, jax.random.key(0), params)) for cfg in methods]
     batch = {
@@ -114,7 +115,7 @@ def test_dropout_drops_all_that_a_magnitude_changes():
     assert (np.abs(samples.mean(axis=0) - whole) < 5 * error).all()
 
 
-@pytest.mark.parametrize("name", ["dora", "pissa", "full"])
+@pytest.mark.parametrize("name", ["dora", "pissa", "hira", "full"])
 def test_layers_that_are_not_adapted_stay_as_they_are(name, random_llama, unstack, perturb):
     cfg = dataclasses.replace(METHODS[name], layers=[1])
     _, params = random_llama()
@@ -139,6 +140,37 @@ def test_projections_of_vera_are_not_stored(random_llama, tmp_path):
     stored = load_file(tmp_path / "adapter" / "adapter.safetensors")
     assert {name.split("/")[1] for name in stored} == {"vectors"}
     assert gl.count_parameters(adapter) == 3 * (3 * 5 + 32 + 16 + 32)
+
+
+def test_gains_are_merged_and_taken_out_again_in_bfloat16():
+    """To one rounding each way: the merge's, and that of the base."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((2, 40, 30)), jnp.bfloat16)
+    own = {
+        "gain_a": jnp.float32(rng.standard_normal((2, 40, 3))),
+        "gain_b": jnp.float32(0.2 * rng.standard_normal((2, 3, 30))),
+    }
+    gain = 1 + np.float64(own["gain_a"]) @ np.float64(own["gain_b"])
+    merged = gl.merge({"proj": {"kernel": kernel}}, {"proj": own})
+    ours = np.float64(merged["proj"]["kernel"])
+    np.testing.assert_allclose(ours, np.float64(kernel) * gain, rtol=2**-8)
+    back = np.float64(gl.unmerge(merged, {"proj": own})["proj"]["kernel"])
+    np.testing.assert_allclose(back, np.float64(kernel), rtol=2**-7)
+
+
+@pytest.mark.parametrize("kind", [gl.LoRAConfig, gl.GenLoRAConfig])
+def test_a_gain_is_as_large_for_kernels_of_any_width(kind):
+    for width in (64, 1024):
+        params = {"proj": {"kernel": jnp.zeros((width, 32))}}
+        cfg = kind(rank=8, hadamard=True)
+        own = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(0), params))
+        plain = dataclasses.replace(cfg, hadamard=False)
+        theirs = gl.generate_factors(plain, gl.init_adapter(plain, jax.random.key(0), params))
+        np.testing.assert_allclose(
+            own["proj"]["gain_a"], theirs["proj"]["a"] * width**0.5, rtol=4 * EPS
+        )
+        expected = 1 / 3 if kind is gl.LoRAConfig else 1
+        assert np.var(own["proj"]["gain_a"]) == pytest.approx(expected, rel=0.3)
 
 
 # What is refused.
@@ -169,7 +201,11 @@ def test_a_rank_above_the_number_of_singular_values_is_refused(random_llama):
 
 X = jnp.ones((2, 4))
 ONES = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3))}
-MORE = {"magnitude": ONES | {"magnitude": jnp.ones(3)}, "delta": {"delta": jnp.ones((4, 3))}}
+MORE = {
+    "magnitude": ONES | {"magnitude": jnp.ones(3)},
+    "gain_a": {"gain_a": ONES["a"], "gain_b": ONES["b"]},
+    "delta": {"delta": jnp.ones((4, 3))},
+}
 
 
 @pytest.mark.parametrize("leaf", MORE)
@@ -189,6 +225,7 @@ def test_what_takes_products_alone_refuses_others_by_name(leaf):
     ("own", "message"),
     [
         (ONES | {"magnitude": jnp.ones(4)}, r"have shapes \(4, 2\) and \(2, 3\) and \(4,\)"),
+        ({"gain_a": jnp.ones((4, 2)), "gain_b": jnp.ones((3, 3))}, r"shapes \(4, 2\) and \(3, 3\)"),
         ({"delta": jnp.ones((3, 4))}, r"have shapes \(3, 4\)"),
         ({"magnitude": jnp.ones(3)}, r"hold \['magnitude'\]"),
         (ONES | MORE["delta"], "hold"),
@@ -203,9 +240,10 @@ def test_factors_that_do_not_fit_are_refused(own, message):
         gl.apply(model, params, own, X)
 
 
-def test_magnitudes_in_some_modules_only_are_not_exported(tmp_path):
-    sets = {"one": ONES, "two": MORE["magnitude"]}
-    with pytest.raises(ValueError, match="one has no magnitude and others have"):
+@pytest.mark.parametrize("leaf", ["magnitude", "gain_a"])
+def test_factors_of_several_kinds_are_not_exported(leaf, tmp_path):
+    sets = {"one": ONES, "two": MORE[leaf]}
+    with pytest.raises(ValueError, match=rf"two has \[.*{leaf}.*\] and one \['a', 'b'\]: a PEFT"):
         gl.export_peft(tmp_path / "out", None, sets, base="base")
     assert not (tmp_path / "out").exists()
 
@@ -221,6 +259,11 @@ def test_settings_that_mean_nothing_are_refused(random_llama):
         gl.VeRAConfig(d_initial=0.0)
     with pytest.raises(TypeError, match="rank"):
         gl.FullConfig(rank=3)
+    for kind in (gl.DoRAConfig, gl.PiSSAConfig):
+        with pytest.raises(ValueError, match="hadamard out"):
+            kind(hadamard=True)
+    with pytest.raises(TypeError, match="hadamard"):
+        gl.VeRAConfig(hadamard=True)
     with pytest.raises(ValueError, match="AdapterConfig is the config of no method"):
         gl.init_adapter(gl.AdapterConfig(), jax.random.key(0), params)
 

@@ -1,4 +1,4 @@
-"""PEFT: LoRA and DoRA adapters, as `peft` and vLLM load them, out of factors and into them."""
+"""PEFT: LoRA, DoRA and HiRA adapters, as `peft` loads them, out of factors and into them."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from genlora_jax.adapter import generate_factors
 from genlora_jax.config import AdapterConfig
-from genlora_jax.factors import by_module, describe, fits
+from genlora_jax.factors import by_module, describe, fits, side_a
 from genlora_jax.hf.checkpoint import read_json
 from genlora_jax.hf.names import natural_order, tensors
 from genlora_jax.storage import load_adapter, new_directory
@@ -30,8 +30,11 @@ LEAVES = {
     "a": ("lora_A.weight", True),
     "b": ("lora_B.weight", True),
     "magnitude": ("lora_magnitude_vector", False),
+    "gain_a": ("hira_A", True),
+    "gain_b": ("hira_B", True),
 }
 OURS = {theirs: leaf for leaf, (theirs, _) in LEAVES.items()}
+KINDS = {"LoRA": ("a", "b"), "DoRA": ("a", "b", "magnitude"), "HiRA": ("gain_a", "gain_b")}
 # Settings under which an adapter is more than these on the base's own kernels.
 REFUSED = (
     "lora_bias",
@@ -62,11 +65,11 @@ def _modules(factors: Mapping[str, Any]) -> dict[str, Arrays]:
                 "merge it and write the model with export_hf"
             )
         own = {leaf: np.asarray(value, dtype=np.float32) for leaf, value in leaves.items()}
-        if own["a"].ndim == 2:
+        if side_a(own).ndim == 2:
             modules[".".join(path)] = own
             continue
         at = path.index("layers") + 1
-        for i in range(len(own["a"])):
+        for i in range(len(side_a(own))):
             layer = {leaf: value[i] for leaf, value in own.items()}
             if any(value.any() for value in layer.values()):  # else the layer is not adapted
                 modules[".".join([*path[:at], str(i), *path[at:]])] = layer
@@ -81,10 +84,11 @@ def export_peft(
     base: str | Path,
     overwrite: bool = False,
 ) -> None:
-    """Writes factors as a plain PEFT LoRA adapter, or a DoRA adapter if they have magnitudes.
+    """Writes factors as a plain PEFT LoRA adapter; as DoRA or HiRA if there are such leaves.
 
-    The scale is folded into B and `lora_alpha` set to the rank, so that a consumer which
-    ignores rslora is right as well. Factors of several ranks are padded with zeros to the largest.
+    That is, if they have magnitudes, or gains (`hadamard=True`). The scale is folded into B and
+    `lora_alpha` set to the rank, so that a consumer which ignores rslora is right as well. Factors
+    of several ranks are padded with zeros to the largest.
 
     Args:
         out_dir: The directory to make.
@@ -95,22 +99,19 @@ def export_peft(
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
-        ValueError: If a factor is a whole delta, or only some have magnitudes.
+        ValueError: If a factor is a whole delta, or modules have leaves of several kinds.
     """
     modules = _modules(factors)
     names = list(modules)
     if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
         names = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    rank = max(own["a"].shape[1] for own in modules.values())
-    if rank > SERVED_RANK:
+    rank = max(side_a(own).shape[1] for own in modules.values())
+    kind, _ = _kind_of(modules)
+    if kind == "LoRA" and rank > SERVED_RANK:
         warnings.warn(
             f"rank {rank} exceeds {SERVED_RANK}, the largest that vLLM serves: merge instead",
             stacklevel=2,
         )
-    with_magnitude = {name for name, own in modules.items() if "magnitude" in own}
-    if with_magnitude not in (set(), set(modules)):
-        name = min(set(modules) - with_magnitude)
-        raise ValueError(f"{name} has no magnitude and others have: PEFT knows all or none")
     arrays = {}
     for name, own in modules.items():
         # One rank for all: servers know no `rank_pattern`.
@@ -119,30 +120,51 @@ def export_peft(
             theirs, transposed = LEAVES[leaf]
             value = value.T if transposed else value
             arrays[f"{PREFIX}{name}.{theirs}"] = np.ascontiguousarray(value)
+    dropout = cfg.dropout if cfg else 0.0
     config = {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": cfg.dropout if cfg else 0.0,
         "target_modules": names,
-        "use_rslora": False,
-        "use_dora": bool(with_magnitude),
-        "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if kind == "HiRA":
+        config |= {"peft_type": "HIRA", "hira_dropout": dropout}
+    else:
+        config |= {
+            "peft_type": "LORA",
+            "lora_alpha": rank,
+            "lora_dropout": dropout,
+            "use_rslora": False,
+            "use_dora": kind == "DoRA",
+            "bias": "none",
+        }
     with new_directory(out_dir, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
 
 
+def _kind_of(modules: Mapping[str, Arrays]) -> tuple[str, tuple[str, ...]]:
+    """The one kind of adapter that modules are, and its leaves."""
+    first, *others = modules
+    for name in others:
+        if set(modules[name]) != set(modules[first]):
+            raise ValueError(
+                f"{name} has {sorted(modules[name])} and {first} {sorted(modules[first])}: a PEFT "
+                "adapter is of one kind"
+            )
+    return next((k, leaves) for k, leaves in KINDS.items() if set(leaves) == set(modules[first]))
+
+
 def _padded(own: Arrays, rank: int) -> Arrays:
     """The factors with zeros up to a rank."""
-    missing = (0, rank - own["a"].shape[1])
-    sides = {"a": np.pad(own["a"], ((0, 0), missing)), "b": np.pad(own["b"], (missing, (0, 0)))}
-    return own | sides
+    missing = (0, rank - side_a(own).shape[1])
+    widths = {"a": ((0, 0), missing), "b": (missing, (0, 0))}
+    return {
+        leaf: np.pad(value, widths[leaf.removeprefix("gain_")]) if value.ndim == 2 else value
+        for leaf, value in own.items()
+    }
 
 
 def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: int) -> bool:
@@ -150,11 +172,12 @@ def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: in
     if cfg is not None:
         return cfg.layers is None
     flat = flatten_dict(dict(factors))
-    return count == sum(leaf.shape[0] for path, leaf in flat.items() if path[-1] == "a")
+    sides = ("a", "gain_a")
+    return count == sum(leaf.shape[0] for path, leaf in flat.items() if path[-1] in sides)
 
 
 def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a plain PEFT LoRA or DoRA adapter into factors.
+    """Reads a plain PEFT LoRA, DoRA or HiRA adapter into factors.
 
     They apply, merge and export as generated ones do. Modules of one stack that differ in rank
     (`rank_pattern`) are padded with zeros to the largest.
@@ -170,8 +193,8 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the adapter is neither plain LoRA nor DoRA (the setting is named), is
-            damaged, or was made for modules or shapes that the base does not have.
+        ValueError: If the adapter is none of these (the setting is named), is damaged, or was
+            made for modules or shapes that the base does not have.
     """
     path = Path(path)
     settings = read_json(path / SETTINGS)
@@ -183,7 +206,8 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
     }
     shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(params)).items()}
     stacks: dict[tuple[str, ...], dict[int | None, Arrays]] = {}
-    found = _read_modules(path / TENSORS, dora=bool(settings.get("use_dora")))
+    lora = "DoRA" if settings.get("use_dora") else "LoRA"
+    found = _read_modules(path / TENSORS, "HiRA" if settings["peft_type"] == "HIRA" else lora)
     for name, own in sorted(found.items(), key=lambda item: natural_order(item[0])):
         if name not in kernels:
             raise ValueError(f"{path}: adapts {name}, which the base does not have")
@@ -193,8 +217,10 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path}: {name} has factors {describe(own)}; the base's kernel has shape "
                 f"{shapes[kernel.path][-2:]}"
             )
-        scale = _scale(path / SETTINGS, settings, name, own["a"].shape[1])
-        stacks.setdefault(kernel.path, {})[kernel.index] = own | {"b": own["b"] * np.float32(scale)}
+        scale = _scale(path / SETTINGS, settings, name, side_a(own).shape[1])
+        if "b" in own:
+            own["b"] *= np.float32(scale)
+        stacks.setdefault(kernel.path, {})[kernel.index] = own
     flat: dict[tuple[str, ...], Any] = {}
     for kernel_path, modules in stacks.items():
         for leaf, value in _stack(modules, shapes[kernel_path]).items():
@@ -211,8 +237,8 @@ def load_factors(path: str | Path, params: Mapping[str, Any], model: Any = None)
 
 
 def _refuse_other_than_lora(file: Path, settings: Mapping[str, Any]) -> None:
-    if (kind := settings.get("peft_type")) != "LORA":
-        raise ValueError(f"{file}: peft_type {kind!r} is not supported; LORA is")
+    if (kind := settings.get("peft_type")) not in ("LORA", "HIRA"):
+        raise ValueError(f"{file}: peft_type {kind!r} is not supported; LORA and HIRA are")
     for field in REFUSED:
         if settings.get(field):
             raise ValueError(f"{file}: {field} = {settings[field]!r} is not supported")
@@ -226,7 +252,7 @@ def _refuse_other_than_lora(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _read_modules(file: Path, *, dora: bool) -> dict[str, Arrays]:
+def _read_modules(file: Path, kind: str) -> dict[str, Arrays]:
     """The factors of every module in float32, by its name, in our layout."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters are not read")
@@ -234,14 +260,14 @@ def _read_modules(file: Path, *, dora: bool) -> dict[str, Arrays]:
         arrays = load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    expected = ["a", "b", "magnitude"] if dora else ["a", "b"]
+    expected = KINDS[kind]
     known = "|".join(re.escape(LEAVES[leaf][0]) for leaf in expected)
     modules: dict[str, Arrays] = {}
     for name, value in arrays.items():
         parts = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({known})", name)
         if parts is None or value.ndim != (2 if LEAVES[OURS[parts[2]]][1] else 1):
-            kind = "DoRA" if dora else "plain LoRA"
-            raise ValueError(f"{file}: tensor {name} is none of {kind} on a linear layer")
+            said = "plain LoRA" if kind == "LoRA" else kind
+            raise ValueError(f"{file}: tensor {name} is none of {said} on a linear layer")
         modules.setdefault(parts[1], {})[OURS[parts[2]]] = value.astype(np.float32).T
     if not modules:
         raise ValueError(f"{file} holds no factors")
@@ -261,8 +287,10 @@ def _scale(file: Path, settings: Mapping[str, Any], name: str, rank: int) -> flo
                 return value
         return settings[field]
 
+    hira = settings["peft_type"] == "HIRA"  # which has no alpha
     try:
-        alpha, said = setting("lora_alpha", "alpha_pattern"), setting("r", "rank_pattern")
+        said = setting("r", "rank_pattern")
+        alpha = said if hira else setting("lora_alpha", "alpha_pattern")
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from None
     if said != rank:
@@ -274,7 +302,7 @@ def _stack(modules: Mapping[int | None, Arrays], shape: tuple[int, ...]) -> Arra
     """The factors of one kernel in the layout of the base."""
     if None in modules:
         return modules[None]
-    rank = max(own["a"].shape[1] for own in modules.values())
+    rank = max(side_a(own).shape[1] for own in modules.values())
     whole: Arrays = {}
     for index, own in modules.items():
         for leaf, value in _padded(own, rank).items():

@@ -164,6 +164,17 @@ LEAN: dict[str, Arm] = {
     "lora-fa r=16": lora(16, side_a="seeded"),
 }
 
+HADAMARD: dict[str, Arm] = {
+    "h lora r=1": lora(1, hadamard=True),
+    "h lora r=4": lora(4, hadamard=True),
+    "h lora r=8": lora(8, hadamard=True),
+    "h model r=64 g=16": across(64, 16, hadamard=True),
+    "h model r=64 g=32": across(64, 32, hadamard=True),
+    "h model r=128 g=32": across(128, 32, hadamard=True),
+    "h model r=32 g=64": across(32, 64, hadamard=True),
+    "h b model r=128 g=32, gates": b_only(128, 32, gates=True, hadamard=True),
+}
+
 FEW = (
     "lora r=1",
     "lora r=4",
@@ -171,7 +182,8 @@ FEW = (
     "model r=64 g=32",
     "model r=128 g=32",
     "b model r=128 g=32, gates",
-    "rbf model K=16 r=64 g=32",
+    "h lora r=4",
+    "h model r=64 g=32",
 )
 FINAL = (
     *FEW,
@@ -180,14 +192,19 @@ FINAL = (
     "model r=64 g=64",
     "b model r=128 g=16, gates",
     "b model r=64 g=64, gates",
+    "rbf model K=16 r=64 g=32",
+    "h lora r=1",
+    "h model r=128 g=32",
+    "h model r=32 g=64",
     "dora r=1",
     "vera r=1024",
 )
-ARMS = MAIN | MORE | LEAN
+ARMS = MAIN | MORE | LEAN | HADAMARD
 SETS: dict[str, dict[str, Arm]] = {
     "main": MAIN,
     "more": MORE,
     "lean": LEAN,
+    "hadamard": HADAMARD,
     "few": {name: ARMS[name] for name in FEW},
     "final": {name: ARMS[name] for name in FINAL},
 }

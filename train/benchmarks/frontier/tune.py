@@ -1,9 +1,13 @@
-"""Tuning one arm on a base: its sweep of rates, and what its best adapter is like."""
+"""Tuning one arm on a base: its sweep of rates, and what its best adapter is like.
+
+All rates are tried with the first seed, and the two best with the others: the seeds then decide.
+"""
 
 import argparse
 import dataclasses
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import optax
 
 import genlora_jax as gl
 from genlora_jax.analysis import singular_values, target_factors
-from genlora_jax.config import LowRankConfig, config_to_json
+from genlora_jax.config import LowRankConfig, TwoSidedConfig, config_to_json
 from genlora_jax.training.losses import next_token_targets
 from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig
@@ -35,9 +39,9 @@ def load_batches(file: Path, task: str) -> list[dict[str, np.ndarray]]:
     return [dict(zip(FIELDS, parts, strict=True)) for parts in zip(*stacked, strict=True)]
 
 
-def best_of(losses: dict[float, list[float]]) -> float:
-    """The rate with the lowest loss, the mean over its seeds; a lost seed loses the rate."""
-    return min(losses, key=lambda rate: (np.mean(losses[rate]), rate))
+def by_loss(losses: dict[float, list[float]]) -> list[float]:
+    """Rates by the mean loss over their seeds, the lowest first; a lost seed loses the rate."""
+    return sorted(losses, key=lambda rate: (np.mean(losses[rate]), rate))
 
 
 def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
@@ -48,15 +52,16 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
     held_out = load_batches(options.data / "validation.npz", job["task"])
     steps = (options.steps or len(tuned)) // STEPS_PER_CALL * STEPS_PER_CALL
     members: list[Member] = []
+    validation: list[float | None] = []
     losses: dict[float, list[float]] = {}
     kept: dict[float, list[gl.Adapter]] = {}
     train_loss, diverged = [], []
 
-    def sweep(exponents: range) -> None:
+    def sweep(rates: Iterable[float], seeds: range) -> None:
         new = [
-            Member(learning_rate=rate_at(exponent), generator_ratio=arm.ratio, seed=seed)
-            for exponent in exponents
-            for seed in range(options.seeds)
+            Member(learning_rate=rate, generator_ratio=arm.ratio, seed=seed)
+            for rate in rates
+            for seed in seeds
         ]
         result = run_sweep(
             model,
@@ -73,6 +78,7 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
         )
         for i, (member, loss) in enumerate(zip(new, result.best_loss, strict=True)):
             members.append(member)
+            validation.append(round(float(loss), 5) if math.isfinite(loss) else None)
             losses.setdefault(member.learning_rate, []).append(float(loss))
             kept.setdefault(member.learning_rate, []).append(result.adapter(i))
         train_loss.extend(result.loss[-STEPS_PER_CALL:].mean(axis=0).round(5).tolist())
@@ -80,18 +86,21 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
 
     low = FIRST[job["regime"]] + arm.shift
     high = low + RATES_AT_ONCE
-    sweep(range(low, high))
+    sweep(map(rate_at, range(low, high)), range(1))
     while high - low < MOST_RATES:
-        place = sorted(losses).index(best_of(losses))
+        place = sorted(losses).index(by_loss(losses)[0])
         if 0 < place < len(losses) - 1 and len(losses) >= options.rates:
             break
         if place < len(losses) / 2:
-            sweep(range(low - RATES_AT_ONCE, low))
+            sweep(map(rate_at, range(low - RATES_AT_ONCE, low)), range(1))
             low -= RATES_AT_ONCE
         else:
-            sweep(range(high, high + RATES_AT_ONCE))
+            sweep(map(rate_at, range(high, high + RATES_AT_ONCE)), range(1))
             high += RATES_AT_ONCE
-    best = best_of(losses)
+    if options.seeds > 1:
+        sweep(by_loss(losses)[:2], range(1, options.seeds))
+    # Only rates of all seeds can be chosen.
+    best = by_loss({rate: own for rate, own in losses.items() if len(own) == options.seeds})[0]
     record = {
         "config": config_to_json(arm.cfg),
         "b_ratio": arm.b_ratio,
@@ -99,9 +108,7 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
         "members": [dataclasses.asdict(member) for member in members],
         "steps": steps,
         "train_loss": train_loss,
-        "validation_loss": [
-            round(x, 5) if math.isfinite(x) else None for own in losses.values() for x in own
-        ],
+        "validation_loss": validation,
         "diverged_at": diverged,
         "best_rate": best,
         "best_loss": round(float(np.mean(losses[best])), 5),
@@ -149,8 +156,11 @@ def tested(model: Any, params: Any, cfg: Any, adapter: Any, batches: Any) -> dic
 
 
 def spectrum(cfg: Any, adapter: Any) -> list[float] | None:
-    """Singular values of the deltas over their largest, the mean over targets and layers."""
-    if not isinstance(cfg, LowRankConfig):
+    """Singular values of the deltas over their largest, the mean over targets and layers.
+
+    None for deltas that are no product of factors.
+    """
+    if not isinstance(cfg, LowRankConfig) or (isinstance(cfg, TwoSidedConfig) and cfg.hadamard):
         return None
     factors, found = gl.generate_factors(cfg, adapter), []
     for target in adapter.spec.targets:
