@@ -143,6 +143,25 @@ def test_what_lora_needs_is_interpolated_between_its_ranks():
     assert report.lora_equivalent({"parameters": 50, "best_loss": 0.5}, arms) is None
 
 
+def test_arms_of_one_rank_stand_together():
+    def arm(rank, parameters):
+        return {
+            "config": {"rank": rank},
+            "parameters": parameters,
+            "members": [{"learning_rate": 0.1}] * 2,
+            "validation_loss": [2.0, 4.0],
+            "best_rate": 0.1,
+            "test_loss": [1.0],
+        }
+
+    told = report.table_by_rank({"one": arm(8, 30), "two": arm(2, 10), "three": arm(8, 20)})
+    assert told.splitlines()[2:] == [
+        "| 8 | three | 20 | 3.0000 ± 1.4142 | 1.0000 |",
+        "| 8 | one | 30 | 3.0000 ± 1.4142 | 1.0000 |",
+    ]
+    assert report.table_by_rank({"one": arm(8, 30), "two": arm(2, 10)}) == ""
+
+
 def test_the_tables_are_those_of_the_committed_results():
     files = sorted(report.RESULTS.glob("*.json"))
     assert (report.PAGES / "tables.md").read_text() == report.page(files)
@@ -150,12 +169,14 @@ def test_the_tables_are_those_of_the_committed_results():
 
 def test_the_page_tells_no_loss_that_no_arm_has():
     runs = [json.loads(file.read_text())["runs"] for file in report.RESULTS.glob("*.json")]
-    measured = {
-        f"{arm['best_loss']:.3f}"
+    every = [
+        arm
         for run_arms in runs
         for arms in run_arms.values()
         for arm in report.finished(arms).values()
-    }
+    ]
+    measured = {f"{arm['best_loss']:.3f}" for arm in every}
+    measured |= {f"{np.mean(arm['test_loss']):.3f}" for arm in every if "test_loss" in arm}
     told = re.findall(r"\b[1-9]\.\d{3}\b", (REPOSITORY / "docs" / "when.md").read_text())
     assert len(told) > 40
     assert set(told) <= measured

@@ -23,12 +23,14 @@ HEAD = """# The study's tables
 Written by `python -m train.benchmarks.frontier.report` from `train/benchmarks/results/frontier`;
 [When GenLoRA wins](../when.md) says what they mean and what the arms' names stand for.
 """
-FAMILIES = {
-    "lora": "LoRA",
-    "target": "one set of generators a target",
-    "model": "one set of generators",
-    "b": "one set of generators, random A",
-    "rbf": "with RBFs",
+FAMILIES = {  # by how an arm's name begins
+    "lora r=": "LoRA",
+    "target ": "one set of generators a target",
+    "model ": "one set of generators",
+    "b ": "one set of generators, random A",
+    "rbf ": "with RBFs",
+    "h lora ": "LoRA, Hadamard product",
+    "h model ": "one set of generators, Hadamard product",
 }
 SPECTRA = ("lora r=8", "lora r=32", "target r=32 g=16", "model r=64 g=16", "model r=128 g=32")
 Arms = dict[str, dict[str, Any]]
@@ -96,6 +98,19 @@ def table(arms: Arms) -> str:
     return "\n".join(lines)
 
 
+def table_by_rank(arms: Arms) -> str:
+    """A run's arms by rank, in Markdown; empty if no rank has several."""
+    ranks: dict[int, list[str]] = {}
+    for name, arm in finished(arms).items():
+        if rank := arm["config"].get("rank"):
+            cells = [f"{arm['parameters']:,}", over_seeds(own_losses(arm))]
+            cells.append(over_seeds(arm.get("test_loss", [])))
+            ranks.setdefault(rank, []).append(f"| {rank} | {name} | {' | '.join(cells)} |")
+    lines = [line for rank in sorted(ranks) if len(ranks[rank]) > 1 for line in ranks[rank]]
+    head = ["| rank | arm | parameters | validation loss | test loss |", "|" + "---|" * 5]
+    return "\n".join(head + lines) if lines else ""
+
+
 def draw(runs: dict[str, Arms], plot: Callable[[Any, Arms], None], file: Path) -> None:
     """A panel a run, in each what `plot` makes of its finished arms."""
     figure, axes = plt.subplots(1, len(runs), figsize=(6 * len(runs), 4.5), squeeze=False)
@@ -113,10 +128,11 @@ def plot_frontier(axis: Any, arms: Arms) -> None:
     """Loss against parameters (the paper's Figure 1, lower)."""
     points: dict[str, list[tuple[int, float]]] = {}
     for name, arm in arms.items():
-        family = FAMILIES.get(name.split()[0], "other methods and settings")
+        others = "other methods and settings"
+        family = next((own for head, own in FAMILIES.items() if name.startswith(head)), others)
         points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
     for family, values in points.items():
-        style = "-" if family == "LoRA" else "none"
+        style = "-" if family.startswith("LoRA") else "none"
         axis.plot(*zip(*values, strict=True), linestyle=style, marker="o", label=family)
     axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss")
 
@@ -159,6 +175,9 @@ def page(files: list[Path]) -> str:
                 f"{base['loss']:.3f}. Commit {found['settings'][0]['commit']}, "
                 f"{found['settings'][0]['machine']}.\n\n{table(arms)}\n"
             )
+            tested = any("test_loss" in arm for arm in arms.values())
+            if tested and (by_rank := table_by_rank(arms)):
+                parts.append(f"By rank:\n\n{by_rank}\n")
     return "\n".join(parts)
 
 
