@@ -13,7 +13,7 @@ from genlora_jax.cli import main
 from genlora_jax.command import parse
 from genlora_jax.plan.chips import CHIPS, GIB, parse_topology
 from genlora_jax.plan.compiled import collective_bytes
-from genlora_jax.plan.estimate import MARGIN, candidates, estimate, rank_meshes
+from genlora_jax.plan.estimate import MARGIN, PASSES, candidates, estimate, rank_meshes
 from genlora_jax.plan.program import build
 from genlora_jax.sharding import MeshConfig, make_mesh, resolve
 from genlora_jax.training.recipe import Recipe
@@ -61,6 +61,17 @@ def test_arguments_are_those_of_the_program(recipe, sizes):
     # Each of the many small arrays may be padded.
     leaves = len(jax.tree.leaves((program.state, program.params, program.batch)))
     assert abs(guess - found) <= 64 * leaves + 0.02 * found
+
+
+def test_deltas_that_multiply_their_kernels_take_products_and_bytes_of_their_own(recipe, file):
+    changed = parse(Recipe, ["--config", str(file), "--adapter.hadamard", "true"])
+    values = 3 * (64 * 64 + 128 * 64)  # q_proj and down_proj of three layers
+    mesh, products = MeshConfig(fsdp=2), PASSES[recipe.model.remat] + 1
+    one, other = (estimate(own, CHIPS["v5e"], mesh) for own in (recipe, changed))
+    tokens = recipe.data.batch_size * recipe.data.length / 2
+    assert other.flops - one.flops == pytest.approx(2 * products * tokens * values)
+    more = recipe.train.accumulate * products * values * 4 / 2
+    assert other.moved["base"] - one.moved["base"] == pytest.approx(more)
 
 
 def test_only_meshes_that_divide_everything_are_candidates(recipe):
@@ -194,11 +205,12 @@ def test_a_recipe_fits_the_chips_that_it_is_for(name, topology):
     assert estimate(recipe, topology.chip, resolve(recipe.mesh, topology.count)).fits
 
 
-@pytest.mark.parametrize("stored", STORED, ids=lambda s: f"{s['recipe']}-{s['topology']}")
+@pytest.mark.parametrize("stored", STORED, ids=lambda s: " ".join([s["recipe"], *s["changed"]]))
 def test_estimates_for_tpus_are_what_the_compiler_said_but_for_the_margin(stored):
     # Compiled by `python -m train.benchmarks.plan`; the smallest again by `make tpu`.
     file = REPOSITORY / "train" / "recipes" / stored["recipe"]
-    recipe, topology = parse(Recipe, ["--config", str(file)]), parse_topology(stored["topology"])
+    recipe = parse(Recipe, ["--config", str(file), *stored["changed"]])
+    topology = parse_topology(stored["topology"])
     guess = estimate(recipe, topology.chip, MeshConfig(**stored["mesh"]))
     found = stored["compiled"]
     held = found["arguments"] + found["temporaries"]

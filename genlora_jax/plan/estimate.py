@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh
 
 from genlora_jax.adapter import generate_factors, init_adapter
+from genlora_jax.factors import by_module
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Chip, Topology
 from genlora_jax.plan.program import model_shape
@@ -93,6 +94,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen))
     sides = sum(leaf.size for leaf in jax.tree.leaves(factors))
+    multiplied = _multiplied_values(factors)
 
     rows = recipe.data.batch_size // (mesh.data * mesh.fsdp * train.accumulate)  # of a part
     length, hidden, tensor = recipe.data.length, cfg.hidden_size, mesh.tensor
@@ -118,6 +120,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     copies = _copies_gathered(chip, mesh)
     gathered = copies * layer_bytes, copies * head_values * width // tensor
     in_a_layer = gathered[0] + (working if model.remat == "full" else 0) + 4 * own_factors
+    in_a_layer += multiplied // layers * width // tensor  # a layer's deltas, put together
     # Of a chunk's logits, in the backward pass, TPUs keep none in float32.
     logits = chunk * cfg.vocab_size * (width if chip.tpu else 4 + width) // tensor
     in_the_head = gathered[1] + logits
@@ -130,21 +133,33 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     steps = train.accumulate
     cut = (mesh.fsdp - 1) / mesh.fsdp
     ring = 2 * (tensor - 1) / tensor
+    # A delta that depends on the kernel is put together besides it, and so is its gradient.
+    deltas = (passes + 1) * multiplied
     moved = {
-        "base": steps * cut * (passes * layers * layer_bytes + 2 * head_values * width / tensor),
+        "base": steps
+        * cut
+        * (passes * layers * layer_bytes + (2 * head_values + deltas) * width / tensor),
         "activations": steps * ring * 2 * passes * layers * tokens * hidden * width,
         "gradients": 2 * 4 * sides / tensor * (1 - 1 / (mesh.data * mesh.fsdp)),
     }
     values = layer_values + head_values
     attention = 2 * layers * length * heads * cfg.head_dim  # per token and pass, causal
-    flops = (
-        steps * tokens * (passes * 2 * (layer_values + attention) + 3 * 2 * (head_values + sides))
-    )
-    flops /= tensor
+    per_token = passes * 2 * (layer_values + attention) + 3 * 2 * (head_values + sides) + 2 * deltas
+    flops = steps * tokens * per_token / tensor
     read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
     seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
     fits = arguments + temporaries < (1 - MARGIN) * chip.memory
     return Estimate(mesh, arguments, temporaries, flops, moved, seconds, fits)
+
+
+def _multiplied_values(factors: Any) -> int:
+    """Values of the kernels that factors multiply, each of which has a delta as large."""
+    modules = by_module(factors).values()
+    return sum(
+        own["gain_a"].size // own["gain_a"].shape[-1] * own["gain_b"].shape[-1]
+        for own in modules
+        if "gain_a" in own
+    )
 
 
 def _keeps_no_scores(recipe: Recipe, chip: Chip) -> bool:

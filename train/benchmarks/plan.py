@@ -23,26 +23,31 @@ from genlora_jax.training.recipe import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = Path(__file__).parent / "results" / "plan.json"
+HADAMARD = ("--adapter.hadamard", "true")
 PROGRAMS = (
-    ("llama3_8b_v5e_16.yaml", "v5e:4x4", MeshConfig(fsdp=16)),
-    ("llama3_8b_v5e_16.yaml", "v5e:4x4", MeshConfig(data=8, fsdp=1, tensor=2)),
-    ("llama3_8b_32k_v5e_16.yaml", "v5e:4x4", MeshConfig(data=4, fsdp=2, tensor=2)),
-    ("llama3_70b_v5p_64.yaml", "v5p:2x4x4", MeshConfig(fsdp=32)),
-    ("llama3_70b_v5p_64.yaml", "v5p:4x4x4", MeshConfig(fsdp=64)),
+    ("llama3_8b_v5e_16.yaml", (), "v5e:4x4", MeshConfig(fsdp=16)),
+    ("llama3_8b_v5e_16.yaml", HADAMARD, "v5e:4x4", MeshConfig(fsdp=16)),
+    ("llama3_8b_v5e_16.yaml", (), "v5e:4x4", MeshConfig(data=8, fsdp=1, tensor=2)),
+    ("llama3_8b_v5e_16.yaml", HADAMARD, "v5e:4x4", MeshConfig(data=8, fsdp=1, tensor=2)),
+    ("llama3_8b_32k_v5e_16.yaml", (), "v5e:4x4", MeshConfig(data=4, fsdp=2, tensor=2)),
+    ("llama3_70b_v5p_64.yaml", (), "v5p:2x4x4", MeshConfig(fsdp=32)),
+    ("llama3_70b_v5p_64.yaml", (), "v5p:4x4x4", MeshConfig(fsdp=64)),
 )
 
 
 def main() -> None:
     table = Table("recipe", "topology", "mesh", "arguments", "temporaries", "sum, estimated")
     results = []
-    for name, place, mesh in PROGRAMS:
-        recipe, topology = parse(Recipe, ["--config", str(RECIPES / name)]), parse_topology(place)
+    for name, changed, place, mesh in PROGRAMS:
+        recipe = parse(Recipe, ["--config", str(RECIPES / name), *changed])
+        topology = parse_topology(place)
         guess = estimate(recipe, topology.chip, mesh)
         began = time.perf_counter()
         found = compile_step(recipe, topology, mesh)
         results.append(
             {
                 "recipe": name,
+                "changed": changed,
                 "topology": place,
                 "mesh": dataclasses.asdict(mesh),
                 "estimate": dataclasses.asdict(guess) | {"mesh": None},
@@ -53,7 +58,7 @@ def main() -> None:
         # After each: a later one may be too much for this machine.
         RESULT.write_text(json.dumps({"programs": results} | provenance(), indent=1) + "\n")
         table.add_row(
-            name,
+            " ".join([name, *changed]),
             place,
             " x ".join(map(str, dataclasses.astuple(mesh))),
             *(f"{size / GIB:.2f} GiB" for size in (found.arguments, found.temporaries)),
