@@ -37,7 +37,7 @@ PROGRAMS = (
 
 def main() -> None:
     table = Table("recipe", "topology", "mesh", "arguments", "temporaries", "sum, estimated")
-    results = []
+    results, where = [], provenance()  # now, while the tree is clean
     for name, changed, place, mesh in PROGRAMS:
         recipe = parse(Recipe, ["--config", str(RECIPES / name), *changed])
         topology = parse_topology(place)
@@ -56,7 +56,7 @@ def main() -> None:
             }
         )
         # After each: a later one may be too much for this machine.
-        RESULT.write_text(json.dumps({"programs": results} | provenance(), indent=1) + "\n")
+        RESULT.write_text(json.dumps({"programs": results} | where, indent=1) + "\n")
         table.add_row(
             " ".join([name, *changed]),
             place,
