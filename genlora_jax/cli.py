@@ -58,6 +58,8 @@ def export_peft_adapter(
 ) -> None:
     """Writes an adapter as a plain PEFT LoRA adapter, for `peft` and vLLM.
 
+    DoRA and `hadamard=True` (HiRA) become PEFT's own, which vLLM does not serve.
+
     Args:
         adapter: The adapter's directory.
         out: The directory to make.

@@ -86,7 +86,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(AdapterConfig):
-    """What the methods share whose delta is a product `A @ B`.
+    """What the methods share whose delta is made of a product `A @ B`.
 
     Attributes:
         rank: Number of basis vectors on either side of a target's delta.
@@ -109,7 +109,7 @@ class LowRankConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """The factor s on the delta `A @ B`."""
+        """The factor s on the product `A @ B`."""
         if self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 LEAVES = ("a", "b", "magnitude", "gain_a", "gain_b", "delta")
 KINDS = ({"a", "b"}, {"a", "b", "magnitude"}, {"gain_a", "gain_b"}, {"delta"})
+SCALED = ("b", "gain_b")  # what carries the scale
 EXACT = jax.lax.Precision.HIGHEST
 Module = dict[str, Any]
 
@@ -82,10 +83,11 @@ def adapted(kernel: jax.Array, own: Module) -> jax.Array:
 
 
 def base_of(kernel: jax.Array, own: Module) -> jax.Array:
-    """Inverse of `adapted`, but for magnitudes."""
+    """Inverse of `adapted`, but for magnitudes, and for elements that became 0 and stay so."""
     whole = kernel.astype(jnp.float32)
     if "gain_a" in own:
-        return whole / (1 + _product(own["gain_a"], own["gain_b"]))
+        gain = 1 + _product(own["gain_a"], own["gain_b"])
+        return whole / jnp.where(gain == 0, 1.0, gain)
     return whole - _delta(own)
 
 

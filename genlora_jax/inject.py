@@ -99,13 +99,18 @@ def _change(x: jax.Array, module: nn.Dense, own: Module, index: jax.Array | None
     own = {leaf: value.astype(x.dtype) for leaf, value in own.items()}
     if "gain_a" in own:
         kernel: jax.Array = module.get_variable("params", "kernel")
-        return x @ (kernel.astype(x.dtype) * (own["gain_a"] @ own["gain_b"]))
+        return _times_gained(x, kernel.astype(x.dtype), own["gain_a"], own["gain_b"])
     if "delta" in own:
         return x @ own["delta"]
     a, b = own["a"], own["b"]
     if index is None:
         return (x @ a) @ b
     return jnp.einsum("n...i,nir,nro->n...o", x, a[index], b[index], optimize="optimal")
+
+
+@jax.checkpoint  # else every layer would keep a delta as large as its kernel
+def _times_gained(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return x @ (kernel * (a @ b))
 
 
 def apply(

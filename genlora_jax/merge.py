@@ -38,7 +38,8 @@ def unmerge(merged: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bo
     """Inverse of `merge`, up to rounding.
 
     A float32 base comes back to float32 rounding; a bfloat16 one to one rounding of the merged
-    kernel, half of 2^-7 of its magnitude at most, since the merge itself was rounded to that.
+    kernel, half of 2^-7 of its magnitude at most, since the merge itself was rounded to that. What
+    a gain (`hadamard=True`) of exactly -1 made 0 stays 0.
 
     Args:
         merged: Result of `merge`.

@@ -104,9 +104,9 @@ def param_specs(params: Mapping[str, Any]) -> Any:
 
 
 def factor_specs(factors: Mapping[str, Any]) -> Any:
-    """How factors lie on a mesh: `a` like its kernel's inputs, `delta` like all of the kernel.
+    """How factors lie on a mesh: A like its kernel's inputs, `delta` like all of the kernel.
 
-    And `b` and `magnitude` like its outputs.
+    And B and `magnitude` like its outputs.
     """
     flat = {}
     for path, leaf in flatten_dict(dict(factors)).items():

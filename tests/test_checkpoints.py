@@ -83,6 +83,26 @@ def test_nothing_that_can_be_read_is_an_error(saved, state, capsys):
     assert capsys.readouterr().err.count("cannot be read") == 3
 
 
+def test_a_checkpoint_of_other_settings_is_refused_by_field(state, tmp_path):
+    """Of settings that change no shape, too."""
+    cfg = gl.LoRAConfig()
+    with Checkpoints(tmp_path / "run", adapter=cfg) as checkpoints:
+        checkpoints.save(at(state, 3), numbers())
+    for changed, message in (
+        ({"hadamard": True}, r"adapter\.hadamard False, and the recipe has True"),
+        ({"alpha": 8.0}, r"adapter\.alpha 16\.0, and the recipe has 8\.0"),
+    ):
+        with (
+            Checkpoints(tmp_path / "run", adapter=dataclasses.replace(cfg, **changed)) as other,
+            pytest.raises(ValueError, match=message),
+        ):
+            other.restore(state, numbers())
+    with Checkpoints(
+        tmp_path / "run", adapter=dataclasses.replace(cfg, dropout=0.5, layers=None)
+    ) as same:
+        assert int(same.restore(state, numbers()).step) == 3
+
+
 def test_a_checkpoint_holds_the_adapter_and_the_optimizer_and_little_else(saved, state):
     held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
     written = sum(file.stat().st_size for file in (saved / "9").rglob("*") if file.is_file())

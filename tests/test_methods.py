@@ -158,6 +158,27 @@ def test_gains_are_merged_and_taken_out_again_in_bfloat16():
     np.testing.assert_allclose(back, np.float64(kernel), rtol=2**-7)
 
 
+def test_an_element_that_a_gain_makes_0_stays_0():
+    own = {"gain_a": jnp.array([[1.0], [0.5]]), "gain_b": jnp.array([[-1.0, 0.0]])}
+    kernel = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    merged = gl.merge({"proj": {"kernel": kernel}}, {"proj": own})
+    back = gl.unmerge(merged, {"proj": own})["proj"]["kernel"]
+    np.testing.assert_array_equal(back, [[0, 2], [3, 4]])
+
+
+def test_no_layer_keeps_a_delta_for_its_backward_pass(random_llama):
+    cfg = gl.LoRAConfig(rank=2, hadamard=True, targets=["down_proj"])
+    model, params = random_llama(scan=False, attention="xla")
+    flat = flatten_dict(params)
+    kernels = [leaf for path, leaf in flat.items() if path[-2:] == ("down_proj", "kernel")]
+    factors = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(0), params))
+    _, pull = jax.vjp(lambda own: gl.apply(model, params, own, IDS), factors)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == kernels[0].shape]
+    assert len(kept) >= len(kernels)
+    for leaf in kept:
+        assert any(np.array_equal(leaf, kernel) for kernel in kernels)
+
+
 @pytest.mark.parametrize("kind", [gl.LoRAConfig, gl.GenLoRAConfig])
 def test_a_gain_is_as_large_for_kernels_of_any_width(kind):
     for width in (64, 1024):

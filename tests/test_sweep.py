@@ -135,6 +135,23 @@ def test_the_best_is_that_of_the_lowest_evaluation(base, batches, result):
     assert result.eval_steps.tolist() == [2, 4]
 
 
+def test_alphas_of_members_scale_gains(base, batches, run):
+    model, params = base
+    eval_step = make_eval_step(model)
+    cfg = gl.LoRAConfig(rank=4, hadamard=True)
+    members = [
+        Member(learning_rate=0.01, generator_ratio=1.0, seed=0, alpha=alpha)
+        for alpha in (4.0, 64.0)
+    ]
+    found = run(members, cfg=cfg)
+    for i, member in enumerate(members):
+        own = dataclasses.replace(cfg, alpha=member.alpha)
+        factors = gl.generate_factors(own, found.adapter(i))
+        loss = evaluate(eval_step, params, factors, batches[STEPS:])
+        assert_close(found.eval_loss[:, i].min(), np.float64(loss))
+    assert abs(np.diff(found.eval_loss[-1])) > 1e-3
+
+
 def test_a_member_that_diverges_leaves_the_others_as_they_were_to_the_bit(run, result):
     wild = run([WILD if i == 1 else member for i, member in enumerate(MEMBERS)])
     assert not np.isfinite(wild.eval_loss[-1, 1])

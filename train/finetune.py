@@ -157,7 +157,10 @@ def finetune(recipe: Recipe) -> int | None:
 
     with (
         Checkpoints(
-            output / "checkpoints", keep=recipe.train.keep, keep_every=recipe.train.keep_every
+            output / "checkpoints",
+            keep=recipe.train.keep,
+            keep_every=recipe.train.keep_every,
+            adapter=recipe.adapter,
         ) as checkpoints,
         Stopping() as stopping,
     ):

@@ -189,7 +189,8 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         A tree that mirrors `params`, float32, with the scale (`lora_alpha`, `alpha_pattern`,
-        `use_rslora`) folded into b. Layers that the adapter leaves alone have zeros.
+        `use_rslora`) folded into b; HiRA's are `gain_a` and `gain_b`. Layers that the adapter
+        leaves alone have zeros.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -217,9 +218,8 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path}: {name} has factors {describe(own)}; the base's kernel has shape "
                 f"{shapes[kernel.path][-2:]}"
             )
-        scale = _scale(path / SETTINGS, settings, name, side_a(own).shape[1])
-        if "b" in own:
-            own["b"] *= np.float32(scale)
+        if "b" in own:  # HiRA knows no scale, and peft ignores its `rank_pattern`
+            own["b"] *= np.float32(_scale(path / SETTINGS, settings, name, own["a"].shape[1]))
         stacks.setdefault(kernel.path, {})[kernel.index] = own
     flat: dict[tuple[str, ...], Any] = {}
     for kernel_path, modules in stacks.items():
@@ -287,10 +287,8 @@ def _scale(file: Path, settings: Mapping[str, Any], name: str, rank: int) -> flo
                 return value
         return settings[field]
 
-    hira = settings["peft_type"] == "HIRA"  # which has no alpha
     try:
-        said = setting("r", "rank_pattern")
-        alpha = said if hira else setting("lora_alpha", "alpha_pattern")
+        alpha, said = setting("lora_alpha", "alpha_pattern"), setting("r", "rank_pattern")
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from None
     if said != rank:

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from genlora_jax.config import AdapterConfig, config_to_json
 from genlora_jax.training.step import TrainState
 
-STATE, DATA, SHAPES = "state", "data", "shapes"
+STATE, DATA, SHAPES, ADAPTER = "state", "data", "shapes", "adapter"
 
 
 class Checkpoints:
@@ -24,9 +25,17 @@ class Checkpoints:
         directory: Where they lie.
         keep: How many of the latest to keep.
         keep_every: Keep also those of steps that this divides.
+        adapter: The run's adapter; what is restored must have had the same, but for `dropout`.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        adapter: AdapterConfig | None = None,
+    ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["eval_loss"],
@@ -41,6 +50,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
+        self._adapter = {} if adapter is None else config_to_json(adapter)
         self._saving: Any = None
         self._damaged: set[int] = set()
 
@@ -74,7 +84,11 @@ class Checkpoints:
             {STATE: _plain(state)},
             overwrite=step in self._damaged,
             metrics=metrics,
-            custom_metadata={SHAPES: _shapes(state), DATA: data.get_state()},
+            custom_metadata={
+                SHAPES: _shapes(state),
+                DATA: data.get_state(),
+                ADAPTER: self._adapter,
+            },
         )
 
     def wait(self) -> None:
@@ -115,6 +129,14 @@ class Checkpoints:
                 f"{self._checkpointer.directory}: checkpoint {step} does not fit this recipe's "
                 "adapter and optimizer; resume with the recipe that the run was started with"
             )
+        # Settings that change no shape would change what the state means.
+        before = saved.get(ADAPTER, {})
+        for field in sorted(before.keys() & self._adapter.keys() - {"dropout"}):
+            if before[field] != self._adapter[field]:
+                raise _Misfit(
+                    f"{self._checkpointer.directory}: checkpoint {step} was trained with adapter."
+                    f"{field} {before[field]!r}, and the recipe has {self._adapter[field]!r}"
+                )
         loaded = self._checkpointer.load_checkpointables(
             step, {STATE: jax.tree.map(_abstract, _plain(state))}
         )

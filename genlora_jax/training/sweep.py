@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import Adapter, generate_factors, init_adapter
 from genlora_jax.config import AdapterConfig, LowRankConfig
+from genlora_jax.factors import SCALED
 from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
 from genlora_jax.training.members import Member, SweepResult
 from genlora_jax.training.optim import OptimConfig, make_optimizer
@@ -54,9 +55,9 @@ class SweepProgram:
     mesh: Mesh | None = None
 
     def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:
-        """One member's factors; `b` carries the scale."""
+        """One member's factors, with its scale."""
         flat = flatten_dict(generate_factors(self.cfg, adapter))
-        return unflatten_dict({k: x * scale if k[-1] == "b" else x for k, x in flat.items()})
+        return unflatten_dict({k: x * scale if k[-1] in SCALED else x for k, x in flat.items()})
 
     def optimizer(self, numbers: Numbers) -> Any:
         """One member's optimizer."""
