@@ -1,5 +1,6 @@
 """Injection: factors meet a Linen model by interception; the model knows nothing of them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,7 +109,9 @@ def _change(x: jax.Array, module: nn.Dense, own: Module, index: jax.Array | None
     return jnp.einsum("n...i,nir,nro->n...o", x, a[index], b[index], optimize="optimal")
 
 
-@jax.checkpoint  # else every layer would keep a delta as large as its kernel
+# Else every layer would keep a delta as large as its kernel for its backward pass. With barriers
+# against CSE, a kernel that is cut over devices would be put together once more.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _times_gained(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return x @ (kernel * (a @ b))
 
