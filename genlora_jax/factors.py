@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 LEAVES = ("a", "b", "magnitude", "gain_a", "gain_b", "delta")
 KINDS = ({"a", "b"}, {"a", "b", "magnitude"}, {"gain_a", "gain_b"}, {"delta"})
@@ -69,6 +69,16 @@ def side_a(own: Module) -> Any:
 def describe(own: Module) -> str:
     """The shapes of a module's leaves, in words."""
     return " and ".join(str(own[leaf].shape) for leaf in LEAVES if leaf in own)
+
+
+def in_dtype(factors: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """A tree of factors in the dtype in which layers use them; norms need float32 (magnitudes)."""
+    flat = {
+        (*path, leaf): value if "magnitude" in own else value.astype(dtype)
+        for path, own in by_module(factors).items()
+        for leaf, value in own.items()
+    }
+    return unflatten_dict(flat)
 
 
 def adapted(kernel: jax.Array, own: Module) -> jax.Array:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 import genlora_jax as gl
+from genlora_jax.training import losses
 from genlora_jax.training.losses import next_token_targets, summed_loss
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
@@ -148,6 +150,31 @@ def test_the_loss_in_chunks_is_the_whole_loss(random_llama, make_adapter, batch,
             )
         )(factors)
         assert_close(ours, expected)
+
+
+def test_the_layers_pass_keeps_no_factor_in_float32_and_loses_nothing_by_it(
+    random_llama, make_adapter, batch, monkeypatch
+):
+    model, params = random_llama(**SIZES, dtype=jnp.bfloat16)
+    factors = gl.generate_factors(LORA, make_adapter(LORA, params))
+    a = next(leaf for path, leaf in flatten_dict(factors).items() if path[-2:] == ("q_proj", "a"))
+
+    def loss(factors):
+        return summed_loss(model, params, factors, batch)
+
+    def scanned():
+        """Types of what the scan over layers reads and writes of the size of A."""
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(factors).jaxpr
+        scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
+        values = [v.aval for e in scans for v in (*e.invars, *e.outvars)]
+        return {v.dtype.name for v in values if v.shape == a.shape}
+
+    assert scanned() == {"bfloat16"}
+    ours = jax.jit(jax.value_and_grad(loss))(factors)
+    monkeypatch.setattr(losses, "in_dtype", lambda factors, dtype: factors)
+    assert "float32" in scanned()
+    theirs = jax.jit(jax.value_and_grad(lambda f: loss(f)))(factors)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_rows_of_one_segment_need_no_mask(random_llama, make_adapter, batch):

@@ -115,11 +115,11 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     parts = tokens * (2 * cfg.intermediate_size * width + 4 * hidden * 4) // tensor
     kept = layers * {"full": between, "dots": working, "none": working + parts}[model.remat]
     chunk = max(1, -(-train.chunk // rows)) * rows
-    # Of factors a copy in the model's dtype, and in the layers' backward pass their gradients.
+    # Of factors a copy, and in the layers' backward pass their gradients, in the model's dtype.
     own_factors = _own_values(mesh, factors, factor_specs(factors))
     copies = _copies_gathered(chip, mesh)
     gathered = copies * layer_bytes, copies * head_values * width // tensor
-    in_a_layer = gathered[0] + (working if model.remat == "full" else 0) + 4 * own_factors
+    in_a_layer = gathered[0] + (working if model.remat == "full" else 0) + own_factors * width
     in_a_layer += multiplied // layers * width // tensor  # a layer's deltas, put together
     # Of a chunk's logits, in the backward pass, TPUs keep none in float32.
     logits = chunk * cfg.vocab_size * (width if chip.tpu else 4 + width) // tensor

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from genlora_jax.factors import in_dtype
 from genlora_jax.inject import apply
 
 HEAD = "lm_head"
@@ -67,7 +68,7 @@ def summed_loss(
     again in the backward pass: the logits of a chunk are all that ever exists.
 
     Args:
-        model: A model with methods `hidden_states` and `head`.
+        model: A model with methods `hidden_states` and `head`, whose layers compute in `dtype`.
         params: The base's parameters.
         factors: The adapter's factors.
         batch: `input_ids`, `loss_mask`, `segment_ids`, `positions`: `[rows, length]`.
@@ -81,6 +82,9 @@ def summed_loss(
         The sum; divide by that of the weights of `next_token_targets`.
     """
     body, head = split_head(factors)
+    # The layers round them so in any case. Here it is done for the whole stack, so that no float32
+    # copy, nor one of their gradients, lives as long as the layers' pass.
+    body = in_dtype(body, model.dtype)
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
     hidden = apply(
         model,
