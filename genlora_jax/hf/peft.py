@@ -106,7 +106,7 @@ def export_peft(
     if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
         names = sorted({name.rsplit(".", 1)[-1] for name in modules})
     rank = max(side_a(own).shape[1] for own in modules.values())
-    kind, _ = _kind_of(modules)
+    kind = _kind_of(modules)
     if kind == "LoRA" and rank > SERVED_RANK:
         warnings.warn(
             f"rank {rank} exceeds {SERVED_RANK}, the largest that vLLM serves: merge instead",
@@ -145,8 +145,8 @@ def export_peft(
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _kind_of(modules: Mapping[str, Arrays]) -> tuple[str, tuple[str, ...]]:
-    """The one kind of adapter that modules are, and its leaves."""
+def _kind_of(modules: Mapping[str, Arrays]) -> str:
+    """The one kind of adapter that modules are."""
     first, *others = modules
     for name in others:
         if set(modules[name]) != set(modules[first]):
@@ -154,7 +154,7 @@ def _kind_of(modules: Mapping[str, Arrays]) -> tuple[str, tuple[str, ...]]:
                 f"{name} has {sorted(modules[name])} and {first} {sorted(modules[first])}: a PEFT "
                 "adapter is of one kind"
             )
-    return next((k, leaves) for k, leaves in KINDS.items() if set(leaves) == set(modules[first]))
+    return next(kind for kind, leaves in KINDS.items() if set(leaves) == set(modules[first]))
 
 
 def _padded(own: Arrays, rank: int) -> Arrays:

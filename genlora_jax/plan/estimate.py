@@ -133,7 +133,7 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     steps = train.accumulate
     cut = (mesh.fsdp - 1) / mesh.fsdp
     ring = 2 * (tensor - 1) / tensor
-    # A delta that depends on the kernel is put together besides it, and so is its gradient.
+    # A delta that depends on the kernel is put together beside it, and so is its gradient.
     deltas = (passes + 1) * multiplied
     moved = {
         "base": steps

@@ -163,8 +163,16 @@ def plot_spectra(axis: Any, arms: Arms) -> None:
     axis.set(yscale="log", xlabel="index", ylabel="singular value / largest")
 
 
+def pictures(file: Path, runs: dict[str, Arms]) -> dict[str, Callable[[Any, Arms], None]]:
+    """What is drawn of a file of results, by the picture's name."""
+    drawn = {f"{file.stem}.png": plot_frontier, f"{file.stem}_scaling.png": plot_scaling}
+    if any("singular_values" in arm for arms in runs.values() for arm in arms.values()):
+        drawn[f"{file.stem}_spectra.png"] = plot_spectra
+    return drawn
+
+
 def page(files: list[Path]) -> str:
-    """All tables, in Markdown."""
+    """All tables, and the pictures of each file after its own, in Markdown."""
     parts = [HEAD]
     for file in files:
         found = json.loads(file.read_text())
@@ -178,6 +186,8 @@ def page(files: list[Path]) -> str:
             tested = any("test_loss" in arm for arm in arms.values())
             if tested and (by_rank := table_by_rank(arms)):
                 parts.append(f"By rank:\n\n{by_rank}\n")
+        shown = [f"![{name}]({name})" for name in pictures(file, found["runs"])]
+        parts.append("\n".join(shown) + "\n")
     return "\n".join(parts)
 
 
@@ -185,10 +195,8 @@ def main() -> None:
     files = sorted(RESULTS.glob("*.json"))
     for file in files:
         runs = json.loads(file.read_text())["runs"]
-        draw(runs, plot_frontier, PAGES / f"{file.stem}.png")
-        draw(runs, plot_scaling, PAGES / f"{file.stem}_scaling.png")
-        if any("singular_values" in arm for arms in runs.values() for arm in arms.values()):
-            draw(runs, plot_spectra, PAGES / f"{file.stem}_spectra.png")
+        for name, plot in pictures(file, runs).items():
+            draw(runs, plot, PAGES / name)
     (PAGES / "tables.md").write_text(page(files))
 
 
