@@ -17,11 +17,11 @@ import train.finetune as finetune_script
 import train.sweep as script
 from genlora_jax.models.attention import attend, attend_as_one_batch
 from genlora_jax.sharding import MeshConfig, make_mesh, named, param_specs
-from genlora_jax.training import sweep as sweeps
+from genlora_jax.training import sweep_program
 from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
-from genlora_jax.training.sweep import run_sweep
+from genlora_jax.training.sweep import initial_states, run_sweep
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -169,19 +169,19 @@ def test_a_member_that_diverges_leaves_the_others_as_they_were_to_the_bit(run, r
 
 
 def test_sweeps_of_one_size_share_one_program(run, result):
-    before = sweeps.train_members._cache_size(), sweeps.evaluate_members._cache_size()
+    programs = sweep_program.train_members, sweep_program.evaluate_members
+    before = [program._cache_size() for program in programs]
     again = run([dataclasses.replace(m, learning_rate=0.5, seed=7 + m.seed) for m in MEMBERS])
     assert (again.loss[-1] != result.loss[-1]).all()
-    after = sweeps.train_members._cache_size(), sweeps.evaluate_members._cache_size()
-    assert before == after
+    assert before == [program._cache_size() for program in programs]
 
 
 def lowered(base, batches, members, **settings):
     model, params = base
-    program = sweeps.SweepProgram(model=model, cfg=CFG, optim=OPTIM, steps=STEPS, **settings)
-    states, numbers = sweeps.initial_states(program, members, params)
+    program = sweep_program.SweepProgram(model=model, cfg=CFG, optim=OPTIM, steps=STEPS, **settings)
+    states, numbers = initial_states(program, members, params)
     stacked = {name: np.stack([b[name] for b in batches[:EVERY]]) for name in batches[0]}
-    traced = sweeps.train_members.trace(states, numbers, params, stacked, program=program)
+    traced = sweep_program.train_members.trace(states, numbers, params, stacked, program=program)
     return traced, states
 
 
@@ -232,6 +232,42 @@ def test_members_lie_over_data_and_change_nothing(base, run, result):
     assert_close(cut.final.trainable, result.final.trainable, 1e-4)
     with pytest.raises(ValueError, match=r"3 members cannot be shared out over mesh.data = 4"):
         run(MEMBERS[:3], params=params, mesh=mesh)
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_passes_change_nothing(run, result, size):
+    passed = run(MEMBERS, members_per_pass=size)
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert_close(getattr(passed, name), getattr(result, name))
+    assert_close(passed.final.trainable, result.final.trainable)
+    assert_close(passed.best.trainable, result.best.trainable)
+
+
+def test_passes_on_a_mesh_take_members_of_every_device(base, run, result):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    params = jax.device_put(base[1], named(mesh, param_specs(base[1])))
+    members = [*MEMBERS, *(dataclasses.replace(member, seed=9) for member in MEMBERS)]
+    cut = run(members, params=params, mesh=mesh, members_per_pass=4)
+    for leaf in jax.tree.leaves((cut.final, cut.best)):
+        assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {4}
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert_close(getattr(cut, name)[:, :4], getattr(result, name))
+    with pytest.raises(ValueError, match=r"members_per_pass \(1\) .* of mesh.data \(2\)"):
+        run(members, params=params, mesh=mesh, members_per_pass=1)
+
+
+def test_memory_is_that_of_the_members_of_a_pass(base, batches):
+    # Longer rows: activations outweigh the members' states.
+    long = [{k: np.tile(x, (1, 16)) for k, x in batch.items()} for batch in batches]
+    whole = lowered(base, long, MEMBERS)[0].lower().compile().memory_analysis()
+    halves = lowered(base, long, MEMBERS, members_per_pass=2)[0].lower().compile().memory_analysis()
+    assert halves.temp_size_in_bytes < 0.6 * whole.temp_size_in_bytes
+
+
+def test_passes_must_be_of_one_size(run):
+    for count in (3, 0):
+        with pytest.raises(ValueError, match=rf"members_per_pass \({count}\) must divide .* \(4\)"):
+            run(MEMBERS, members_per_pass=count)
 
 
 @pytest.mark.parametrize("masked", [True, False])

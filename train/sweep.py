@@ -27,7 +27,7 @@ from genlora_jax.storage import new_directory, refuse_existing
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.members import Member, SweepResult
 from genlora_jax.training.recipe import Recipe
-from genlora_jax.training.sweep import run_sweep
+from genlora_jax.training.sweep import check_passes, run_sweep
 from train.finetune import check_shape, initial_adapter
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Member))
@@ -74,10 +74,12 @@ class SweepRecipe(Recipe):
 
     Attributes:
         grid: What the members have of their own.
+        members_per_pass: Most members whose activations are in memory at a time; null for all.
         steps_per_call: Most steps in one call of the device.
     """
 
     grid: Grid = field(default_factory=Grid)
+    members_per_pass: int | None = None
     steps_per_call: int = 16
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ def sweep(recipe: SweepRecipe) -> SweepResult:
             f"data.batch_size ({recipe.data.batch_size}); they are {mesh.shape['data']} and "
             f"{mesh.shape['fsdp']}"
         )
+    check_passes(recipe.members_per_pass, len(members), mesh.shape["data"])
     source = locate(recipe.model.path, revision=recipe.model.revision)
     tokenizer = load_tokenizer(source)
     examples, report = load_examples(recipe.data.train, tokenizer, recipe.data)
@@ -172,6 +175,7 @@ def sweep(recipe: SweepRecipe) -> SweepResult:
         accumulate=recipe.train.accumulate,
         chunk=recipe.train.chunk,
         packed=recipe.data.pack,
+        members_per_pass=recipe.members_per_pass,
         steps_per_call=recipe.steps_per_call,
         mesh=several,
         make_adapter=make_adapter,

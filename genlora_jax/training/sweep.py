@@ -1,177 +1,28 @@
-"""Sweeps: many adapters trained at once over one copy of the base.
+"""Sweeps: many adapters trained at once over one copy of the base."""
 
-The members of a sweep differ in numbers only: rates, seed, alpha. So one program trains them all,
-by `vmap` over adapters and optimizer states; the base's products take all rows as one batch.
-"""
-
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from genlora_jax.adapter import Adapter, generate_factors, init_adapter
+from genlora_jax.adapter import Adapter, init_adapter
 from genlora_jax.config import AdapterConfig, LowRankConfig
-from genlora_jax.factors import SCALED
-from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
 from genlora_jax.training.members import Member, SweepResult
 from genlora_jax.training.optim import OptimConfig, make_optimizer
-from genlora_jax.training.step import TrainState, init_state, train_step
-
-Numbers = dict[str, jax.Array]  # rates, and scales over the config's, float32 [members]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepProgram:
-    """What a sweep's compiled programs depend on, beside shapes: one compilation each.
-
-    Attributes:
-        model: The base's model, without a mesh of its own.
-        cfg: The adapter's config; members' scales are relative to its own.
-        optim: The optimizer's settings but for what members have of their own.
-        steps: Length of the run.
-        accumulate: Parts into which a batch is cut.
-        chunk: Tokens of a chunk of the loss, of all members together.
-        packed: Whether a row may hold several segments.
-        mesh: Members lie over its axis `data`, rows of the batch over `fsdp`.
-    """
-
-    model: nn.Module
-    cfg: AdapterConfig
-    optim: OptimConfig
-    steps: int
-    accumulate: int = 1
-    chunk: int = 1024
-    packed: bool = True
-    mesh: Mesh | None = None
-
-    def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:
-        """One member's factors, with its scale."""
-        flat = flatten_dict(generate_factors(self.cfg, adapter))
-        return unflatten_dict({k: x * scale if k[-1] in SCALED else x for k, x in flat.items()})
-
-    def optimizer(self, numbers: Numbers) -> Any:
-        """One member's optimizer."""
-        own = {name: numbers[name] for name in ("learning_rate", "generator_ratio")}
-        return make_optimizer(self.optim, self.steps, **own)
-
-    def own_chunk(self, numbers: Numbers) -> int:
-        """Tokens of a chunk of one member's loss."""
-        return max(self.chunk // len(numbers["scale"]), 1)
-
-    def spread(self, tree: Any, *axes: str) -> Any:
-        """Lays leaves `[members, ...]` out over the mesh's `data`, further dimensions over axes."""
-        if self.mesh is None:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P("data", *axes)))
-
-    def everyone(self, batch: Batch, numbers: Numbers) -> Batch:
-        """A batch for each member: attention takes masks and tokens of the same leading size."""
-        count = len(numbers["scale"])
-        copies = {k: jnp.broadcast_to(x, (count, *x.shape)) for k, x in batch.items()}
-        return self.spread(copies, "fsdp")
-
-
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="states")
-def train_members(
-    states: TrainState,
-    numbers: Numbers,
-    params: Mapping[str, Any],
-    batches: Batch,
-    *,
-    program: SweepProgram,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Some steps of all members, in one call.
-
-    Args:
-        states: The members' states, leaves `[members, ...]`; donated.
-        numbers: What the members have of their own, `[members]`.
-        params: The base's parameters.
-        batches: `[steps, rows, length]`, the same for all members.
-        program: The static part.
-
-    Returns:
-        The next states, and `loss` and `grad_norm` `[steps, members]`.
-    """
-
-    def member_step(state: TrainState, own: Numbers, batch: Batch) -> Any:
-        return train_step(
-            state,
-            params,
-            batch,
-            model=program.model,
-            optimizer=program.optimizer(own),
-            generate=lambda adapter: program.factors(adapter, own["scale"]),
-            dropout=program.cfg.dropout,
-            accumulate=program.accumulate,
-            chunk=program.own_chunk(numbers),
-            packed=program.packed,
-        )
-
-    def step(states: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        copies = program.everyone(batch, numbers)
-        states, metrics = jax.vmap(member_step)(states, numbers, copies)
-        return program.spread(states), {name: metrics[name] for name in ("loss", "grad_norm")}
-
-    return jax.lax.scan(step, program.spread(states), batches)
-
-
-@functools.partial(jax.jit, static_argnames="program")
-def evaluate_members(
-    adapters: Adapter,
-    best: tuple[Adapter, jax.Array],
-    numbers: Numbers,
-    params: Mapping[str, Any],
-    batches: Batch,
-    *,
-    program: SweepProgram,
-) -> tuple[jax.Array, tuple[Adapter, jax.Array]]:
-    """All members' evaluation losses, and their best adapters so far.
-
-    Args:
-        adapters: The members' adapters, leaves `[members, ...]`.
-        best: Their best adapters before, and those adapters' losses `[members]`.
-        numbers: What the members have of their own, `[members]`.
-        params: The base's parameters.
-        batches: `[batches, rows, length]`.
-        program: The static part.
-
-    Returns:
-        Mean losses (nats) over trained tokens, `[members]`, and `best` brought up to date.
-    """
-    factors = jax.vmap(program.factors)(adapters, numbers["scale"])
-
-    def member_loss(factors: Any, batch: Batch) -> jax.Array:
-        return summed_loss(
-            program.model,
-            params,
-            factors,
-            batch,
-            chunk=program.own_chunk(numbers),
-            packed=program.packed,
-        )
-
-    def add(totals: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
-        return totals + jax.vmap(member_loss)(factors, program.everyone(batch, numbers)), None
-
-    totals, _ = jax.lax.scan(add, jnp.zeros_like(numbers["scale"]), batches)
-    losses = totals / next_token_targets(batches)[1].sum()
-    better = losses < best[1]  # never so of NaN
-
-    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-    kept = jax.tree.map(keep, adapters, best[0])
-    return losses, (program.spread(kept), jnp.where(better, losses, best[1]))
+from genlora_jax.training.step import TrainState, init_state
+from genlora_jax.training.sweep_program import (
+    Numbers,
+    SweepProgram,
+    evaluate_members,
+    train_members,
+)
 
 
 def run_sweep(
@@ -188,6 +39,7 @@ def run_sweep(
     accumulate: int = 1,
     chunk: int = 1024,
     packed: bool = True,
+    members_per_pass: int | None = None,
     steps_per_call: int = 16,
     mesh: Mesh | None = None,
     make_adapter: Callable[[AdapterConfig, int], Adapter] | None = None,
@@ -211,6 +63,8 @@ def run_sweep(
         accumulate: Parts into which a batch is cut to save memory.
         chunk: Tokens of a chunk of the loss, of all members together.
         packed: Whether a row may hold several segments.
+        members_per_pass: Most members whose activations exist at a time; divides their number, and
+            is divided by the mesh's `data`. None for all at once.
         steps_per_call: Most steps in one call of the device; the number taken divides `steps` and
             `eval_every`.
         mesh: Members are cut over its axis `data`; the base may be cut over `fsdp`.
@@ -221,8 +75,8 @@ def run_sweep(
         The members' losses and adapters.
 
     Raises:
-        ValueError: If there are no members or no batches to evaluate on, or the mesh does not
-            divide them.
+        ValueError: If there are no members or no batches to evaluate on, or the mesh or
+            `members_per_pass` does not divide them.
     """
     if not members:
         raise ValueError("a sweep needs at least one member")
@@ -230,6 +84,7 @@ def run_sweep(
         raise ValueError("a sweep needs batches to evaluate on: they tell which member is best")
     if steps < 1 or steps_per_call < 1 or (eval_every is not None and eval_every < 1):
         raise ValueError("steps, eval_every and steps_per_call must be at least 1")
+    check_passes(members_per_pass, len(members), 1 if mesh is None else mesh.shape["data"])
     program = SweepProgram(
         model=for_members(model),
         cfg=cfg,
@@ -238,6 +93,7 @@ def run_sweep(
         accumulate=accumulate,
         chunk=chunk,
         packed=packed,
+        members_per_pass=members_per_pass,
         mesh=mesh,
     )
     states, numbers = initial_states(program, members, params, make_adapter)
@@ -273,6 +129,16 @@ def run_sweep(
         best=best[0],
         final=states.adapter,
     )
+
+
+def check_passes(members_per_pass: int | None, members: int, data: int = 1) -> None:
+    """Raises ValueError if passes would not be of one size, over all of the mesh's `data`."""
+    size = members if members_per_pass is None else min(members_per_pass, members)
+    if size < 1 or members % size or (size < members and size % data):
+        raise ValueError(
+            f"members_per_pass ({size}) must divide the number of members ({members}) and be a "
+            f"multiple of mesh.data ({data})"
+        )
 
 
 def initial_states(

@@ -1,0 +1,204 @@
+"""The programs of a sweep: steps and evaluations of all members, over one base.
+
+The members of a sweep differ in numbers only: rates, seed, alpha. So one program trains them all,
+by `vmap` over adapters and optimizer states; the base's products take all rows as one batch.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from genlora_jax.adapter import Adapter, generate_factors
+from genlora_jax.config import AdapterConfig
+from genlora_jax.factors import SCALED
+from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.step import TrainState, train_step
+
+Numbers = dict[str, jax.Array]  # rates, and scales over the config's, float32 [members]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepProgram:
+    """What a sweep's compiled programs depend on, beside shapes: one compilation each.
+
+    Attributes:
+        model: The base's model, without a mesh of its own.
+        cfg: The adapter's config; members' scales are relative to its own.
+        optim: The optimizer's settings but for what members have of their own.
+        steps: Length of the run.
+        accumulate: Parts into which a batch is cut.
+        chunk: Tokens of a chunk of the loss, of all members together.
+        packed: Whether a row may hold several segments.
+        members_per_pass: Most members whose losses and gradients are computed at a time; None for
+            all. Their activations are what a sweep's memory goes into.
+        mesh: Members lie over its axis `data`, rows of the batch over `fsdp`.
+    """
+
+    model: nn.Module
+    cfg: AdapterConfig
+    optim: OptimConfig
+    steps: int
+    accumulate: int = 1
+    chunk: int = 1024
+    packed: bool = True
+    members_per_pass: int | None = None
+    mesh: Mesh | None = None
+
+    def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:
+        """One member's factors, with its scale."""
+        flat = flatten_dict(generate_factors(self.cfg, adapter))
+        return unflatten_dict({k: x * scale if k[-1] in SCALED else x for k, x in flat.items()})
+
+    def optimizer(self, numbers: Numbers) -> Any:
+        """One member's optimizer."""
+        own = {name: numbers[name] for name in ("learning_rate", "generator_ratio")}
+        return make_optimizer(self.optim, self.steps, **own)
+
+    def own_chunk(self, numbers: Numbers) -> int:
+        """Tokens of a chunk of one member's loss."""
+        return max(self.chunk // self.pass_size(numbers), 1)
+
+    def pass_size(self, numbers: Numbers) -> int:
+        """Members of a pass."""
+        count = len(numbers["scale"])
+        return min(self.members_per_pass or count, count)
+
+    def spread(self, tree: Any, *axes: str) -> Any:
+        """Lays leaves `[members, ...]` out over the mesh's `data`, further dimensions over axes."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P("data", *axes)))
+
+    def in_passes(self, compute: Callable[..., Any], tree: Any, numbers: Numbers) -> Any:
+        """`compute(tree, numbers)` of leaves `[members, ...]`, a pass of members at a time."""
+        count, size = len(numbers["scale"]), self.pass_size(numbers)
+        if size == count:
+            return compute(tree, numbers)
+        # A pass takes a share of every device's members, so that none of them moves.
+        devices = 1 if self.mesh is None else self.mesh.shape["data"]
+
+        def cut(x: jax.Array) -> jax.Array:
+            shares = x.reshape(devices, count // size, size // devices, *x.shape[1:])
+            return shares.swapaxes(0, 1).reshape(count // size, size, *x.shape[1:])
+
+        def join(x: jax.Array) -> jax.Array:
+            shares = x.reshape(count // size, devices, size // devices, *x.shape[2:])
+            return shares.swapaxes(0, 1).reshape(count, *x.shape[2:])
+
+        parts = jax.tree.map(cut, (tree, numbers))
+        return jax.tree.map(join, jax.lax.map(lambda part: compute(*part), parts))
+
+    def everyone(self, batch: Batch, numbers: Numbers) -> Batch:
+        """A batch for each member: attention takes masks and tokens of the same leading size."""
+        count = len(numbers["scale"])
+        copies = {k: jnp.broadcast_to(x, (count, *x.shape)) for k, x in batch.items()}
+        return self.spread(copies, "fsdp")
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="states")
+def train_members(
+    states: TrainState,
+    numbers: Numbers,
+    params: Mapping[str, Any],
+    batches: Batch,
+    *,
+    program: SweepProgram,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Some steps of all members, in one call.
+
+    Args:
+        states: The members' states, leaves `[members, ...]`; donated.
+        numbers: What the members have of their own, `[members]`.
+        params: The base's parameters.
+        batches: `[steps, rows, length]`, the same for all members.
+        program: The static part.
+
+    Returns:
+        The next states, and `loss` and `grad_norm` `[steps, members]`.
+    """
+
+    def member_step(state: TrainState, own: Numbers, batch: Batch) -> Any:
+        return train_step(
+            state,
+            params,
+            batch,
+            model=program.model,
+            optimizer=program.optimizer(own),
+            generate=lambda adapter: program.factors(adapter, own["scale"]),
+            dropout=program.cfg.dropout,
+            accumulate=program.accumulate,
+            chunk=program.own_chunk(numbers),
+            packed=program.packed,
+        )
+
+    def step(states: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        def one_pass(states: TrainState, numbers: Numbers) -> Any:
+            copies = program.everyone(batch, numbers)
+            return jax.vmap(member_step)(program.spread(states), numbers, copies)
+
+        states, metrics = program.in_passes(one_pass, states, numbers)
+        return program.spread(states), {name: metrics[name] for name in ("loss", "grad_norm")}
+
+    return jax.lax.scan(step, program.spread(states), batches)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def evaluate_members(
+    adapters: Adapter,
+    best: tuple[Adapter, jax.Array],
+    numbers: Numbers,
+    params: Mapping[str, Any],
+    batches: Batch,
+    *,
+    program: SweepProgram,
+) -> tuple[jax.Array, tuple[Adapter, jax.Array]]:
+    """All members' evaluation losses, and their best adapters so far.
+
+    Args:
+        adapters: The members' adapters, leaves `[members, ...]`.
+        best: Their best adapters before, and those adapters' losses `[members]`.
+        numbers: What the members have of their own, `[members]`.
+        params: The base's parameters.
+        batches: `[batches, rows, length]`.
+        program: The static part.
+
+    Returns:
+        Mean losses (nats) over trained tokens, `[members]`, and `best` brought up to date.
+    """
+
+    def member_loss(factors: Any, batch: Batch) -> jax.Array:
+        return summed_loss(
+            program.model,
+            params,
+            factors,
+            batch,
+            chunk=program.own_chunk(numbers),
+            packed=program.packed,
+        )
+
+    def one_pass(adapters: Adapter, numbers: Numbers) -> jax.Array:
+        factors = jax.vmap(program.factors)(program.spread(adapters), numbers["scale"])
+
+        def add(totals: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
+            return totals + jax.vmap(member_loss)(factors, program.everyone(batch, numbers)), None
+
+        return jax.lax.scan(add, jnp.zeros_like(numbers["scale"]), batches)[0]
+
+    totals = program.in_passes(one_pass, adapters, numbers)
+    losses = totals / next_token_targets(batches)[1].sum()
+    better = losses < best[1]  # never so of NaN
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    kept = jax.tree.map(keep, adapters, best[0])
+    return losses, (program.spread(kept), jnp.where(better, losses, best[1]))
