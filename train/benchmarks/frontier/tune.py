@@ -5,6 +5,7 @@ All rates are tried with the first seed, and the two best with the others: the s
 
 import argparse
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -68,7 +69,7 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
             params,
             arm.cfg,
             new,
-            iter(tuned),
+            itertools.cycle(tuned),
             held_out,
             optim=OptimConfig(b_ratio=arm.b_ratio),
             steps=steps,
