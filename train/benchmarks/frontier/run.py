@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["main"], help=f"of {[*SETS, *ARMS]}")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rates", type=int, default=4, help="at least so many for each arm")
-    parser.add_argument("--steps", type=int, help="of tuning, instead of one for each batch there is")
+    parser.add_argument("--steps", type=int, help="of tuning; as many as batches by default")
     parser.add_argument("--pretraining-steps", type=int)
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--per-gpu", type=int, default=1, help="workers on each")
