@@ -18,9 +18,10 @@ from genlora_jax.analysis import (
 )
 from genlora_jax.command import parse, parse_arguments, report_errors
 from genlora_jax.config import AdapterConfig, LowRankConfig, TwoSidedConfig
-from genlora_jax.decoding import decode
+from genlora_jax.evaluation.generate import answers
+from genlora_jax.evaluation.subject import Prompt, load_subject
 from genlora_jax.factors import Module, by_module
-from genlora_jax.hf.checkpoint import checkpoint_dtype, load_tokenizer, locate, stop_tokens
+from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft import export_peft, load_factors
@@ -119,7 +120,7 @@ def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
             f"{effective_rank(values).mean():.1f}",
         )
     if "shared" in counts:
-        table.add_row("shared by all targets", "", "", f"{counts['shared']:,}")
+        table.add_row("shared by targets", "", "", f"{counts['shared']:,}")
     return table
 
 
@@ -139,6 +140,7 @@ def generate(
     prompt: str,
     *,
     adapter: str | None = None,
+    chat: bool = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -151,37 +153,30 @@ def generate(
         model: Local directory or hub id.
         prompt: The text to continue.
         adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
+        chat: The prompt is a user's message, asked in the tokenizer's chat template.
         max_new_tokens: Longest continuation.
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         seed: Seed of the sampling.
         dtype: Of parameters and computation.
     """
-    source = locate(model)
-    llama, params = load_llama(source, dtype=dtype, param_dtype=dtype)
-    tokenizer = load_tokenizer(source)
-    factors = None
-    if adapter is not None:
-        factors = load_factors(adapter, params, llama)
-    ids = tokenizer(prompt)["input_ids"]
-    limit = llama.config.max_position_embeddings
-    if len(ids) + max_new_tokens > limit:
+    subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
+    asked: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+    ids = subject.encode_prompt(asked)
+    if len(ids) + max_new_tokens > subject.positions:
         raise ValueError(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
-            f"model's {limit} positions"
+            f"model's {subject.positions} positions"
         )
-    (new,) = decode(
-        llama,
-        params,
+    ((said,),) = answers(
+        subject,
         [ids],
-        factors=factors,
         max_new_tokens=max_new_tokens,
-        stop=stop_tokens(source),
         temperature=temperature,
         top_p=top_p,
-        key=jax.random.key(seed),
+        seed=seed,
     )
-    print(f"{prompt}{tokenizer.decode(new)}")
+    print(said if chat else f"{prompt}{said}")
 
 
 def plan(config: str, topology: str, compile: bool = True) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import jsonargparse
 
 from genlora_jax.config import AdapterConfig
@@ -16,6 +17,12 @@ T = TypeVar("T")
 OPTIONAL = re.compile(
     r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) "
     r"- Expected a <class 'NoneType'>.*"
+)
+
+FULL = (
+    "the device's memory is full. To save some: model.remat full, a larger train.accumulate, a "
+    "smaller batch_size or data.length, members_per_pass in a sweep, a mesh of more devices "
+    "(genlora plan says what a recipe needs). The device said: "
 )
 
 # `adapter:` in a recipe takes the fields of GenLoRAConfig, or class_path and init_args.
@@ -27,9 +34,7 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
 
     `--print_config` prints the result as YAML and exits; errors name the field.
     """
-    parser = jsonargparse.ArgumentParser(description=kind.__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="recipe in YAML")
-    parser.add_class_arguments(kind)
+    parser = _parser(kind)
     args = sys.argv[1:] if args is None else args
     printing = [argument for argument in args if argument.startswith("--print_config")]
     # What is given first, defaults then: those of another config's class would else be kept.
@@ -43,6 +48,29 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
     except ValueError as error:
         raise ValueError(_plain(error)) from error
     return kind(**{name: value for name, value in vars(fields).items() if name != "config"})
+
+
+def dump(settings: Any) -> str:
+    """A dataclass as YAML that `parse` reads with `--config`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, AdapterConfig):
+            name = f"genlora_jax.{type(value).__name__}"
+            return {"class_path": name, "init_args": dataclasses.asdict(value)}
+        if dataclasses.is_dataclass(value):
+            fields = dataclasses.fields(value)
+            return {field.name: plain(getattr(value, field.name)) for field in fields}
+        return value
+
+    parser = _parser(type(settings))
+    return str(parser.dump(parser.parse_object(plain(settings))))
+
+
+def _parser(kind: type[Any]) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(description=kind.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="recipe in YAML")
+    parser.add_class_arguments(kind)
+    return parser
 
 
 def parse_arguments(
@@ -81,12 +109,17 @@ def _plain(error: Exception) -> str:
 def report_errors() -> Iterator[None]:
     """Turns an error that is the user's to mend into one line on stderr and exit status 1.
 
+    So does a device that is out of memory.
+
     With `GENLORA_TRACEBACK=1` the traceback is shown as well.
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("GENLORA_TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        said = " ".join(str(error).split())
+        full = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in said
+        known = full or not isinstance(error, jax.errors.JaxRuntimeError)
+        if not known or os.environ.get("GENLORA_TRACEBACK"):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", FULL + said[:200] if full else said, file=sys.stderr)
         sys.exit(1)

@@ -54,13 +54,16 @@ def fit(
     What is fitted is the delta of each layer, never A and B themselves, so scale, sign and any
     other mixing (`A M`, `M^-1 B`) of the factors are free. LoRA of a lower rank is found in closed
     form, by truncating the singular values; GenLoRA by Adam from each delta's first pair of
-    singular vectors, all layers at once. No delta is ever formed.
+    singular vectors, all layers at once. No delta is ever formed. LoRA of the factors' rank or
+    more takes A and B as they are (B over its own scale), to go on training a PEFT adapter.
 
     Args:
-        cfg: A `GenLoRAConfig` or `LoRAConfig`. Its targets and layers are those of `factors`.
+        cfg: A `GenLoRAConfig` or `LoRAConfig`. Its targets and layers are those of `factors`,
+            but for layers of which the delta is zero: leave these out.
         factors: Result of `import_peft`, or of `generate_factors`.
         params: The base's parameters, of which names and shapes matter. With them the adapter
-            can be saved for that base; without, it fits a base of these kernels alone.
+            can be saved for that base; without, it fits a base of these kernels alone, and loads
+            into no other.
         key: PRNG key of the initial generators.
         steps: Number of steps.
         learning_rate: Peak of the rate, relative to the size of what it changes.
@@ -87,8 +90,9 @@ def fit(
     if params is not None:
         pair_kernels(flatten_dict(dict(params)), factors)  # for its checks
     adapter = init_adapter(cfg, key, unflatten_dict(kernels) if params is None else params)
-    _check_covered(adapter, {path[:-1] for path in kernels})
-    deltas = {t.name: _decompose_target(factors, t) for t in adapter.spec.targets}
+    _check_covered(adapter, factors)
+    zero = isinstance(cfg, LoRAConfig)  # A latent cannot be made of no singular vector.
+    deltas = {t.name: _decompose_target(factors, t, zero=zero) for t in adapter.spec.targets}
 
     losses = np.zeros(0, np.float32)
     if isinstance(cfg, GenLoRAConfig):
@@ -101,7 +105,13 @@ def fit(
             learning_rate=learning_rate,
         )
     else:
-        trained = {"factors": {name: _truncate(cfg, delta) for name, delta in deltas.items()}}
+        start = adapter.trainable["factors"]
+        trained = {
+            "factors": {
+                t.name: _lora(cfg, target_factors(factors, t), deltas[t.name], start[t.name])
+                for t in adapter.spec.targets
+            }
+        }
     adapter = adapter.replace(trainable=trained)
     squares = jax.jit(functools.partial(_squared_errors, cfg))(adapter, deltas)
     report = FitReport(
@@ -162,20 +172,30 @@ def _kernel_shapes(factors: Mapping[str, Any]) -> dict[tuple[str, ...], jax.Shap
     return shapes
 
 
-def _check_covered(adapter: Adapter, modules: set[tuple[str, ...]]) -> None:
-    targeted = {kernel.path for target in adapter.spec.targets for kernel in target.kernels}
-    if missed := sorted(".".join(path) for path in modules - targeted):
-        raise ValueError(f"the config's targets leave out factors of {', '.join(missed)}")
+def _check_covered(adapter: Adapter, factors: Mapping[str, Any]) -> None:
+    """Raises ValueError if the adapter has no place for a delta; one that is zero needs none."""
+    kernels = {k.path: k for target in adapter.spec.targets for k in target.kernels}
+    missed = []
+    for path, own in sorted(by_module(factors).items()):
+        kernel, name = kernels.get(path), ".".join(path)
+        there = np.logical_and(*(np.any(own[side] != 0, axis=(-1, -2)) for side in "ab"))
+        if kernel is None:
+            missed += [name] * bool(there.any())
+        elif kernel.stack is not None:
+            left = sorted(set(np.flatnonzero(there).tolist()) - set(kernel.layers))
+            missed += [f"{name}, layer {layer}" for layer in left]
+    if missed:
+        raise ValueError(f"the config's targets or layers leave out factors of {'; '.join(missed)}")
 
 
-def _decompose_target(factors: Mapping[str, Any], target: Target) -> Triple:
+def _decompose_target(factors: Mapping[str, Any], target: Target, *, zero: bool) -> Triple:
     u, s, v = decompose(*target_factors(factors, target))
     sizes = np.asarray(s[:, 0])
     layers = [layer for kernel in target.kernels for layer in kernel.layers]
     for layer, size in zip(layers, sizes, strict=True):
         if not np.isfinite(size):
             raise ValueError(f"factors of {target.name}, layer {layer}, are not finite")
-        if size == 0:
+        if size == 0 and not zero:
             raise ValueError(
                 f"the delta of {target.name}, layer {layer}, is zero: name the other layers in "
                 "the config's layers, or leave the target out"
@@ -183,13 +203,21 @@ def _decompose_target(factors: Mapping[str, Any], target: Target) -> Triple:
     return u, s, v
 
 
-def _truncate(cfg: LowRankConfig, delta: Triple) -> dict[str, jax.Array]:
-    """The best LoRA of the config's rank; zeros where that exceeds the delta's."""
-    u, s, v = (x[..., : cfg.rank] for x in delta)
-    half = jnp.sqrt(s)[:, None]
-    missing = ((0, 0), (0, 0), (0, cfg.rank - s.shape[1]))
-    a, b = jnp.pad(u * half, missing), jnp.pad(v * half / cfg.scale, missing)
-    return {"a": a, "b": b.swapaxes(-1, -2)}
+def _lora(
+    cfg: LowRankConfig, factors: tuple[jax.Array, jax.Array], delta: Triple, start: Tree
+) -> dict[str, jax.Array]:
+    """The best LoRA of the config's rank: the factors themselves where there is room for them.
+
+    What they leave of A is random, as in any LoRA: zeros on both sides would never be trained.
+    """
+    a, b = factors
+    if (more := cfg.rank - a.shape[-1]) < 0:
+        u, s, v = (x[..., : cfg.rank] for x in delta)
+        half = jnp.sqrt(s)[:, None]
+        a, b, more = u * half, (v * half).swapaxes(-1, -2), 0
+    a, b = jnp.pad(a, ((0, 0), (0, 0), (0, more))), jnp.pad(b, ((0, 0), (0, more), (0, 0)))
+    idle = ~a.any(axis=1, keepdims=True) & ~b.any(axis=2)[:, None]
+    return {"a": jnp.where(idle, start["a"], a), "b": b / cfg.scale}
 
 
 def _start(
@@ -261,4 +289,5 @@ def _squared_error(a: jax.Array, b: jax.Array, delta: Triple) -> jax.Array:
     cc, ee = product("lkr,lkq->lrq", c, c), product("lnr,lnq->lrq", e, e)
     dd, ff = product("lrk,lqk->lrq", d, d), product("lrm,lqm->lrq", f, f)
     outside = ((cc + ee) * ff + ee * dd).sum((-1, -2))
-    return (jnp.square(inside).sum((-1, -2)) + outside) / jnp.square(s).sum(-1)
+    size = jnp.square(s).sum(-1)
+    return (jnp.square(inside).sum((-1, -2)) + outside) / jnp.where(size > 0, size, 1.0)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import genlora_jax as gl
 from genlora_jax.cli import main
+from genlora_jax.command import report_errors
 from genlora_jax.hf.checkpoint import stop_tokens
 
 CFG = gl.GenLoRAConfig(rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"])
@@ -303,6 +304,41 @@ def test_a_sample_follows_its_seed(shop, genlora):
     ]
     assert texts[0] == texts[1] != texts[2]
     assert all(text.startswith(PROMPT) for text in texts)
+
+
+def test_a_message_is_asked_in_the_chat_template(shop, genlora, tmp_path):
+    base, options = tmp_path / "base", ["--max_new_tokens", 6, "--dtype", "float32"]
+    shutil.copytree(shop / "float32", base)
+    status, _, err = genlora("generate", base, PROMPT, "--chat", "true", *options)
+    assert status == 1
+    assert "the tokenizer has no chat template" in err
+    (base / "chat_template.jinja").write_text("<<{{ messages[0].content }}>>")
+    status, said, err = genlora("generate", base, PROMPT, "--chat", "true", *options)
+    assert status == 0, err
+    assert genlora("generate", base, f"<<{PROMPT}>>", *options)[1] == f"<<{PROMPT}>>{said}"
+
+
+@pytest.mark.shared
+def test_no_space_is_lost_between_prompt_and_text(shared, genlora):
+    prompt, base = "Once upon a time, there was a", shared / "models" / "stories260k"
+    options = ["--max_new_tokens", 12, "--dtype", "float32"]
+    status, said, err = genlora("generate", base, prompt, *options)
+    assert status == 0, err
+    assert said.startswith(f"{prompt} little girl")
+
+
+def test_a_full_device_is_a_line_that_says_what_saves_memory(capsys):
+    def fail(said):
+        with report_errors():
+            raise jax.errors.JaxRuntimeError(said)
+
+    with pytest.raises(SystemExit, match="1"):
+        fail("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n\tfull")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.remat full" in line
+    assert line.endswith("allocate 9 bytes. full")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fail("INTERNAL: no such thing")
 
 
 def test_more_tokens_than_positions_are_refused(shop, genlora):

@@ -140,9 +140,11 @@ def test_an_answer_passes_if_the_tests_do(row, answer, passes):
 
 def test_bad_exercises_are_named():
     for row, said in (
-        ({"prompt": "a", "test_list": []}, "test_list must be"),
+        ({"prompt": "a", "test_list": []}, "test_list is missing or empty"),
         ({"prompt": "a", "entry_point": "f"}, "'test' is missing"),
         ({"test_list": ["x"]}, "'prompt' is missing"),
+        (MBPP | {"test_setup_code": 3}, "'test_setup_code' is missing or no text"),
+        (MBPP | {"test_imports": "math"}, "test_imports must be a list"),
     ):
         with pytest.raises(ValueError, match=f"here: .*{said}"):
             code._exercise("here", row)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import genlora_jax as gl
 import train.evaluate as script
-from genlora_jax.evaluation import harness, match, scoring
+from genlora_jax.evaluation import choices, harness, match, scoring, tasks
 from genlora_jax.evaluation.generate import answers
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
 from genlora_jax.evaluation.subject import Subject, load_subject
@@ -120,7 +120,7 @@ def test_an_adapter_that_reaches_the_head_scores_as_the_merged_model(random_llam
 
 
 def test_a_continuation_too_long_or_after_nothing_is_refused(subject):
-    for pair in (([], [5]), ([5], [6] * (POSITIONS + 1))):
+    for pair in (([], [5]), ([5], []), ([5], [6] * (POSITIONS + 1))):
         with pytest.raises(ValueError, match="cannot score"):
             log_likelihoods(subject, [pair])
 
@@ -143,9 +143,6 @@ def test_answers_are_those_of_pytorch(subject, continue_greedily):
     expected = [subject.tokenizer.decode(continue_greedily(ids, 10)) for ids in prompts]
     assert [text for (text,) in said] == expected
     assert len(set(expected)) > 1
-    stop = expected[0][4:6]
-    (first,), *_ = answers(subject, prompts[:1], max_new_tokens=10, stop=[stop])
-    assert first == expected[0][: expected[0].index(stop)]
 
 
 def test_samples_differ_and_come_back_with_the_seed(subject):
@@ -184,6 +181,36 @@ def test_conversations_are_asked_in_the_chat_template(subject, monkeypatch):
     assert row["prompt"] == prompt
 
 
+def test_blank_lines_end_the_answers_of_a_base_but_not_of_a_chat(subject, monkeypatch):
+    said = "Mia gives 6.\n\n14 - 6 = 8\n#### 8"
+    monkeypatch.setattr(tasks, "answers", lambda subject, prompts, **_: [[said]] * len(prompts))
+    monkeypatch.setattr(subject.tokenizer, "chat_template", "{{ messages[0].content }}")
+    asked = "Mia has 14 plums."
+    text, chat = match.Problem(asked, "8"), match.Problem([{"role": "user", "content": asked}], "8")
+    settings = match.MatchConfig(data="x", max_new_tokens=8)
+    found = [row["answers"] for row in match.run(subject, settings, [text, chat]).rows]
+    assert found == [["Mia gives 6."], [said]]
+    for cfg in (replace(settings, stop=[]), replace(settings, chat=True)):
+        assert match.run(subject, cfg, [text]).metrics["exact_match"] == 1.0
+    assert match.run(subject, replace(settings, stop=["8"]), [chat]).metrics["exact_match"] == 0.0
+
+
+def test_prompts_that_lose_their_beginning_are_counted(subject):
+    long, short = "Mia has 14 plums and Tom has 5 kites. " * 9, "Mia has"
+    assert len(subject.encode(short)) < POSITIONS < len(subject.encode(long))
+    problems = [match.Problem(text, "8") for text in (long, short)]
+    found = match.run(subject, match.MatchConfig(data="x", max_new_tokens=8), problems)
+    assert found.metrics["cut_prompts"] == 1
+    items = [choices.Item(text, ["a", "b"], 0) for text in (long, short)]
+    assert choices.run(subject, choices.ChoicesConfig(data="x"), items).metrics["cut_prompts"] == 1
+
+
+def test_a_number_that_is_to_agree_must_be_there(subject):
+    settings = match.MatchConfig(data="x", answer="number")
+    with pytest.raises(ValueError, match=r"match.answer is number, and ' many' has none"):
+        match.run(subject, settings, [match.Problem("How many?", " many")])
+
+
 # What lm-eval asks
 
 
@@ -216,6 +243,9 @@ def test_requests_are_answered_in_order_whatever_their_settings(subject, continu
         for ids, n in zip(prompts, most, strict=True)
     ]
     assert harness.generate_until(subject, requests) == expected
+    until = expected[0][4:6]
+    cut = harness.generate_until(subject, [(contexts[0], requests[0][1] | {"until": until})])
+    assert cut == [expected[0][: expected[0].index(until)]]
     pairs = [("Mia has", " 14"), ("", "Tom")]
     found = harness.loglikelihood(subject, pairs)
     assert found == log_likelihoods(subject, [encode_pair(subject, *pair) for pair in pairs])

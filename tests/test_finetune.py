@@ -15,10 +15,14 @@ from finetune_process import start_finetune
 from safetensors.numpy import load_file
 from tiny_base import write_base
 
+import genlora_jax as gl
 import train.finetune as script
+from genlora_jax.command import parse
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.sharding import make_mesh
 from genlora_jax.training import processes
+from genlora_jax.training.output import keep_recipe
+from genlora_jax.training.recipe import Recipe
 
 STEPS = 300
 RECIPE = """
@@ -160,6 +164,7 @@ def test_a_run_learns_and_leaves_what_it_promises(finished):
         "adapter-best",
         "checkpoints",
         "metrics.jsonl",
+        "recipe.yaml",
         "tensorboard",
     }
     assert {"adapter.json", "adapter.safetensors"} == {
@@ -205,6 +210,55 @@ def test_the_config_is_printed_as_yaml(run, tmp_path):
     status, again, _ = run(tmp_path / "run", "--config", printed, "--print_config")
     assert (status, again) == (0, out)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_is_kept_whole(finished, workshop):
+    output, *_ = finished
+    kept = output / "recipe.yaml"
+    assert {"# versions:", "# commit:", "# machine:"} <= {
+        " ".join(line.split()[:2]) for line in kept.read_text().splitlines()
+    }
+    given = ["--config", str(workshop / "recipe.yaml"), "--train.output", str(output)]
+    assert parse(Recipe, ["--config", str(kept)]) == parse(Recipe, given)
+    assert "class_path: genlora_jax.GenLoRAConfig" in kept.read_text()
+
+
+def test_a_run_that_goes_on_otherwise_says_so(workshop, tmp_path, capsys):
+    given = ["--config", str(workshop / "recipe.yaml"), "--train.output", str(tmp_path)]
+    keep_recipe(parse(Recipe, given))
+    more = [*given, "--train.resume", "true", "--train.steps", str(STEPS + 1)]
+    keep_recipe(parse(Recipe, [*more, "--adapter.dropout", "0.1"]))
+    assert capsys.readouterr().out.splitlines() == [
+        "resumed with adapter.dropout 0.1, which was 0.0",
+        f"resumed with train.steps {STEPS + 1}, which was {STEPS}",
+    ]
+    (tmp_path / "recipe.yaml").write_text("model: {path: x, bogus: 1}")
+    keep_recipe(parse(Recipe, more))
+    assert "recipe.yaml cannot be compared" in capsys.readouterr().out
+    assert f"steps: {STEPS + 1}" in (tmp_path / "recipe.yaml").read_text()
+
+
+LORA = ["--adapter", "genlora_jax.LoRAConfig", "--adapter.targets", "[q_proj, up_proj]"]
+
+
+def test_a_peft_adapter_is_a_start_for_lora(finished, run, workshop, tmp_path):
+    output, *_ = finished
+    base = workshop / "base"
+    _, params = gl.load_llama(base, dtype="float32", param_dtype="float32")
+    factors = gl.generate_factors(*gl.load_adapter(output / "adapter", params))
+    gl.export_peft(tmp_path / "peft", None, factors, base=base)
+    start = [*LORA, "--train.init_from", tmp_path / "peft", "--train.steps", 1]
+    start += ["--data.train", workshop / "eval.jsonl", "--data.batch_size", 8]
+    status, _, err = run(tmp_path / "warm", *start, "--adapter.rank", 6)
+    assert status == 0, err
+    ((_, first),) = records(tmp_path / "warm")
+    assert first == pytest.approx(dict(records(output, "eval_loss"))[STEPS], rel=1e-5)
+    for arguments, said in (
+        ([*start, "--adapter.rank", 2], "has a higher rank than adapter.rank (2)"),
+        (start[len(LORA) :], "a PEFT adapter, which goes on as LoRA alone"),
+    ):
+        status, _, err = run(tmp_path / "other", *arguments)
+        assert (status, said in err, err.count("\n")) == (1, True, 1)
 
 
 # Errors.

@@ -145,6 +145,49 @@ def test_a_fitted_adapter_serves_its_base(random_llama, tmp_path):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, theirs)
 
 
+def test_lora_with_room_takes_the_factors_as_they_are():
+    q = random_factors(rank=4)["layers"]["q"]
+    q = {"a": q["a"].at[1, :, 3].set(0.0), "b": q["b"].at[1, 3].set(0.0).at[2].set(0.0)}
+    cfg = gl.LoRAConfig(rank=6, alpha=3.0)
+    adapter, report = gl.fit(cfg, {"layers": {"q": q}})
+    ((found),) = adapter.trainable["factors"].values()
+    used = np.ones((4, 6), bool)
+    used[:, 4:] = used[1, 3] = False
+    a, b = (np.asarray(found[side]) for side in "ab")
+    np.testing.assert_array_equal(a[:, :, :4] * used[:, None, :4], q["a"])
+    np.testing.assert_allclose(b[:, :4] * cfg.scale, q["b"], rtol=1e-6)
+    assert not b[:, 4:].any()
+    # What no factor uses is drawn as in any LoRA, so that it can be trained.
+    start = gl.init_adapter(cfg, jax.random.key(0), BASE).trainable["factors"]
+    ((drawn),) = start.values()
+    np.testing.assert_array_equal(a[:, :, 4:], drawn["a"][:, :, 4:])
+    np.testing.assert_array_equal(a[1, :, 3], drawn["a"][1, :, 3])
+    assert a.any(axis=1).all()
+    assert report.error < 1e-6
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_without_a_delta_are_left_out(scan):
+    q = random_factors()["layers"]["q"]
+    q = q | {"b": q["b"].at[2].set(0.0)}
+    stacked = {"layers": {"q": q}}
+    factors = stacked
+    if not scan:
+        factors = {"layers": {str(i): {"q": {s: q[s][i] for s in "ab"}} for i in range(4)}}
+    with pytest.raises(ValueError, match="is zero"):
+        gl.fit(CFG, factors)
+    cfg = gl.LoRAConfig(rank=4, layers=[0, 1, 3])
+    adapter, report = gl.fit(cfg, factors)
+    assert report.error < 1e-6
+    found = gl.generate_factors(cfg, adapter)
+    if not scan:
+        zeros = jax.tree.map(jnp.zeros_like, found["layers"]["0"])
+        layers = [found["layers"].get(str(i), zeros)["q"] for i in range(4)]
+        found = {"layers": {"q": jax.tree.map(lambda *x: jnp.stack(x), *layers)}}
+    ours, theirs = formed(found), formed(stacked)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
+
+
 def test_wrong_inputs_are_named():
     factors = random_factors()
     q = factors["layers"]["q"]
@@ -167,6 +210,8 @@ def test_wrong_inputs_are_named():
     two = {"layers": {"q": q, "lm_head": q}}
     with pytest.raises(ValueError, match=r"leave out factors of layers\.lm_head"):
         gl.fit(CFG, two)
+    with pytest.raises(ValueError, match=r"factors of layers\.q, layer 1; layers\.q, layer 2$"):
+        gl.fit(dataclasses.replace(CFG, layers=[0, 3]), factors)
     with pytest.raises(ValueError, match=r"no factors for layers\.v: leave it out"):
         gl.fit(CFG, factors, params={"layers": {"q": kernel, "v": kernel}})
     with pytest.raises(ValueError, match=r"the kernel has \(4, 32, 48\)"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 
@@ -168,6 +169,25 @@ def test_a_member_that_diverges_leaves_the_others_as_they_were_to_the_bit(run, r
         )
 
 
+def test_one_that_diverges_late_keeps_the_rank_of_its_best_adapter(result):
+    losses = np.array([[1.0, 3.5, 2.0], [np.nan, 3.0, 2.5]])
+    late = dataclasses.replace(result, eval_loss=losses, loss=losses, grad_norm=losses)
+    assert late.ranking == [0, 2, 1]
+    assert late.diverged.tolist() == [2, 0, 0]
+    assert late.best_step.tolist() == [2, 4, 2]
+
+
+def test_a_sweep_that_is_told_to_stop_evaluates_and_ends(run, result):
+    asked = []
+    stopped = run(MEMBERS, stop=lambda step: asked.append(step) or step == 1, steps_per_call=1)
+    assert asked == [1]
+    assert stopped.eval_steps.tolist() == [1]
+    assert stopped.loss.shape == (1, len(MEMBERS))
+    assert np.isfinite(stopped.eval_loss).all()
+    assert_close(stopped.loss, result.loss[:1])
+    jax.tree.map(np.testing.assert_array_equal, stopped.best, stopped.final)
+
+
 def test_sweeps_of_one_size_share_one_program(run, result):
     programs = sweep_program.train_members, sweep_program.evaluate_members
     before = [program._cache_size() for program in programs]
@@ -266,7 +286,8 @@ def test_memory_is_that_of_the_members_of_a_pass(base, batches):
 
 def test_passes_must_be_of_one_size(run):
     for count in (3, 0):
-        with pytest.raises(ValueError, match=rf"members_per_pass \({count}\) must divide .* \(4\)"):
+        said = rf"members_per_pass \({count}\) must divide .* \(4\) .*: one of 1, 2, 4$"
+        with pytest.raises(ValueError, match=said):
             run(MEMBERS, members_per_pass=count)
 
 
@@ -384,6 +405,24 @@ def test_the_script_writes_what_it_found(command, workshop, tmp_path, monkeypatc
     assert (status, "exists" in errors) == (1, True)
 
 
+def test_ctrl_c_ends_the_script_with_what_there_is(command, tmp_path, monkeypatch):
+    def interrupted(*arguments, stop, **settings):
+        def told(step):
+            signal.raise_signal(signal.SIGINT)
+            return stop(step)
+
+        return run_sweep(*arguments, stop=told, **settings)
+
+    monkeypatch.setattr(script, "run_sweep", interrupted)
+    grid = ["--grid.learning_rate", "[0.01, 0.02]", "--steps_per_call", "1"]
+    status, said, errors = command("--train.output", tmp_path / "out", *grid)
+    assert (status, errors) == (128 + signal.SIGINT, "")
+    assert "stopped at step 1 of 4" in said
+    results = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["best_step"] for line in results] == [1, 1]
+    assert gl.load_adapter(tmp_path / "out" / "best")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -393,6 +432,10 @@ def test_the_script_writes_what_it_found(command, workshop, tmp_path, monkeypatc
         (["--grid.members", "[{rate: 0.1}]"], "unknown field rate"),
         (["--grid.members", "[{seed: 0.5}]"], "seed must be a whole number"),
         (["--grid.seed", "[1, 1]"], "twice"),
+        (
+            ["--adapter.class_path", "genlora_jax.LoRAConfig", "--grid.generator_ratio", "[1.0]"],
+            "grid.generator_ratio means nothing to LoRAConfig",
+        ),
         (["--grid.seed", "[1]", "--grid.members", "[{seed: 1}]"], "either members or lists"),
         (["--data.eval", "null"], "data.eval is missing"),
         (["--train.resume", "true"], "train.resume"),

@@ -38,6 +38,9 @@ def test_answers_are_compared_as_numbers_where_the_expected_one_is_one():
     assert match.matches(" 8 apples\n", " 8 apples")
     assert not match.matches("nothing", "8.0")
     assert not match.matches("8 apples", "8.0", "text")
+    for expected in ("1,250", "$1,250", " 1250.", "1,250.00\n"):
+        assert match.matches("The answer is $1,250.", expected)
+        assert not match.matches("The answer is 1.", expected)
     assert cut("a Question: b\n\nc", ["\n\n", "Question:"]) == "a "
 
 
@@ -70,6 +73,7 @@ def test_forms_of_a_question_with_options(row):
         ({"question": "Who?", "choices": "ab", "answer": 0}, "choices must be a list"),
         ({"choices": ["a", "b"], "answer": 0}, "'question' is missing"),
         ({"question": "Who?", "choices": HUB, "answerKey": "C"}, "answerKey 'C'"),
+        ({"question": "Who?", "choices": HUB | {"label": None}, "answerKey": "C"}, "answerKey 'C'"),
         ({"instruction": "Who?", "answer": "answer1"}, "no question with Answer1"),
         (
             {"instruction": f"{ASKED}\n\nAnswer format: answer1/answer2", "answer": "answer3"},
@@ -83,7 +87,15 @@ def test_bad_questions_are_named(row, said):
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "a"}, {"question": "a"}, {"messages": []}, {"text": "a"}]
+    "row",
+    [
+        {"prompt": "a"},
+        {"question": "a"},
+        {"messages": []},
+        {"messages": ["hi", "there"]},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        {"text": "a"},
+    ],
 )
 def test_bad_problems_are_named(row):
     with pytest.raises(ValueError, match="here: "):
@@ -108,11 +120,33 @@ def test_pass_at_k_is_the_share_of_subsets_with_one_that_passes(k):
         assert code.pass_at_k(5, passed, k) == pytest.approx(np.mean([any(s) for s in subsets]))
 
 
-def test_several_programs_need_a_temperature_and_cover_k():
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 4}, "set temperature"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, "top_p must lie"),
+        ({"max_new_tokens": -3}, "max_new_tokens must be at least 1"),
+    ],
+)
+def test_settings_of_answers_that_cannot_be_are_named(settings, said):
+    for config in (match.MatchConfig, code.CodeConfig):
+        with pytest.raises(ValueError, match=said):
+            config(data="x", **settings)
+
+
+def test_programs_take_time_and_cover_k():
     with pytest.raises(ValueError, match="k must lie between 1 and samples"):
         code.CodeConfig(data="x", k=[2])
-    with pytest.raises(ValueError, match="temperature"):
-        code.CodeConfig(data="x", samples=2)
+    with pytest.raises(ValueError, match=r"seconds \(0\)"):
+        code.CodeConfig(data="x", seconds=0)
+
+
+def test_more_options_than_letters_are_named():
+    item = choices.Item("Which?", [str(i) for i in range(27)], 0)
+    with pytest.raises(ValueError, match=r"26 letters, 27 options .*Which"):
+        choices.formatted(item, "letter")
 
 
 def test_a_json_array_is_read_like_lines(tmp_path):

@@ -2,12 +2,12 @@
 
 Any field of the recipe can be given on the command line (`--adapter.rank 16`); `--print_config`
 shows what would run. The run's directory then holds `adapter/` (for `genlora merge`), the best one
-by evaluation in `adapter-best/`, `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+by evaluation in `adapter-best/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/` and the whole
+recipe, `recipe.yaml`.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import sys
 import time
@@ -20,12 +20,14 @@ from jax.sharding import Mesh
 
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
+from genlora_jax.hf import peft
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
+from genlora_jax.training.output import check_output, keep_recipe, make_output
 from genlora_jax.training.processes import Stopping, is_primary, join
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import (
@@ -36,18 +38,7 @@ from genlora_jax.training.step import (
     make_train_step,
 )
 
-
-def check_output(recipe: Recipe) -> None:
-    """Raises OSError unless the run's directory is a new one or that of the run to resume."""
-    output = Path(recipe.train.output)
-    if recipe.train.resume and not (output / "checkpoints").is_dir():
-        raise FileNotFoundError(f"nothing to resume in {output}: it has no checkpoints")
-    if not recipe.train.resume and output.exists() and any(output.iterdir()):
-        raise FileExistsError(
-            f"{output} is not empty: give another train.output, or train.resume to go on there"
-        )
-    if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError('train.wandb needs Weights & Biases: pip install "genlora_jax[wandb]"')
+EXACT = 1e-5  # relative error of an adapter that stands for another, in float32
 
 
 def choose_mesh(recipe: Recipe) -> Mesh | None:
@@ -66,14 +57,6 @@ def choose_mesh(recipe: Recipe) -> Mesh | None:
     return mesh if mesh.size > 1 else None
 
 
-def make_output(output: Path) -> None:
-    """Makes the run's directory: last of all preparations, so that one that fails leaves none."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"cannot make train.output {output}: {error.strerror}") from error
-
-
 def check_shape(recipe: Recipe, source: Path) -> None:
     """Raises ValueError if the recipe's shape of the model, where it has one, is another."""
     config = model_config(source)
@@ -84,13 +67,33 @@ def check_shape(recipe: Recipe, source: Path) -> None:
 
 
 def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
-    """A new adapter, or the one to start from."""
-    if recipe.train.init_from is None:
-        return gl.init_adapter(recipe.adapter, jax.random.key(recipe.train.seed), params)
-    cfg, adapter = gl.load_adapter(recipe.train.init_from, params, model=model)
+    """A new adapter, or the one to start from.
+
+    Raises:
+        ValueError: If that one was made with other settings, or the recipe's adapter has no room
+            for a PEFT adapter.
+    """
+    key, source = jax.random.key(recipe.train.seed), recipe.train.init_from
+    if source is None:
+        return gl.init_adapter(recipe.adapter, key, params)
+    if (Path(source) / peft.SETTINGS).is_file():
+        factors = gl.import_peft(source, params)
+        if type(recipe.adapter) is not gl.LoRAConfig:
+            raise ValueError(
+                f"train.init_from: {source} is a PEFT adapter, which goes on as LoRA alone: give "
+                "adapter.class_path genlora_jax.LoRAConfig"
+            )
+        adapter, fitted = gl.fit(recipe.adapter, factors, params=params, key=key)
+        if fitted.error > EXACT:
+            raise ValueError(
+                f"train.init_from: {source} has a higher rank than adapter.rank "
+                f"({recipe.adapter.rank})"
+            )
+        return adapter
+    cfg, adapter = gl.load_adapter(source, params, model=model)
     if dataclasses.replace(cfg, dropout=recipe.adapter.dropout) != recipe.adapter:
         raise ValueError(
-            f"train.init_from: {recipe.train.init_from} was made with other settings than the "
+            f"train.init_from: {source} was made with other settings than the "
             f"recipe's adapter: {cfg}"
         )
     return adapter
@@ -154,6 +157,7 @@ def finetune(recipe: Recipe) -> int | None:
     batches = iter(train_batches(examples, recipe.data))
     if is_primary():
         make_output(output)
+        keep_recipe(recipe)
 
     with (
         Checkpoints(

@@ -5,12 +5,14 @@ r"""Sweeps rates, seeds and alphas at once, over one base in memory.
 
 The recipe is one of `train/finetune.py`; every member of the sweep is what a run of its own would
 make it. `train.output` then holds `results.jsonl` (a line a member, best first), `metrics.jsonl`
-and `best/`, the adapter with the lowest evaluation loss.
+and `best/`, the adapter with the lowest evaluation loss. There are no checkpoints (`save_every`,
+`keep` and `keep_every` are the run's): Ctrl-C and SIGTERM evaluate, write that and leave.
 """
 
 import dataclasses
 import itertools
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from rich.table import Table
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
 from genlora_jax.hf.checkpoint import load_tokenizer, locate
-from genlora_jax.sharding import make_mesh
+from genlora_jax.sharding import batch_shards, make_mesh
 from genlora_jax.storage import new_directory, refuse_existing
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
+from genlora_jax.training.interrupt import Interruption
 from genlora_jax.training.members import Member, SweepResult
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.sweep import check_passes, run_sweep
@@ -74,7 +77,8 @@ class SweepRecipe(Recipe):
 
     Attributes:
         grid: What the members have of their own.
-        members_per_pass: Most members whose activations are in memory at a time; null for all.
+        members_per_pass: Members whose activations are in memory at a time; divides their number,
+            and is a multiple of `mesh.data`. Null for all.
         steps_per_call: Most steps in one call of the device.
     """
 
@@ -98,7 +102,7 @@ def choose_members(recipe: SweepRecipe) -> list[Member]:
     """The members of a recipe's grid.
 
     Raises:
-        ValueError: If a value cannot be, or two members are alike.
+        ValueError: If a value cannot be or means nothing to the method, or two members are alike.
     """
     own = {
         "learning_rate": recipe.optim.learning_rate,
@@ -107,6 +111,10 @@ def choose_members(recipe: SweepRecipe) -> list[Member]:
         "alpha": getattr(recipe.adapter, "alpha", None),
     }
     named = recipe.grid.members
+    rated = recipe.grid.generator_ratio or any("generator_ratio" in m for m in named or [])
+    if rated and not isinstance(recipe.adapter, gl.GenLoRAConfig):
+        method = type(recipe.adapter).__name__
+        raise ValueError(f"grid.generator_ratio means nothing to {method}: leave it out")
     if named is None:
         lists = {name: getattr(recipe.grid, name) or [value] for name, value in own.items()}
         named = [dict(zip(lists, v, strict=True)) for v in itertools.product(*lists.values())]
@@ -123,11 +131,14 @@ def choose_members(recipe: SweepRecipe) -> list[Member]:
     return members
 
 
-def sweep(recipe: SweepRecipe) -> SweepResult:
+def sweep(recipe: SweepRecipe) -> tuple[SweepResult, int | None]:
     """Runs a sweep and writes its results.
 
+    Returns:
+        The results, and the signal that ended the sweep early, or None.
+
     Raises:
-        FloatingPointError: If every member diverged; nothing is written.
+        FloatingPointError: If no member's evaluation was ever finite; nothing is written.
     """
     output = Path(recipe.train.output)
     refuse_existing(output, overwrite=False)
@@ -162,27 +173,29 @@ def sweep(recipe: SweepRecipe) -> SweepResult:
     if steps is None:
         steps = sum(1 for _ in train_batches(examples, recipe.data, epochs=recipe.train.epochs))
     print(f"{len(members)} members, {steps} steps")
-    result = run_sweep(
-        model,
-        params,
-        recipe.adapter,
-        members,
-        iter(train_batches(examples, recipe.data)),
-        eval_batches(eval_examples, recipe.data),
-        optim=recipe.optim,
-        steps=steps,
-        eval_every=recipe.train.eval_every,
-        accumulate=recipe.train.accumulate,
-        chunk=recipe.train.chunk,
-        packed=recipe.data.pack,
-        members_per_pass=recipe.members_per_pass,
-        steps_per_call=recipe.steps_per_call,
-        mesh=several,
-        make_adapter=make_adapter,
-        report=say,
-    )
+    with Interruption() as interruption:
+        result = run_sweep(
+            model,
+            params,
+            recipe.adapter,
+            members,
+            iter(train_batches(examples, recipe.data)),
+            eval_batches(eval_examples, recipe.data),
+            optim=recipe.optim,
+            steps=steps,
+            eval_every=recipe.train.eval_every,
+            accumulate=recipe.train.accumulate,
+            chunk=recipe.train.chunk * batch_shards(mesh),
+            packed=recipe.data.pack,
+            members_per_pass=recipe.members_per_pass,
+            steps_per_call=recipe.steps_per_call,
+            mesh=several,
+            make_adapter=make_adapter,
+            report=say,
+            stop=lambda step: interruption.signal is not None,
+        )
     best = result.ranking[0]
-    if result.diverged[best]:
+    if not np.isfinite(result.best_loss[best]):
         raise FloatingPointError(
             f"all {len(members)} members diverged, the last at step {result.diverged.max()}: "
             "lower grid.learning_rate"
@@ -193,7 +206,10 @@ def sweep(recipe: SweepRecipe) -> SweepResult:
         gl.save_adapter(directory / "best", cfg, result.adapter(best), model=model)
     show(result)
     print(f"best adapter: {output / 'best'}")
-    return result
+    if len(result.loss) == steps:
+        return result, None
+    print(f"stopped at step {len(result.loss)} of {steps}")
+    return result, interruption.signal
 
 
 def say(step: int, losses: np.ndarray) -> None:
@@ -271,9 +287,11 @@ def show(result: SweepResult) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Command line; exits with 128 + the signal's number if a signal ended the sweep."""
     with report_errors():
-        sweep(parse(SweepRecipe))
+        _, number = sweep(parse(SweepRecipe))
+    if number is not None:
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def _item(place: str, row: dict[str, Any]) -> Item:
     name = next((n for n in ("prompt", "question_stem") if n in row), "question")
     asked = text_field(place, row, name)
     if isinstance(options, dict) and "answerKey" in row:  # ARC and OpenBookQA on the hub
-        labels, options = list(options.get("label", [])), options.get("text")
-        if row["answerKey"] not in labels:
+        labels, options = options.get("label"), options.get("text")
+        if not isinstance(labels, list) or row["answerKey"] not in labels:
             raise ValueError(f"{place}: answerKey {row['answerKey']!r} is none of {labels}")
         answer = labels.index(row["answerKey"])
     if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
@@ -96,7 +96,7 @@ def formatted(item: Item, style: Style) -> tuple[str, list[str]]:
     """A question's prompt, and what may follow it, in the order of the options.
 
     Raises:
-        ValueError: If a plain prompt is to get letters.
+        ValueError: If a plain prompt is to get letters, or there are more options than letters.
     """
     if item.plain:
         if style == "letter":
@@ -104,6 +104,11 @@ def formatted(item: Item, style: Style) -> tuple[str, list[str]]:
         return item.question, item.options
     if style == "text":
         return f"Question: {item.question}\nAnswer:", item.options
+    if len(item.options) > len(string.ascii_uppercase):
+        raise ValueError(
+            f"choices.style letter has 26 letters, {len(item.options)} options have no room there: "
+            f"{item.question!r}"
+        )
     letters = list(string.ascii_uppercase[: len(item.options)])
     listed = [f"{letter}. {text}" for letter, text in zip(letters, item.options, strict=True)]
     return "\n".join([f"Question: {item.question}", *listed, "Answer:"]), letters
@@ -112,9 +117,18 @@ def formatted(item: Item, style: Style) -> tuple[str, list[str]]:
 def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
     """Scores every option of every question.
 
+    Args:
+        subject: The model, and how many rows it takes at once.
+        cfg: How it is asked.
+        items: From `read`.
+
     Returns:
-        `accuracy` by the options' log-likelihoods and, for options as text,
-        `accuracy_per_character` by those over the options' lengths (lm-eval's acc and acc_norm).
+        `accuracy` by the options' log-likelihoods; for options as text, `accuracy_per_character`
+        by those over the options' lengths (lm-eval's acc and acc_norm); and `cut_prompts`, how
+        many prompts were too long and lost their beginning.
+
+    Raises:
+        ValueError: As `formatted`, `read_examples` and `log_likelihoods` do.
     """
     shown = []
     for item in read_examples(cfg, read):
@@ -127,10 +141,12 @@ def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
         for prompt, (_, options) in zip(prompts, asked, strict=True)
         for option in options
     ]
-    scores = iter(log_likelihoods(subject, pairs))
-    rows = []
+    scores, lengths = iter(log_likelihoods(subject, pairs)), iter(len(a) + len(b) for a, b in pairs)
+    rows, too_long = [], 0
     for item, prompt, (_, options) in zip(items, prompts, asked, strict=True):
         logprobs = [next(scores).logprob for _ in options]
+        # The last token is predicted, not seen.
+        too_long += max(next(lengths) for _ in options) > subject.positions + 1
         by_length = [x / len(option) for x, option in zip(logprobs, options, strict=True)]
         rows.append(
             {
@@ -142,7 +158,7 @@ def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
                 "chosen_per_character": int(np.argmax(by_length)),
             }
         )
-    metrics = {"accuracy": _share(rows, "chosen")}
+    metrics = {"accuracy": _share(rows, "chosen"), "cut_prompts": too_long}
     if cfg.style == "text":
         metrics["accuracy_per_character"] = _share(rows, "chosen_per_character")
     return Result(metrics, rows)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from genlora_jax.evaluation import sandbox
-from genlora_jax.evaluation.generate import answers
 from genlora_jax.evaluation.subject import Subject
 from genlora_jax.evaluation.tasks import (
-    PromptConfig,
+    AnswerConfig,
     Result,
+    ask,
     read_examples,
     read_items,
     text_field,
@@ -26,33 +26,24 @@ FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeConfig(PromptConfig):
+class CodeConfig(AnswerConfig):
     """Programs to write.
 
     Rows are HumanEval's (`prompt`, `test`, `entry_point`) or MBPP's (`text` or `prompt`,
-    `test_list`; `code` for worked examples).
+    `test_list`; `code` for worked examples). With `chat` the model is asked for a program in a
+    fenced block.
 
     Attributes:
         allow_code: Must be true: this runs programs that a model wrote. `sandbox.py` says what
             guards against them and what does not.
-        chat: Ask in the tokenizer's chat template, for a program in a fenced block.
-        k: The k of pass@k.
-        samples: Programs for each row; at least the largest k.
-        temperature: 0 for greedy, else softmax temperature.
-        top_p: Sample from the most likely tokens of this total probability.
-        seed: Of the sampling.
+        k: The k of pass@k; `samples` must reach the largest.
         max_new_tokens: Longest program.
         seconds: Wall-clock time of each program.
         mib: Its memory, MiB.
     """
 
     allow_code: bool = False
-    chat: bool = False
     k: list[int] = field(default_factory=lambda: [1])
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
     max_new_tokens: int = 512
     seconds: float = 5.0
     mib: int = 1024
@@ -62,8 +53,10 @@ class CodeConfig(PromptConfig):
         super().__post_init__()
         if not self.k or min(self.k) < 1 or max(self.k) > self.samples:
             raise ValueError(f"k must lie between 1 and samples ({self.samples}), got {self.k}")
-        if self.samples > 1 and not self.temperature > 0:
-            raise ValueError("several samples of greedy decoding are one: set temperature")
+        if not self.seconds > 0 or self.mib < 1:
+            raise ValueError(
+                f"seconds ({self.seconds}) and mib ({self.mib}) of a program must be positive"
+            )
 
 
 class Exercise(NamedTuple):
@@ -99,15 +92,24 @@ def _exercise(place: str, row: dict[str, Any]) -> Exercise:
         solution = row.get("canonical_solution")
         return Exercise(prompt, request, prompt, after, AFTER_FUNCTION, solution)
     asked = text_field(place, row, "text" if "text" in row else "prompt")
-    tests = row.get("test_list")
-    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
-        raise ValueError(f"{place}: test_list must be a list of texts")
-    imports = "".join(f"{line}\n" for line in row.get("test_imports") or [])
-    after = "\n".join([row.get("test_setup_code") or "", *tests, ""])
+    tests = _texts(place, row, "test_list")
+    if not tests:
+        raise ValueError(f"{place}: test_list is missing or empty")
+    imports = "".join(f"{line}\n" for line in _texts(place, row, "test_imports"))
+    setup = text_field(place, row, "test_setup_code") if row.get("test_setup_code") else ""
+    after = "\n".join([setup, *tests, ""])
     listed = "\n".join(tests)
     prompt = f'"""\n{asked}\n{listed}\n"""\n'
     request = f"{asked} Write Python that passes these tests:\n\n```python\n{listed}\n```"
     return Exercise(prompt, request, imports, after, AFTER_PROGRAM, row.get("code"))
+
+
+def _texts(place: str, row: dict[str, Any], name: str) -> list[str]:
+    """A field that must be a list of texts if it is there."""
+    value = [] if row.get(name) is None else row[name]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{place}: {name} must be a list of texts")
+    return value
 
 
 def program(exercise: Exercise, answer: str) -> str:
@@ -130,8 +132,17 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     """Has the model write programs, and runs them.
 
+    Args:
+        subject: The model, and how many rows it takes at once.
+        cfg: How it is asked.
+        exercises: From `read`.
+
+    Returns:
+        `pass@k` for every k, and `cut_prompts`, how many prompts were too long and lost their
+        beginning.
+
     Raises:
-        ValueError: If that was not allowed, or a worked example has no solution.
+        ValueError: If that was not allowed, a worked example has no solution, or as `ask` does.
     """
     check_allowed(cfg)
     examples = read_examples(cfg, read)
@@ -144,16 +155,8 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     prompts = [
         with_examples(e.request if cfg.chat else e.prompt, shown, chat=cfg.chat) for e in exercises
     ]
-    said = answers(
-        subject,
-        [subject.encode_prompt(prompt) for prompt in prompts],
-        max_new_tokens=cfg.max_new_tokens,
-        stop=() if cfg.chat else exercises[0].stop,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        samples=cfg.samples,
-        seed=cfg.seed,
-    )
+    stop = [[] if cfg.chat else exercise.stop for exercise in exercises]
+    said, too_long = ask(subject, cfg, prompts, stop)
     programs = [
         program(e, text) for e, texts in zip(exercises, said, strict=True) for text in texts
     ]
@@ -169,11 +172,11 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
                 "details": [outcome.detail for outcome in own],
             }
         )
-    metrics = {
+    metrics: dict[str, Any] = {
         f"pass@{k}": float(np.mean([pass_at_k(cfg.samples, sum(r["passed"]), k) for r in rows]))
         for k in cfg.k
     }
-    return Result(metrics, rows)
+    return Result(metrics | {"cut_prompts": too_long}, rows)
 
 
 def check_allowed(cfg: CodeConfig) -> None:

@@ -14,7 +14,6 @@ def answers(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
-    stop: Sequence[str] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
     samples: int = 1,
@@ -28,15 +27,13 @@ def answers(
         subject: The model, and how many rows it takes at once.
         prompts: Token ids, at least one a prompt.
         max_new_tokens: Longest answer.
-        stop: Strings before which an answer ends, beside the model's own stop tokens. They are
-            looked for in the finished answer: they spare no time.
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         samples: Answers to each prompt.
         seed: Of the sampling.
 
     Returns:
-        Texts, `samples` for each prompt.
+        Texts, `samples` for each prompt, up to a stop token of the model's.
 
     Raises:
         ValueError: If `max_new_tokens` leaves no position for a prompt.
@@ -62,7 +59,7 @@ def answers(
             width=padded(len(batch[0])),
         )
         for i, ids in zip(chosen, new, strict=False):
-            texts[i] = cut(_text(subject, kept[i], ids), stop)
+            texts[i] = _text(subject, kept[i], ids)
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from genlora_jax.evaluation.generate import answers
+from genlora_jax.evaluation.generate import answers, cut
 from genlora_jax.evaluation.scoring import Pair, Score, encode_pair, log_likelihoods
 from genlora_jax.evaluation.subject import Subject
 
@@ -11,7 +11,19 @@ MAX_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say
 
 
 def loglikelihood(subject: Subject, requests: Sequence[tuple[str, str]]) -> list[Score]:
-    """Scores of continuations, requests being (context, continuation)."""
+    """Scores of continuations.
+
+    Args:
+        subject: The model, and how many rows it takes at once.
+        requests: Texts (context, continuation); an empty context stands for the beginning of a
+            text.
+
+    Returns:
+        Their scores, in order.
+
+    Raises:
+        ValueError: As `log_likelihoods` does.
+    """
     return log_likelihoods(subject, [encode_pair(subject, *request) for request in requests])
 
 
@@ -20,6 +32,16 @@ def loglikelihood_rolling(subject: Subject, texts: Sequence[str]) -> list[float]
 
     One token that begins a text stands before each. (lm-eval's own model for PyTorch predicts a
     second one where the tokenizer adds it.)
+
+    Args:
+        subject: The model, and how many rows it takes at once.
+        texts: Of any length; the empty text has 0.
+
+    Returns:
+        A sum for each text, in order.
+
+    Raises:
+        ValueError: If the tokenizer has no token that begins or ends a text.
     """
     windows = [
         list(_windows(subject.encode(text, special=False), subject.prefix, subject.positions))
@@ -40,9 +62,16 @@ def _windows(ids: list[int], prefix: int, most: int) -> Iterator[Pair]:
 def generate_until(
     subject: Subject, requests: Sequence[tuple[str, Mapping[str, Any]]], *, seed: int = 0
 ) -> list[str]:
-    """Continuations, requests being (context, settings).
+    """Continuations.
 
-    Settings are lm-eval's `until`, `max_gen_toks`, `do_sample`, `temperature` and `top_p`.
+    Args:
+        subject: The model, and how many rows it takes at once.
+        requests: Contexts and their settings: lm-eval's `until`, `max_gen_toks`, `do_sample`,
+            `temperature` and `top_p`.
+        seed: Of the sampling.
+
+    Returns:
+        A text for each request, in order.
 
     Raises:
         ValueError: If a setting is another that changes what is generated.
@@ -56,12 +85,11 @@ def generate_until(
             subject,
             [subject.encode(requests[i][0]) or [subject.prefix] for i in chosen],
             max_new_tokens=most,
-            stop=stop,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
         )
-        said |= {i: text for i, (text,) in zip(chosen, texts, strict=True)}
+        said |= {i: cut(text, stop) for i, (text,) in zip(chosen, texts, strict=True)}
     return [said[i] for i in range(len(requests))]
 
 

@@ -1,54 +1,49 @@
 """Exact match: the model answers, and the answer is the row's or is not."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genlora_jax.evaluation.generate import answers
 from genlora_jax.evaluation.subject import Prompt, Subject
 from genlora_jax.evaluation.tasks import (
-    PromptConfig,
+    AnswerConfig,
     Result,
+    ask,
     read_examples,
     read_items,
     text_field,
     with_examples,
 )
+from genlora_jax.training.data import conversation
 
 MARK = "####"  # stands before the final answer in GSM8K
+# What follows a finished answer of a model that was never taught to stop.
+AFTER_ANSWER = ("\nQuestion:", "\n\n")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchConfig(PromptConfig):
+class MatchConfig(AnswerConfig):
     """Questions to answer.
 
     Rows have `prompt` and `completion`, `messages` of which the assistant's last is the answer,
     or `question` (or `instruction`) and `answer`, as GSM8K and SVAMP have.
 
+    The score is the mean over all answers to all prompts.
+
     Attributes:
-        chat: Ask in the tokenizer's chat template.
         answer: What must agree: the `text`, the final `number` (see `final_number`), or by
             default the number where the row's answer is one or has `####`, else the text.
-        max_new_tokens: Longest answer.
-        stop: Strings before which an answer ends.
-        temperature: 0 for greedy, else softmax temperature.
-        top_p: Sample from the most likely tokens of this total probability.
-        samples: Answers to each prompt; the score is their mean.
-        seed: Of the sampling.
+        stop: Strings before which an answer ends. By default a blank line and the next question,
+            and none in a conversation, whose answers end by themselves.
     """
 
-    chat: bool = False
     answer: Literal["auto", "text", "number"] = "auto"
-    max_new_tokens: int = 256
-    stop: list[str] = field(default_factory=lambda: ["\nQuestion:", "\n\n"])
-    temperature: float = 0.0
-    top_p: float = 1.0
-    samples: int = 1
-    seed: int = 0
+    stop: list[str] | None = None
 
 
 class Problem(NamedTuple):
@@ -70,10 +65,10 @@ def _problem(place: str, row: dict[str, Any]) -> Problem:
         if name in row:
             asked = text_field(place, row, name)
             return Problem(f"Question: {asked}\nAnswer:", f" {text_field(place, row, 'answer')}")
-    messages = row.get("messages")
-    if isinstance(messages, list) and len(messages) > 1:
-        if messages[-1].get("role") != "assistant":
-            raise ValueError(f"{place}: the last of messages must be the assistant's")
+    if "messages" in row:
+        messages = conversation(row["messages"], place)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{place}: messages must end with the assistant's, after another's")
         return Problem(messages[:-1], text_field(place, messages[-1], "content"))
     raise ValueError(
         f"{place}: needs fields prompt and completion, question and answer, or messages; "
@@ -86,7 +81,7 @@ def final_number(text: str) -> Decimal | None:
 
     Dollar signs, and commas between digits in threes, do not count: "$1,250.50" is 1250.5.
     """
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.replace("$", ""))
+    text = _without_marks(text)
     marked = NUMBER.search(text.partition(MARK)[2])
     if marked is not None:
         return Decimal(marked[0])
@@ -94,10 +89,15 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1]) if numbers else None
 
 
+def _without_marks(text: str) -> str:
+    """Numbers as Python writes them: no dollar signs, no commas between thousands."""
+    return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.replace("$", ""))
+
+
 def matches(said: str, expected: str, answer: Literal["auto", "text", "number"] = "auto") -> bool:
     """Whether an answer is the expected one; see `MatchConfig.answer`."""
     if answer == "auto":
-        numeric = MARK in expected or NUMBER.fullmatch(expected.strip())
+        numeric = MARK in expected or NUMBER.fullmatch(_without_marks(expected).strip(" \n."))
         answer = "number" if numeric else "text"
     if answer == "text":
         return said.strip() == expected.strip()
@@ -106,19 +106,27 @@ def matches(said: str, expected: str, answer: Literal["auto", "text", "number"] 
 
 
 def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
-    """Has the model answer, and counts what is right."""
+    """Has the model answer, and counts what is right.
+
+    Args:
+        subject: The model, and how many rows it takes at once.
+        cfg: How it is asked, and what must agree.
+        problems: From `read`.
+
+    Returns:
+        `exact_match`, the share of right answers, and `cut_prompts`, how many prompts were too
+        long and lost their beginning.
+
+    Raises:
+        ValueError: If a number is to agree and a problem has none, or as `ask` and `with_examples`
+            do.
+    """
+    for problem in problems if cfg.answer == "number" else ():
+        if final_number(problem.expected) is None:
+            raise ValueError(f"match.answer is number, and {problem.expected!r} has none")
     shown = read_examples(cfg, read)
     prompts = [with_examples(p.prompt, shown, chat=cfg.chat) for p in problems]
-    said = answers(
-        subject,
-        [subject.encode_prompt(prompt) for prompt in prompts],
-        max_new_tokens=cfg.max_new_tokens,
-        stop=cfg.stop,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        samples=cfg.samples,
-        seed=cfg.seed,
-    )
+    said, too_long = ask(subject, cfg, prompts, [_stop(cfg, prompt) for prompt in prompts])
     rows = [
         {
             "prompt": prompt,
@@ -128,4 +136,11 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
         }
         for prompt, problem, texts in zip(prompts, problems, said, strict=True)
     ]
-    return Result({"exact_match": float(np.mean([row["right"] for row in rows]))}, rows)
+    exact_match = float(np.mean([row["right"] for row in rows]))
+    return Result({"exact_match": exact_match, "cut_prompts": too_long}, rows)
+
+
+def _stop(cfg: MatchConfig, prompt: Prompt) -> Sequence[str]:
+    if cfg.stop is not None:
+        return cfg.stop
+    return AFTER_ANSWER if isinstance(prompt, str) else ()

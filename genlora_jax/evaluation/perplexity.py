@@ -18,11 +18,12 @@ class PerplexityConfig(TaskConfig):
 
     Attributes:
         length: Tokens in a row of a batch.
-        overlong: What becomes of longer rows; as `data.overlong` of a recipe.
+        overlong: What becomes of longer rows; as `data.overlong` of a recipe, whose evaluation
+            loss this is then. `split` suits long texts.
     """
 
     length: int = 1024
-    overlong: Literal["drop", "truncate", "split", "error"] = "split"
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
 
 
 def read(source: str, limit: int | None = None) -> list[tuple[str, dict[str, Any]]]:
@@ -33,8 +34,17 @@ def read(source: str, limit: int | None = None) -> list[tuple[str, dict[str, Any
 def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str, Any]]]) -> Result:
     """Loss over the completions of rows.
 
+    Args:
+        subject: The model, and how many rows it takes at once.
+        cfg: The shape of the batches.
+        rows: From `read`.
+
     Returns:
-        `loss` (mean over their tokens, nats), `perplexity` (its exponential), and counts.
+        `loss` (mean over their tokens, nats), `perplexity` (its exponential), and counts: of
+        examples, their tokens, and rows longer than `cfg.length`.
+
+    Raises:
+        ValueError: If a row has no field that can be predicted, or no row is left.
     """
     shape = DataConfig(
         train="", length=cfg.length, batch_size=subject.batch_size, overlong=cfg.overlong

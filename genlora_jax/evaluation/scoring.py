@@ -55,14 +55,15 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
         Their scores, in order; sums in float32.
 
     Raises:
-        ValueError: If a context is empty, or a continuation alone is too long.
+        ValueError: If a context or a continuation is empty, or a continuation alone is too long.
     """
     rows = []
     for context, continuation in pairs:
-        if not context or len(continuation) > subject.positions:
+        if not context or not 0 < len(continuation) <= subject.positions:
             raise ValueError(
-                f"cannot score {len(continuation)} tokens after {len(context)}: at least one must "
-                f"come before them, and the model has {subject.positions} positions"
+                f"cannot score {len(continuation)} tokens after {len(context)}: there must be one "
+                f"and one before it, and the model has {subject.positions} positions. (Text that "
+                "merges with its context's last token has none of its own.)"
             )
         # The last token is predicted, not seen.
         rows.append(([*context, *continuation][-subject.positions - 1 :], len(continuation)))

@@ -1,11 +1,13 @@
 """What the tasks have in common: rows of a source, worked examples, results."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from genlora_jax.evaluation.subject import Prompt
+from genlora_jax.evaluation.generate import answers, cut, room
+from genlora_jax.evaluation.subject import Prompt, Subject
 from genlora_jax.training.data import read_rows
 
 T = TypeVar("T")
@@ -56,6 +58,40 @@ class PromptConfig(TaskConfig):
             raise ValueError(f"shots must not be negative, got {self.shots}")
         if self.shots and self.examples is None:
             raise ValueError("shots need examples: a source whose rows are none of the data's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig(PromptConfig):
+    """The rows of a task, and how the model answers.
+
+    Attributes:
+        chat: Ask in the tokenizer's chat template.
+        max_new_tokens: Longest answer.
+        temperature: 0 for greedy, else softmax temperature.
+        top_p: Sample from the most likely tokens of this total probability.
+        samples: Answers to each prompt.
+        seed: Of the sampling.
+    """
+
+    chat: bool = False
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        super().__post_init__()
+        for name in ("max_new_tokens", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie above 0 and at most at 1, got {self.top_p}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("several samples of greedy decoding are one: set temperature")
 
 
 @dataclass(frozen=True)
@@ -122,3 +158,38 @@ def with_examples(
         turns.append({"role": "user", "content": str(asked)})
         turns.append({"role": "assistant", "content": answer.strip()})
     return [*turns, {"role": "user", "content": prompt}]
+
+
+def ask(
+    subject: Subject, cfg: AnswerConfig, prompts: Sequence[Prompt], stop: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], int]:
+    """What the model says to the prompts of a task.
+
+    Args:
+        subject: The model, and how many rows it takes at once.
+        cfg: How it answers.
+        prompts: Texts or conversations.
+        stop: Strings before which the answers to each prompt end, beside the model's own stop
+            tokens. They are looked for in finished answers: they spare no time.
+
+    Returns:
+        Texts, `cfg.samples` for each prompt, and how many prompts were too long: those lost their
+        beginning.
+
+    Raises:
+        ValueError: If `cfg.max_new_tokens` leaves no position for a prompt, or the tokenizer has no
+            chat template for a conversation.
+    """
+    encoded = [subject.encode_prompt(prompt) for prompt in prompts]
+    said = answers(
+        subject,
+        encoded,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        samples=cfg.samples,
+        seed=cfg.seed,
+    )
+    most = room(subject, cfg.max_new_tokens)
+    texts = [[cut(text, own) for text in texts] for texts, own in zip(said, stop, strict=True)]
+    return texts, sum(len(ids) > most for ids in encoded)

@@ -184,15 +184,12 @@ def _chat_spans(
     """
     if not tokenizer.chat_template:
         raise ValueError(f"{place}: has messages, but the tokenizer has no chat template")
-    if not isinstance(messages, Sequence) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise ValueError(f"{place}: messages must be a list of objects with role and content")
+    messages = conversation(messages, place)
 
     def render(count: int, cue: bool) -> str:
         return str(
             tokenizer.apply_chat_template(
-                list(messages[:count]), tokenize=False, add_generation_prompt=cue
+                messages[:count], tokenize=False, add_generation_prompt=cue
             )
         )
 
@@ -208,6 +205,15 @@ def _chat_spans(
             )
         spans.append((len(before), len(upto)))
     return text, spans
+
+
+def conversation(messages: Any, place: str) -> list[dict[str, Any]]:
+    """A row's messages; ValueError unless they are objects with role and content."""
+    if not isinstance(messages, Sequence) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+    ):
+        raise ValueError(f"{place}: messages must be a list of objects with role and content")
+    return list(messages)
 
 
 def encode(

@@ -97,8 +97,11 @@ class SweepResult:
 
     @property
     def ranking(self) -> list[int]:
-        """Indices of members by lowest evaluation loss; those that diverged come last."""
-        return [int(i) for i in np.lexsort((self.best_loss, self.diverged > 0))]
+        """Indices of members by lowest evaluation loss, `best_loss`.
+
+        One that diverged later keeps its place: its best adapter is from before.
+        """
+        return [int(i) for i in np.argsort(self.best_loss, kind="stable")]
 
     def adapter(self, index: int) -> Adapter:
         """One member's best adapter; its config is that of `Member.config`."""

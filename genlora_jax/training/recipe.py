@@ -51,7 +51,8 @@ class TrainConfig:
         keep_every: Keep also the checkpoints of every so many steps; None for none of them.
         chunk: Tokens of a chunk of the loss, on each device that has rows of its own.
         seed: Seed of the adapter's initial values and of dropout.
-        init_from: An adapter directory to start from; its config must be the recipe's.
+        init_from: An adapter directory to start from: ours, of the recipe's config, or a PEFT
+            LoRA adapter, of which a recipe for LoRA of its rank or more takes A and B.
         resume: Go on from the newest checkpoint in `output`.
         wandb: Project at Weights & Biases; needs the extra of that name.
         progress: Whether to show a progress bar.

@@ -44,6 +44,7 @@ def run_sweep(
     mesh: Mesh | None = None,
     make_adapter: Callable[[AdapterConfig, int], Adapter] | None = None,
     report: Callable[[int, np.ndarray], None] | None = None,
+    stop: Callable[[int], bool] | None = None,
 ) -> SweepResult:
     """Trains adapters that share a base and its batches, and differ in their members' numbers.
 
@@ -55,24 +56,26 @@ def run_sweep(
         params: Its parameters; on a mesh, laid out there.
         cfg: The adapters' config.
         members: What each has of its own.
-        batches: As `train_batches` makes them; `steps` are taken.
+        batches: As `train_batches` makes them, `[rows, length]`; `steps` are taken. The mesh's
+            `fsdp` divides their rows.
         held_out: Batches to evaluate on, of one shape: they select the best.
         optim: The optimizer's settings; members have their own rates.
         steps: Length of the run.
         eval_every: Steps between evaluations; None for one at the end only.
         accumulate: Parts into which a batch is cut to save memory.
-        chunk: Tokens of a chunk of the loss, of all members together.
+        chunk: Tokens of a chunk of the loss, of all members of a pass together.
         packed: Whether a row may hold several segments.
-        members_per_pass: Most members whose activations exist at a time; divides their number, and
-            is divided by the mesh's `data`. None for all at once.
+        members_per_pass: Members whose activations exist at a time; divides their number, and
+            is divided by the mesh's `data`. None, or as many as there are, for all at once.
         steps_per_call: Most steps in one call of the device; the number taken divides `steps` and
-            `eval_every`.
+            `eval_every`, and is 1 if these are prime.
         mesh: Members are cut over its axis `data`; the base may be cut over `fsdp`.
         make_adapter: Config, seed -> initial adapter; by default that of `init_adapter`.
         report: Called with step and losses after each evaluation.
+        stop: Asked after each call, by its last step, whether to evaluate and end here.
 
     Returns:
-        The members' losses and adapters.
+        The members' losses and adapters, up to where it ended.
 
     Raises:
         ValueError: If there are no members or no batches to evaluate on, or the mesh or
@@ -110,8 +113,11 @@ def run_sweep(
             raise ValueError(f"the batches ended before step {step}; a sweep of {steps} needs more")
         stacked = _stack(taken)
         states, new = train_members(states, numbers, params, stacked, program=program)
-        metrics.append(new)  # on the device: nobody waits for them before the next evaluation
-        if step % due == 0 or step == steps:
+        metrics.append(new)
+        # On the device, and two calls under way at most: else a stop would wait for all of them.
+        jax.block_until_ready(metrics[-2:-1])
+        stopped = stop is not None and stop(step)
+        if step % due == 0 or step == steps or stopped:
             losses, best = evaluate_members(
                 states.adapter, best, numbers, params, evaluation, program=program
             )
@@ -119,6 +125,8 @@ def run_sweep(
             eval_losses.append(np.asarray(losses))
             if report is not None:
                 report(step, eval_losses[-1])
+        if stopped:
+            break
     curves = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(metrics))
     return SweepResult(
         members=tuple(members),
@@ -133,11 +141,13 @@ def run_sweep(
 
 def check_passes(members_per_pass: int | None, members: int, data: int = 1) -> None:
     """Raises ValueError if passes would not be of one size, over all of the mesh's `data`."""
-    size = members if members_per_pass is None else min(members_per_pass, members)
-    if size < 1 or members % size or (size < members and size % data):
+    if members_per_pass is None or members_per_pass >= members:
+        return
+    sizes = [n for n in range(data, members + 1, data) if members % n == 0]
+    if members_per_pass not in sizes:
         raise ValueError(
-            f"members_per_pass ({size}) must divide the number of members ({members}) and be a "
-            f"multiple of mesh.data ({data})"
+            f"members_per_pass ({members_per_pass}) must divide the number of members ({members}) "
+            f"and be a multiple of mesh.data ({data}): one of {', '.join(map(str, sizes))}"
         )
 
 

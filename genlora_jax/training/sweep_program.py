@@ -38,8 +38,8 @@ class SweepProgram:
         accumulate: Parts into which a batch is cut.
         chunk: Tokens of a chunk of the loss, of all members together.
         packed: Whether a row may hold several segments.
-        members_per_pass: Most members whose losses and gradients are computed at a time; None for
-            all. Their activations are what a sweep's memory goes into.
+        members_per_pass: Members whose losses and gradients are computed at a time; None, or as
+            many as there are, for all. Their activations are what a sweep's memory goes into.
         mesh: Members lie over its axis `data`, rows of the batch over `fsdp`.
     """
 
@@ -54,14 +54,14 @@ class SweepProgram:
     mesh: Mesh | None = None
 
     def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:
-        """One member's factors, with its scale."""
+        """One member's factors, as `generate_factors` makes them, with its scale (a scalar)."""
         flat = flatten_dict(generate_factors(self.cfg, adapter))
         return unflatten_dict({k: x * scale if k[-1] in SCALED else x for k, x in flat.items()})
 
-    def optimizer(self, numbers: Numbers) -> Any:
-        """One member's optimizer."""
-        own = {name: numbers[name] for name in ("learning_rate", "generator_ratio")}
-        return make_optimizer(self.optim, self.steps, **own)
+    def optimizer(self, own: Numbers) -> Any:
+        """One member's optimizer; its numbers are scalars."""
+        rates = {name: own[name] for name in ("learning_rate", "generator_ratio")}
+        return make_optimizer(self.optim, self.steps, **rates)
 
     def own_chunk(self, numbers: Numbers) -> int:
         """Tokens of a chunk of one member's loss."""
@@ -70,16 +70,22 @@ class SweepProgram:
     def pass_size(self, numbers: Numbers) -> int:
         """Members of a pass."""
         count = len(numbers["scale"])
-        return min(self.members_per_pass or count, count)
+        return count if self.members_per_pass is None else min(self.members_per_pass, count)
 
     def spread(self, tree: Any, *axes: str) -> Any:
-        """Lays leaves `[members, ...]` out over the mesh's `data`, further dimensions over axes."""
+        """Lays leaves `[members, ...]` out over the mesh's `data`, further dimensions over axes.
+
+        Without a mesh the tree stays as it is.
+        """
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P("data", *axes)))
 
     def in_passes(self, compute: Callable[..., Any], tree: Any, numbers: Numbers) -> Any:
-        """`compute(tree, numbers)` of leaves `[members, ...]`, a pass of members at a time."""
+        """`compute(tree, numbers)` of leaves `[members, ...]`, a pass of members at a time.
+
+        What `compute` returns has leaves `[members of the pass, ...]`, and `[members, ...]` then.
+        """
         count, size = len(numbers["scale"]), self.pass_size(numbers)
         if size == count:
             return compute(tree, numbers)
@@ -141,9 +147,9 @@ def train_members(
         )
 
     def step(states: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        def one_pass(states: TrainState, numbers: Numbers) -> Any:
-            copies = program.everyone(batch, numbers)
-            return jax.vmap(member_step)(program.spread(states), numbers, copies)
+        def one_pass(states: TrainState, own: Numbers) -> Any:
+            copies = program.everyone(batch, own)
+            return jax.vmap(member_step)(program.spread(states), own, copies)
 
         states, metrics = program.in_passes(one_pass, states, numbers)
         return program.spread(states), {name: metrics[name] for name in ("loss", "grad_norm")}
@@ -185,13 +191,13 @@ def evaluate_members(
             packed=program.packed,
         )
 
-    def one_pass(adapters: Adapter, numbers: Numbers) -> jax.Array:
-        factors = jax.vmap(program.factors)(program.spread(adapters), numbers["scale"])
+    def one_pass(adapters: Adapter, own: Numbers) -> jax.Array:
+        factors = jax.vmap(program.factors)(program.spread(adapters), own["scale"])
 
         def add(totals: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
-            return totals + jax.vmap(member_loss)(factors, program.everyone(batch, numbers)), None
+            return totals + jax.vmap(member_loss)(factors, program.everyone(batch, own)), None
 
-        return jax.lax.scan(add, jnp.zeros_like(numbers["scale"]), batches)[0]
+        return jax.lax.scan(add, jnp.zeros_like(own["scale"]), batches)[0]
 
     totals = program.in_passes(one_pass, adapters, numbers)
     losses = totals / next_token_targets(batches)[1].sum()
