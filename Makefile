@@ -16,10 +16,11 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Real models, adapters and data; SHARED names the folder that holds them.
+# Real models, adapters and data, compiled as users compile; SHARED names the folder that holds them.
 SHARED ?= ../shared
 shared: $(VENV)/ready
-	GENLORA_SHARED=$(SHARED) $(BIN)/python -m pytest -n 2 --dist loadgroup -m shared
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 GENLORA_SHARED=$(SHARED) \
+	  $(BIN)/python -m pytest -n 2 --dist loadgroup -m shared
 
 # Every notebook from a clean kernel; `make notebooks WRITE=--write` keeps the fresh outputs.
 notebooks: $(VENV)/ready

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Most of the time goes into compiling the same small programs: workers, subprocesses and later
-# runs share them.
+# Most of the time goes into compiling the same small programs, of which each runs a few times: they
+# need not be fast, and workers, subprocesses and later runs share them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -46,13 +47,9 @@ def _random_leaf(rng, path, shape):
     return noise if path[-1] == "embedding" else 0.1 * noise
 
 
-@pytest.fixture(scope="module")
-def quick_to_compile():
-    """What is computed once need not be fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def pytest_collection_modifyitems(items):
+    """The long ones first: begun last, they would leave the other worker with nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

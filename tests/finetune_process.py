@@ -17,7 +17,6 @@ def start_finetune(recipe, *arguments, cache, **environment):
             "PYTHONPATH": str(REPOSITORY),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         | environment,
         stdout=subprocess.PIPE,

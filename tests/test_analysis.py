@@ -15,8 +15,6 @@ from genlora_jax.analysis import (
     target_factors,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 def random_factors(seed, rank, layers=2, d_in=24, d_out=17):
     rng = np.random.default_rng(seed)

@@ -35,10 +35,9 @@ THEIRS = {
     ("vectors", "b"): "vera_lambda_b.default",
     ("deltas",): "weight",
 }
-pytestmark = [
-    pytest.mark.usefixtures("quick_to_compile"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 
 
 def load(path, **options):

@@ -28,9 +28,6 @@ NEEDS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     """Bases of both dtypes and an adapter for either; nothing in it is ever changed."""

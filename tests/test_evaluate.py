@@ -22,7 +22,6 @@ from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
 from genlora_jax.evaluation.subject import Subject, load_subject
 from genlora_jax.training.data import read_rows
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 QUESTIONS = REPOSITORY / "train" / "quickstart" / "data" / "test.jsonl"
 POSITIONS = 64
 EXACT = {"dtype": "float32", "param_dtype": "float32"}

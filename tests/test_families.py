@@ -107,7 +107,6 @@ def test_a_tied_head_is_no_target_and_the_error_says_why(torch_twin):
 
 
 @every
-@pytest.mark.usefixtures("quick_to_compile")
 def test_a_bfloat16_merge_moves_logits_no_more_than_its_rounding_explains(twin, perturb):
     """|merged - adapted| <= sum over kernels of |d logit / d W| half a unit in W's last place.
 

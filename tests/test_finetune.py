@@ -48,8 +48,6 @@ def compilation_cache(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
-    before["jax_disable_most_optimizations"] = jax.config.read("jax_disable_most_optimizations")
-    settings["jax_disable_most_optimizations"] = True
     for name, value in settings.items():
         jax.config.update(name, value)
     yield directory

@@ -10,7 +10,6 @@ import pytest
 
 import genlora_jax as gl
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 BASE = {"layers": {"q": {"kernel": jnp.zeros((4, 64, 48))}}}
 CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, basis=None, normalize="none")
 

@@ -22,7 +22,6 @@ from genlora_jax.training.losses import summed_loss
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 # On a mesh.

@@ -51,7 +51,6 @@ def recipe(file):
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 8}, {"fsdp": 1, "tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 )
-@pytest.mark.usefixtures("quick_to_compile")
 def test_arguments_are_those_of_the_program(recipe, sizes):
     mesh = MeshConfig(**sizes)
     program = build(recipe, make_mesh(mesh))
@@ -142,7 +141,6 @@ def test_collectives_count_as_often_as_their_loops_and_once_a_channel():
     assert found == {"all-reduce": 10 * 4 * 4, "all-gather": 10 * 64 * 2 + 16 * 3 * 4}
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 def test_collectives_of_a_real_program_are_found(recipe):
     program = build(recipe, make_mesh(MeshConfig(fsdp=8)))
     text = program.step.lower(program.state, program.params, program.batch).compile().as_text()

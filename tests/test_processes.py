@@ -23,6 +23,8 @@ train: {{output: out, steps: {steps}, progress: false, save_every: 5, eval_every
 """
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):

@@ -37,6 +37,7 @@ def test_python_of_a_page_runs(page):
     exec(compile(code, page.name, "exec"), {"__name__": "page"})
 
 
+@pytest.mark.long
 def test_command_lines_of_the_readme_run_in_order(tmp_path):
     # `make` is what runs this; `pip install` is in the Makefile.
     lines = [line for block in blocks("bash") for line in block.splitlines()]

@@ -31,7 +31,6 @@ SHAPE = {
     "head_dim": 8,
 }
 CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, kernels=2, rbf_init=0.5)
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @pytest.fixture(params=MESHES)

@@ -24,8 +24,6 @@ from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
 from genlora_jax.training.sweep import initial_states, run_sweep
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 STEPS, EVERY = 4, 2
 CFG = gl.GenLoRAConfig(
     rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"], dropout=0.1

@@ -31,9 +31,6 @@ GENLORA = gl.GenLoRAConfig(
 )
 
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-
 @pytest.fixture(scope="module")
 def base(random_llama):
     return random_llama(**SIZES)
