@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -109,10 +110,13 @@ def _plain(error: Exception) -> str:
 def report_errors() -> Iterator[None]:
     """Turns an error that is the user's to mend into one line on stderr and exit status 1.
 
-    So does a device that is out of memory.
+    So does a device that is out of memory. What is printed appears line by line, in a log file as
+    on a terminal.
 
     With `GENLORA_TRACEBACK=1` the traceback is shown as well.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         yield
     except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:

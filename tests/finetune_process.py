@@ -8,11 +8,15 @@ from tiny_base import REPOSITORY
 
 
 def start_finetune(recipe, *arguments, cache, **environment):
-    """Starts the script on a recipe; what it compiles goes to a cache that runs can share."""
+    """Starts the script on a recipe; what it compiles goes to a cache that runs can share.
+
+    Its output is buffered as users have it.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         [sys.executable, "train/finetune.py", "--config", recipe, *arguments],
         cwd=REPOSITORY,
-        env=os.environ
+        env=inherited
         | {
             "PYTHONPATH": str(REPOSITORY),
             "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import datasets
 import jax
@@ -14,6 +15,7 @@ from tiny_base import TOKENIZER
 from transformers import AutoTokenizer
 
 import genlora_jax as gl
+from genlora_jax.evaluation import match
 from genlora_jax.training.data import DataConfig, eval_batches, load_examples, train_batches
 from genlora_jax.training.losses import next_token_targets, summed_loss
 
@@ -130,6 +132,18 @@ def test_a_completion_that_brings_its_own_end_gets_no_second_one(load, tokenizer
     np.testing.assert_array_equal(plain["loss_mask"], ended["loss_mask"])
 
 
+@pytest.mark.parametrize("name", ["question", "instruction"])
+def test_a_question_is_asked_as_in_evaluation(load, tokenizer, name):
+    row = {name: "How many?", "answer": "3"}
+    problem = match._problem("here", row)
+    (plain,), _ = load([{"prompt": problem.prompt, "completion": problem.expected}])
+    (asked,), _ = load([row])
+    assert as_tuples([asked]) == as_tuples([plain])
+    assert whole_text(tokenizer, asked) == "<s>Question: How many?\nAnswer: 3</s>"
+    (text,), _ = load([row | {"text": "Ann has 3 pies."}])
+    assert whole_text(tokenizer, text) == "<s>Ann has 3 pies.</s>"
+
+
 def test_characters_of_several_bytes_are_trained_whole(load, tokenizer):
     (example,), _ = load([{"prompt": "Zoë é →", "completion": " naïve ☃ done"}])
     assert trained_text(tokenizer, example) == " naïve ☃ done</s>"
@@ -198,6 +212,18 @@ def test_a_file_that_is_not_there_is_named(tmp_path, tokenizer, name):
         load_examples(file, tokenizer, DataConfig(train=file))
 
 
+def test_several_sources_are_read_one_after_another(tmp_path, tokenizer):
+    files = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
+    for number, file in enumerate(files):
+        Path(file).write_text(json.dumps(PROBLEM | {"completion": f" {number} pies"}) + "\n")
+    examples, report = load_examples(files, tokenizer, DataConfig(train=files))
+    assert [trained_text(tokenizer, e) for e in examples] == [" 0 pies</s>", " 1 pies</s>"]
+    assert report.source == ", ".join(files)
+    Path(files[1]).write_text("[]")
+    with pytest.raises(ValueError, match=r"two\.jsonl:1"):
+        load_examples(files, tokenizer, DataConfig(train=files))
+
+
 @pytest.mark.parametrize("line", ['{"prompt": "a", ', "[1, 2]", '"text"'])
 def test_a_bad_line_is_named_with_its_number(tmp_path, tokenizer, line):
     file = tmp_path / "rows.jsonl"
@@ -212,7 +238,8 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, tokenizer, line):
         ({"prompt": "Ann?"}, "completion"),
         ({"completion": "Ann."}, "prompt"),
         ({"prompt": "Ann?", "completion": 3}, "completion"),
-        ({"question": "Ann?"}, "question"),
+        ({"question": "Ann?"}, "answer"),
+        ({"rows": "Ann?"}, "question and answer"),
         ({"messages": "Ann?"}, "messages"),
         ({"messages": [{"content": "Ann?"}]}, "role"),
     ],
@@ -303,12 +330,14 @@ def test_overlong_rows_are_an_error_if_asked(load):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"length": 1}, {"batch_size": 0}, {"overlong": "keep"}], ids=str
+    "settings",
+    [{"length": 1}, {"batch_size": 0}, {"overlong": "keep"}, {"train": []}, {"eval": ""}],
+    ids=str,
 )
 def test_the_config_names_the_field_at_fault(settings):
     (field,) = settings
     with pytest.raises(ValueError, match=rf"data\.{field}"):
-        DataConfig(train="-", **settings)
+        DataConfig(**({"train": "-"} | settings))
 
 
 # Batches.

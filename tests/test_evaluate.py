@@ -20,7 +20,7 @@ from genlora_jax.evaluation import choices, harness, match, scoring, tasks
 from genlora_jax.evaluation.generate import answers
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
 from genlora_jax.evaluation.subject import Subject, load_subject
-from genlora_jax.training.data import read_rows
+from genlora_jax.training.rows import read_rows
 
 QUESTIONS = REPOSITORY / "train" / "quickstart" / "data" / "test.jsonl"
 POSITIONS = 64

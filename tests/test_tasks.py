@@ -8,7 +8,7 @@ import pytest
 
 from genlora_jax.evaluation import choices, code, match, tasks
 from genlora_jax.evaluation.generate import cut
-from genlora_jax.training.data import read_rows
+from genlora_jax.training.rows import read_rows
 
 
 @pytest.mark.parametrize(

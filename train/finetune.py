@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
+from genlora_jax.config import config_to_json
 from genlora_jax.hf import peft
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
-from genlora_jax.training.checkpoint import Checkpoints
+from genlora_jax.training.checkpoint import Checkpoints, difference
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
@@ -91,11 +92,8 @@ def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
             )
         return adapter
     cfg, adapter = gl.load_adapter(source, params, model=model)
-    if dataclasses.replace(cfg, dropout=recipe.adapter.dropout) != recipe.adapter:
-        raise ValueError(
-            f"train.init_from: {source} was made with other settings than the "
-            f"recipe's adapter: {cfg}"
-        )
+    if said := difference(config_to_json(cfg), config_to_json(recipe.adapter)):
+        raise ValueError(f"train.init_from: {source} was made {said}")
     return adapter
 
 
@@ -157,7 +155,6 @@ def finetune(recipe: Recipe) -> int | None:
     batches = iter(train_batches(examples, recipe.data))
     if is_primary():
         make_output(output)
-        keep_recipe(recipe)
 
     with (
         Checkpoints(
@@ -171,6 +168,8 @@ def finetune(recipe: Recipe) -> int | None:
         if recipe.train.resume:
             state = checkpoints.restore(state, batches)
             say(f"resumed at step {int(state.step)}")
+        if is_primary():
+            keep_recipe(recipe)
         start = int(state.step)
         best = best_eval_loss(output, start)
         with MetricsLog(

@@ -155,7 +155,7 @@ def sweep(recipe: SweepRecipe) -> tuple[SweepResult, int | None]:
     tokenizer = load_tokenizer(source)
     examples, report = load_examples(recipe.data.train, tokenizer, recipe.data)
     print(report)
-    eval_examples, report = load_examples(str(recipe.data.eval), tokenizer, recipe.data)
+    eval_examples, report = load_examples(recipe.data.eval or [], tokenizer, recipe.data)
     print(report)
 
     options = dataclasses.asdict(recipe.model)
@@ -216,7 +216,7 @@ def say(step: int, losses: np.ndarray) -> None:
     """A line of progress."""
     finite = losses[np.isfinite(losses)]
     lowest = f"lowest eval loss {finite.min():.4f}" if len(finite) else "no finite eval loss"
-    print(f"step {step}: {lowest}, {len(finite)} of {len(losses)} members finite", flush=True)
+    print(f"step {step}: {lowest}, {len(finite)} of {len(losses)} members finite")
 
 
 def summaries(result: SweepResult) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from genlora_jax.evaluation.tasks import (
     Result,
     read_examples,
     read_items,
-    text_field,
     with_examples,
 )
+from genlora_jax.training.rows import text_field
 
 INSTRUCTION = re.compile(
     r"Please choose the correct answer to the question: (.*)\n\n"

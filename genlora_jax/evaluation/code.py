@@ -15,9 +15,9 @@ from genlora_jax.evaluation.tasks import (
     ask,
     read_examples,
     read_items,
-    text_field,
     with_examples,
 )
+from genlora_jax.training.rows import text_field
 
 # What follows a finished answer of a model that was never taught to stop.
 AFTER_FUNCTION = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]

@@ -15,10 +15,9 @@ from genlora_jax.evaluation.tasks import (
     ask,
     read_examples,
     read_items,
-    text_field,
     with_examples,
 )
-from genlora_jax.training.data import conversation
+from genlora_jax.training.rows import conversation, prompt_and_completion, text_field
 
 MARK = "####"  # stands before the final answer in GSM8K
 # What follows a finished answer of a model that was never taught to stop.
@@ -59,12 +58,8 @@ def read(source: str, limit: int | None = None) -> list[Problem]:
 
 
 def _problem(place: str, row: dict[str, Any]) -> Problem:
-    if "prompt" in row or "completion" in row:
-        return Problem(text_field(place, row, "prompt"), text_field(place, row, "completion"))
-    for name in ("question", "instruction"):
-        if name in row:
-            asked = text_field(place, row, name)
-            return Problem(f"Question: {asked}\nAnswer:", f" {text_field(place, row, 'answer')}")
+    if (pair := prompt_and_completion(row, place)) is not None:
+        return Problem(*pair)
     if "messages" in row:
         messages = conversation(row["messages"], place)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from genlora_jax.evaluation.generate import answers, cut, room
 from genlora_jax.evaluation.subject import Prompt, Subject
-from genlora_jax.training.data import read_rows
+from genlora_jax.training.rows import read_rows
 
 T = TypeVar("T")
 
@@ -130,13 +130,6 @@ def read_examples(cfg: PromptConfig, read: Callable[[str, int], list[T]]) -> lis
     if len(items) < cfg.shots:
         raise ValueError(f"{cfg.examples} has {len(items)} rows: too few for {cfg.shots} shots")
     return items
-
-
-def text_field(place: str, row: dict[str, Any], name: str) -> str:
-    """A field that must be text; ValueError if it is not."""
-    if not isinstance(row.get(name), str):
-        raise ValueError(f"{place}: field {name!r} is missing or no text")
-    return row[name]
 
 
 def with_examples(

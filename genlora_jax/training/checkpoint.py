@@ -1,6 +1,7 @@
 """Checkpoints: adapter, optimizer, step, random state and place in the data; never the base."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,19 +131,23 @@ class Checkpoints:
                 "adapter and optimizer; resume with the recipe that the run was started with"
             )
         # Settings that change no shape would change what the state means.
-        before = saved.get(ADAPTER, {})
-        for field in sorted(before.keys() & self._adapter.keys() - {"dropout"}):
-            if before[field] != self._adapter[field]:
-                raise _Misfit(
-                    f"{self._checkpointer.directory}: checkpoint {step} was trained with adapter."
-                    f"{field} {before[field]!r}, and the recipe has {self._adapter[field]!r}"
-                )
+        if said := difference(saved.get(ADAPTER, {}), self._adapter):
+            raise _Misfit(f"{self._checkpointer.directory}: checkpoint {step} was trained {said}")
         loaded = self._checkpointer.load_checkpointables(
             step, {STATE: jax.tree.map(_abstract, _plain(state))}
         )
         data.set_state(saved[DATA])
         leaves = jax.tree.leaves(loaded[STATE])
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that two adapters' configs in JSON do not share; dropout may differ."""
+    shared = before.keys() & now.keys() - {"dropout"}
+    for field in sorted(shared, key=lambda field: (field != "method", field)):
+        if before[field] != now[field]:
+            return f"with adapter.{field} {before[field]!r}, and the recipe has {now[field]!r}"
+    return None
 
 
 class _Misfit(Exception):

@@ -4,18 +4,18 @@ Every row is read and tokenised at the start, so that a bad row is reported befo
 and the counts in the report are of the whole set.
 """
 
-import importlib.util
-import json
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import grain
 import grain.experimental
 import numpy as np
 from transformers import PreTrainedTokenizerFast
+
+from genlora_jax.training.rows import read_rows, text_spans
 
 Example = dict[str, np.ndarray]  # "input_ids": int32 [n], "loss_mask": bool [n]
 
@@ -25,8 +25,8 @@ class DataConfig:
     """What is trained on, and in which shape.
 
     Attributes:
-        train: A `.jsonl` or `.parquet` file, a directory that `datasets` saved, or a data set's
-            id on the hub (`ID` or `ID:SPLIT`; the split is `train` by default).
+        train: A `.jsonl`, `.json` or `.parquet` file, a directory that `datasets` saved, or a data
+            set's id on the hub (`ID` or `ID:SPLIT`; the split is `train` by default); or several.
         eval: The same for evaluation; None for none.
         length: Tokens in a row of a batch.
         batch_size: Rows of a batch; of every step, over all of its accumulated parts.
@@ -36,8 +36,8 @@ class DataConfig:
         seed: Seed of the order.
     """
 
-    train: str
-    eval: str | None = None
+    train: str | list[str]
+    eval: str | list[str] | None = None
     length: int = 1024
     batch_size: int = 16
     pack: bool = True
@@ -46,6 +46,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
+        for name in ("train", "eval"):
+            if getattr(self, name) in ([], ""):
+                raise ValueError(f"data.{name} names no source")
         if self.length < 2:
             raise ValueError(f"data.length must be at least 2, got {self.length}")
         if self.batch_size < 1:
@@ -75,145 +78,6 @@ class Report:
         if self.without_completion:
             text += f"; {self.without_completion:,} rows with nothing to train on, left out"
         return text
-
-
-def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a source, each with the place that an error names (`FILE:LINE`).
-
-    Raises:
-        FileNotFoundError: If there is no such source.
-        ValueError: If a line is no JSON object.
-    """
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        if not path.is_file():
-            raise FileNotFoundError(f"no such data file: {path}")
-        if path.suffix == ".json" and (rows := _json_array(path)) is not None:
-            yield from rows
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{place}: not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{place}: a row must be a JSON object")
-                yield place, row
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        if not path.is_file():
-            raise FileNotFoundError(f"no such data file: {path}")
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-    else:
-        rows = _hugging_face_rows(source)
-        yield from ((f"{source}: row {number}", dict(row)) for number, row in enumerate(rows, 1))
-
-
-def _json_array(path: Path) -> list[tuple[str, dict[str, Any]]] | None:
-    """The rows of a file that is one JSON array; None if it is none."""
-    text = path.read_text(encoding="utf-8")
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: row {number}: a row must be a JSON object")
-    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _hugging_face_rows(source: str) -> Any:
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(
-            f"{source} is no .jsonl or .parquet file. To read it with Hugging Face datasets: "
-            'pip install "genlora_jax[datasets]"'
-        )
-    import datasets
-
-    name, _, split = source.partition(":")
-    try:
-        if not Path(name).is_dir():
-            return datasets.load_dataset(name, split=split or "train")
-        saved = datasets.load_from_disk(name)
-    except Exception as error:  # whatever the library raises, the user named no data set
-        raise FileNotFoundError(f"no data at {source}: {error}") from error
-    return saved[split or "train"] if isinstance(saved, datasets.DatasetDict) else saved
-
-
-def text_spans(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, place: str
-) -> tuple[str, list[tuple[int, int]], bool]:
-    """A row's text and the parts of it, in characters, that are trained.
-
-    Returns:
-        The text, `[start, stop)` spans, and whether an end-of-sequence token is to follow.
-
-    Raises:
-        ValueError: If a field is missing or has another type.
-    """
-    if "messages" in row:
-        return *_chat_spans(row["messages"], tokenizer, place), False
-    if "prompt" in row or "completion" in row:
-        for field in ("prompt", "completion"):
-            if not isinstance(row.get(field), str):
-                raise ValueError(f"{place}: field {field!r} is missing or no text")
-        text = row["prompt"] + row["completion"]
-        return text, [(len(row["prompt"]), len(text))] if row["completion"] else [], True
-    if isinstance(row.get("text"), str):
-        return row["text"], [(0, len(row["text"]))] if row["text"] else [], True
-    raise ValueError(
-        f"{place}: needs fields prompt and completion, messages, or text; has {sorted(row)}"
-    )
-
-
-def _chat_spans(
-    messages: Any, tokenizer: PreTrainedTokenizerFast, place: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation in the tokenizer's chat template, and where the assistant speaks.
-
-    A turn of the assistant is what the template adds to the conversation before it and the
-    cue to answer: its end-of-turn mark is trained, its header is not.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(f"{place}: has messages, but the tokenizer has no chat template")
-    messages = conversation(messages, place)
-
-    def render(count: int, cue: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=cue
-            )
-        )
-
-    text, spans = render(len(messages), False), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, upto = render(i, True), render(i + 1, False)
-        if not upto.startswith(before) or not text.startswith(upto):
-            raise ValueError(
-                f"{place}: the chat template rewrites earlier turns, so that turn {i + 1} cannot "
-                "be told from the text before it; give prompt and completion instead"
-            )
-        spans.append((len(before), len(upto)))
-    return text, spans
-
-
-def conversation(messages: Any, place: str) -> list[dict[str, Any]]:
-    """A row's messages; ValueError unless they are objects with role and content."""
-    if not isinstance(messages, Sequence) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise ValueError(f"{place}: messages must be a list of objects with role and content")
-    return list(messages)
 
 
 def encode(
@@ -285,10 +149,12 @@ def encode(
 
 
 def load_examples(
-    source: str, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig
+    sources: str | Sequence[str], tokenizer: PreTrainedTokenizerFast, cfg: DataConfig
 ) -> tuple[list[Example], Report]:
-    """Reads and tokenises a source; see `read_rows` and `encode`."""
-    return encode(read_rows(source), tokenizer, cfg, source)
+    """Reads and tokenises a source or several; see `read_rows` and `encode`."""
+    sources = [sources] if isinstance(sources, str) else sources
+    rows = itertools.chain.from_iterable(map(read_rows, sources))
+    return encode(rows, tokenizer, cfg, ", ".join(sources))
 
 
 def _pack(dataset: grain.IterDataset, cfg: DataConfig) -> grain.IterDataset:
