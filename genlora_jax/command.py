@@ -20,10 +20,11 @@ OPTIONAL = re.compile(
     r"- Expected a <class 'NoneType'>.*"
 )
 
-FULL = (
-    "the device's memory is full. To save some: model.remat full, a larger train.accumulate, a "
-    "smaller batch_size or data.length, members_per_pass in a sweep, a mesh of more devices "
-    "(genlora plan says what a recipe needs). The device said: "
+FULL = re.compile(r"RESOURCE_EXHAUSTED.*(Out of memory|device buffer|memory space hbm)", re.DOTALL)
+ADVICE = (
+    "the device's memory is full. Smaller batches, shorter rows and a mesh of more devices save "
+    "some; in training also model.remat full and train.accumulate (genlora plan says what a recipe "
+    "needs), in a sweep members_per_pass. The device said: "
 )
 
 # `adapter:` in a recipe takes the fields of GenLoRAConfig, or class_path and init_args.
@@ -64,7 +65,7 @@ def dump(settings: Any) -> str:
         return value
 
     parser = _parser(type(settings))
-    return str(parser.dump(parser.parse_object(plain(settings))))
+    return str(parser.dump(parser.parse_object(plain(settings)), skip_unset=False))
 
 
 def _parser(kind: type[Any]) -> jsonargparse.ArgumentParser:
@@ -121,9 +122,11 @@ def report_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
         said = " ".join(str(error).split())
-        full = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in said
-        known = full or not isinstance(error, jax.errors.JaxRuntimeError)
-        if not known or os.environ.get("GENLORA_TRACEBACK"):
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            if not FULL.search(said):
+                raise
+            said = ADVICE + said[:200]
+        if os.environ.get("GENLORA_TRACEBACK"):
             raise
-        print("error:", FULL + said[:200] if full else said, file=sys.stderr)
+        print("error:", said, file=sys.stderr)
         sys.exit(1)

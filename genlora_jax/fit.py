@@ -58,8 +58,8 @@ def fit(
     more takes A and B as they are (B over its own scale), to go on training a PEFT adapter.
 
     Args:
-        cfg: A `GenLoRAConfig` or `LoRAConfig`. Its targets and layers are those of `factors`,
-            but for layers of which the delta is zero: leave these out.
+        cfg: A `GenLoRAConfig` or `LoRAConfig`. Its targets and layers are those of `factors`. Of
+            layers without a delta GenLoRA's leaves out all; LoRA begins those that it has anew.
         factors: Result of `import_peft`, or of `generate_factors`.
         params: The base's parameters, of which names and shapes matter. With them the adapter
             can be saved for that base; without, it fits a base of these kernels alone, and loads
@@ -91,6 +91,8 @@ def fit(
         pair_kernels(flatten_dict(dict(params)), factors)  # for its checks
     adapter = init_adapter(cfg, key, unflatten_dict(kernels) if params is None else params)
     _check_covered(adapter, factors)
+    if isinstance(cfg, LoRAConfig):
+        factors = _with_missing_layers(adapter, factors)
     zero = isinstance(cfg, LoRAConfig)  # A latent cannot be made of no singular vector.
     deltas = {t.name: _decompose_target(factors, t, zero=zero) for t in adapter.spec.targets}
 
@@ -114,9 +116,11 @@ def fit(
         }
     adapter = adapter.replace(trainable=trained)
     squares = jax.jit(functools.partial(_squared_errors, cfg))(adapter, deltas)
+    # Of an exact fit rounding may leave less than nothing.
+    errors = {name: math.sqrt(max(float(square), 0.0)) for name, square in squares.items()}
     report = FitReport(
-        error=math.sqrt(np.mean([float(square) for square in squares.values()])),
-        errors={name: math.sqrt(square) for name, square in squares.items()},
+        error=math.sqrt(np.mean(np.square(list(errors.values())))),
+        errors=errors,
         parameters=count_parameters(adapter),
         losses=np.asarray(losses),
     )
@@ -188,6 +192,18 @@ def _check_covered(adapter: Adapter, factors: Mapping[str, Any]) -> None:
         raise ValueError(f"the config's targets or layers leave out factors of {'; '.join(missed)}")
 
 
+def _with_missing_layers(adapter: Adapter, factors: Mapping[str, Any]) -> dict[str, Any]:
+    """Zeros for what an unrolled base has of a target and the factors have not, as in a stack."""
+    flat = flatten_dict(dict(factors))
+    for target in adapter.spec.targets:
+        there = [kernel.path for kernel in target.kernels if (*kernel.path, "a") in flat]
+        for kernel in target.kernels if there else ():
+            for side in "ab":
+                like = flat[(*there[0], side)]
+                flat.setdefault((*kernel.path, side), jnp.zeros_like(like))
+    return unflatten_dict(flat)
+
+
 def _decompose_target(factors: Mapping[str, Any], target: Target, *, zero: bool) -> Triple:
     u, s, v = decompose(*target_factors(factors, target))
     sizes = np.asarray(s[:, 0])
@@ -211,10 +227,11 @@ def _lora(
     What they leave of A is random, as in any LoRA: zeros on both sides would never be trained.
     """
     a, b = factors
-    if (more := cfg.rank - a.shape[-1]) < 0:
+    if a.shape[-1] > cfg.rank:
         u, s, v = (x[..., : cfg.rank] for x in delta)
         half = jnp.sqrt(s)[:, None]
-        a, b, more = u * half, (v * half).swapaxes(-1, -2), 0
+        a, b = u * half, (v * half).swapaxes(-1, -2)
+    more = cfg.rank - a.shape[-1]
     a, b = jnp.pad(a, ((0, 0), (0, 0), (0, more))), jnp.pad(b, ((0, 0), (0, more), (0, 0)))
     idle = ~a.any(axis=1, keepdims=True) & ~b.any(axis=2)[:, None]
     return {"a": jnp.where(idle, start["a"], a), "b": b / cfg.scale}

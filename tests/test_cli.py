@@ -334,8 +334,9 @@ def test_a_full_device_is_a_line_that_says_what_saves_memory(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "model.remat full" in line
     assert line.endswith("allocate 9 bytes. full")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        fail("INTERNAL: no such thing")
+    for said in ("INTERNAL: none", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+            fail(said)
 
 
 def test_more_tokens_than_positions_are_refused(shop, genlora):

@@ -204,12 +204,6 @@ def test_prompts_that_lose_their_beginning_are_counted(subject):
     assert choices.run(subject, choices.ChoicesConfig(data="x"), items).metrics["cut_prompts"] == 1
 
 
-def test_a_number_that_is_to_agree_must_be_there(subject):
-    settings = match.MatchConfig(data="x", answer="number")
-    with pytest.raises(ValueError, match=r"match.answer is number, and ' many' has none"):
-        match.run(subject, settings, [match.Problem("How many?", " many")])
-
-
 # What lm-eval asks
 
 
@@ -381,6 +375,14 @@ def test_what_cannot_be_evaluated_is_named_in_one_line(run, exercises, tmp_path,
     assert said in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_held_against_the_settings_before_the_model_is_loaded(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "How many?", "answer": "many"}))
+    asked = ["--match.data", str(rows), "--match.answer", "number"]
+    status, _, err = run(*asked, model=tmp_path / "nowhere")
+    assert (status, "' many' has none" in err) == (1, True), err
 
 
 # Real models and data

@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 from finetune_process import start_finetune
 from safetensors.numpy import load_file
-from tiny_base import write_base
+from tiny_base import SHAPE, write_base
 
 import genlora_jax as gl
 import train.finetune as script
 from genlora_jax.command import parse
 from genlora_jax.models.config import LlamaConfig
-from genlora_jax.sharding import make_mesh
+from genlora_jax.sharding import MeshConfig, make_mesh
 from genlora_jax.training import processes
+from genlora_jax.training.data import DataConfig
+from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.output import keep_recipe
-from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.recipe import ModelConfig, Recipe, TrainConfig
 
 STEPS = 300
 RECIPE = """
@@ -213,9 +215,10 @@ def test_the_config_is_printed_as_yaml(run, tmp_path):
 def test_the_recipe_is_kept_whole(finished, workshop):
     output, *_ = finished
     kept = output / "recipe.yaml"
-    assert {"# versions:", "# commit:", "# machine:"} <= {
-        " ".join(line.split()[:2]) for line in kept.read_text().splitlines()
-    }
+    (start,) = (line for line in kept.read_text().splitlines() if line.startswith("#"))
+    label, _, said = start.partition(": ")
+    assert label == "# from step 0"
+    assert json.loads(said).keys() == {"versions", "commit", "machine"}
     given = ["--config", str(workshop / "recipe.yaml"), "--train.output", str(output)]
     assert parse(Recipe, ["--config", str(kept)]) == parse(Recipe, given)
     assert "class_path: genlora_jax.GenLoRAConfig" in kept.read_text()
@@ -224,8 +227,15 @@ def test_the_recipe_is_kept_whole(finished, workshop):
 def test_a_run_that_goes_on_otherwise_says_so(workshop, tmp_path, capsys):
     given = ["--config", str(workshop / "recipe.yaml"), "--train.output", str(tmp_path)]
     keep_recipe(parse(Recipe, given))
-    more = [*given, "--train.resume", "true", "--train.steps", str(STEPS + 1)]
-    keep_recipe(parse(Recipe, [*more, "--adapter.dropout", "0.1"]))
+    again = [*given, "--train.resume", "true"]
+    keep_recipe(parse(Recipe, again), 3)
+    assert not capsys.readouterr().out
+    more = [*again, "--train.steps", str(STEPS + 1)]
+    keep_recipe(parse(Recipe, [*more, "--adapter.dropout", "0.1"]), 5)
+    lines = (tmp_path / "recipe.yaml").read_text().splitlines()
+    starts = [line.partition(": ")[0] for line in lines if line.startswith("#")]
+    assert starts == [f"# from step {step}" for step in (0, 3, 5)]
+    assert "  resume: false" in lines  # so that another run can be started from it
     assert capsys.readouterr().out.splitlines() == [
         "resumed with adapter.dropout 0.1, which was 0.0",
         f"resumed with train.steps {STEPS + 1}, which was {STEPS}",
@@ -234,6 +244,32 @@ def test_a_run_that_goes_on_otherwise_says_so(workshop, tmp_path, capsys):
     keep_recipe(parse(Recipe, more))
     assert "recipe.yaml cannot be compared" in capsys.readouterr().out
     assert f"steps: {STEPS + 1}" in (tmp_path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        gl.GenLoRAConfig(alpha=None, basis=None, layers=[2, 0]),
+        gl.GenLoRAConfig(kernels=3, bandwidth=0.5, exclude=["v_proj"]),
+        gl.LoRAConfig(alpha=None, targets=["q_proj", r".*\.mlp\..*"], hadamard=True),
+        gl.DoRAConfig(side_a="seeded"),
+        gl.PiSSAConfig(rank=3),
+        gl.VeRAConfig(d_initial=1e-3),
+        gl.FullConfig(dropout=0.1),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_a_recipe_is_read_as_it_was_written(adapter, tmp_path):
+    recipe = Recipe(
+        model=ModelConfig(path="base", revision="main", shape=LlamaConfig(**SHAPE)),
+        data=DataConfig(train=["a.jsonl", "b.jsonl"]),
+        train=TrainConfig(output=str(tmp_path), steps=None, eval_every=None),
+        adapter=adapter,
+        optim=OptimConfig(learning_rate=1e-5, clip=None),
+        mesh=MeshConfig(data=2, fsdp=-1),
+    )
+    keep_recipe(recipe)
+    assert parse(Recipe, ["--config", str(tmp_path / "recipe.yaml")]) == recipe
 
 
 LORA = ["--adapter", "genlora_jax.LoRAConfig", "--adapter.targets", "[q_proj, up_proj]"]
@@ -252,7 +288,7 @@ def test_a_peft_adapter_is_a_start_for_lora(finished, run, workshop, tmp_path):
     ((_, first),) = records(tmp_path / "warm")
     assert first == pytest.approx(dict(records(output, "eval_loss"))[STEPS], rel=1e-5)
     for arguments, said in (
-        ([*start, "--adapter.rank", 2], "has a higher rank than adapter.rank (2)"),
+        ([*start, "--adapter.rank", 2], "has rank 4, more than adapter.rank (2)"),
         (start[len(LORA) :], "a PEFT adapter, which goes on as LoRA alone"),
     ):
         status, _, err = run(tmp_path / "other", *arguments)

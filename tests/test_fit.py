@@ -165,6 +165,34 @@ def test_lora_with_room_takes_the_factors_as_they_are():
     assert report.error < 1e-6
 
 
+def test_a_rank_above_a_side_is_kept_or_truncated_all_the_same():
+    factors = random_factors(rank=60)  # of kernels 64 x 48
+    for rank in (50, 60, 70):
+        with pytest.warns(UserWarning, match="parameters are wasted"):
+            adapter, report = gl.fit(gl.LoRAConfig(rank=rank), factors)
+        assert {leaf.shape for leaf in jax.tree.leaves(adapter.trainable)} == {
+            (4, 64, rank),
+            (4, rank, 48),
+        }
+        assert report.error < 1e-5
+
+
+def test_lora_begins_layers_anew_that_an_unrolled_base_has_and_the_factors_have_not():
+    q = random_factors()["layers"]["q"]
+    factors = {"layers": {str(i): {"q": {s: q[s][i] for s in "ab"}} for i in (0, 2)}}
+    base = {"layers": {str(i): {"q": {"kernel": jnp.zeros((64, 48))}} for i in range(3)}}
+    cfg = gl.LoRAConfig(rank=4)
+    adapter, report = gl.fit(cfg, factors, params=base)
+    found = gl.generate_factors(cfg, adapter)["layers"]
+    for i in (0, 2):
+        np.testing.assert_array_equal(found[str(i)]["q"]["a"], q["a"][i])
+    assert found["1"]["q"]["a"].any()
+    assert not found["1"]["q"]["b"].any()
+    assert report.error < 1e-6
+    with pytest.raises(ValueError, match=r"no factors for layers\.1\.q"):
+        gl.fit(CFG, factors, params=base)
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_layers_without_a_delta_are_left_out(scan):
     q = random_factors()["layers"]["q"]

@@ -16,6 +16,7 @@ from tiny_base import REPOSITORY, write_base
 import genlora_jax as gl
 import train.finetune as finetune_script
 import train.sweep as script
+from genlora_jax.command import parse
 from genlora_jax.models.attention import attend, attend_as_one_batch
 from genlora_jax.sharding import MeshConfig, make_mesh, named, param_specs
 from genlora_jax.training import sweep_program
@@ -401,6 +402,24 @@ def test_the_script_writes_what_it_found(command, workshop, tmp_path, monkeypatc
 
     status, _, errors = command("--train.output", out, *grid)
     assert (status, "exists" in errors) == (1, True)
+
+
+def test_members_of_any_alpha_start_at_the_delta_of_a_peft_adapter(command, workshop, tmp_path):
+    base, cfg = workshop / "base", gl.LoRAConfig(rank=2, alpha=4.0, targets=["q_proj"])
+    _, params = gl.load_llama(base, dtype="float32", param_dtype="float32")
+    adapter = gl.init_adapter(cfg, jax.random.key(0), params)
+    adapter = adapter.replace(trainable=jax.tree.map(lambda x: x + 0.1, adapter.trainable))
+    gl.export_peft(tmp_path / "peft", cfg, gl.generate_factors(cfg, adapter), base=base)
+    arguments = ["--adapter", "genlora_jax.LoRAConfig", "--adapter.rank", "2"]
+    arguments += ["--adapter.targets", "[q_proj]", "--grid.alpha", "[1.0, 16.0]"]
+    arguments += ["--train.init_from", tmp_path / "peft", "--train.steps", "1"]
+    status, _, errors = command("--train.output", tmp_path / "out", *arguments)
+    assert status == 0, errors
+    (first,) = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    one, other = json.loads(first)["loss"]
+    assert one == pytest.approx(other, rel=1e-5)
+    kept = parse(script.SweepRecipe, ["--config", str(tmp_path / "out" / "recipe.yaml")])
+    assert kept.grid.alpha == [1.0, 16.0]
 
 
 def test_ctrl_c_ends_the_script_with_what_there_is(command, tmp_path, monkeypatch):

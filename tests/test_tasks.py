@@ -149,6 +149,17 @@ def test_more_options_than_letters_are_named():
         choices.formatted(item, "letter")
 
 
+def test_rows_that_do_not_suit_the_settings_are_named():
+    problems = [match.Problem("How many?", " 3"), match.Problem("How many?", " many")]
+    match.check(match.MatchConfig(data="x"), problems)
+    with pytest.raises(ValueError, match=r"match.answer is number, and ' many' has none"):
+        match.check(match.MatchConfig(data="x", answer="number"), problems)
+    plain = [choices.Item("Ann has", ["a", "b"], 0, plain=True)]
+    choices.check(choices.ChoicesConfig(data="x"), plain)
+    with pytest.raises(ValueError, match="needs rows with question"):
+        choices.check(choices.ChoicesConfig(data="x", style="letter"), plain)
+
+
 def test_a_json_array_is_read_like_lines(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text('[\n {"text": "a"},\n {"text": "b"}\n]')

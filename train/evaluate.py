@@ -34,6 +34,10 @@ TASKS: dict[str, Any] = {
 }
 
 
+# Of rows with a task's settings, where one can be wrong for the other.
+CHECKS: dict[str, Any] = {"match": match.check, "choices": choices.check}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is evaluated, on what; the fields of the YAML.
@@ -80,6 +84,9 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
         for name, task in asked.items()
         for source in task.sources
     }
+    for (name, _), rows in items.items():
+        if name in CHECKS:
+            CHECKS[name](asked[name], rows)
     for name, task in asked.items():
         if isinstance(task, PromptConfig):
             read_examples(task, TASKS[name].read)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
 from genlora_jax.config import config_to_json
+from genlora_jax.factors import by_module, side_a
 from genlora_jax.hf import peft
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
@@ -38,8 +39,6 @@ from genlora_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
-
-EXACT = 1e-5  # relative error of an adapter that stands for another, in float32
 
 
 def choose_mesh(recipe: Recipe) -> Mesh | None:
@@ -84,13 +83,16 @@ def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
                 f"train.init_from: {source} is a PEFT adapter, which goes on as LoRA alone: give "
                 "adapter.class_path genlora_jax.LoRAConfig"
             )
-        adapter, fitted = gl.fit(recipe.adapter, factors, params=params, key=key)
-        if fitted.error > EXACT:
+        rank = max(side_a(own).shape[-1] for own in by_module(factors).values())
+        if rank > recipe.adapter.rank:
             raise ValueError(
-                f"train.init_from: {source} has a higher rank than adapter.rank "
+                f"train.init_from: {source} has rank {rank}, more than adapter.rank "
                 f"({recipe.adapter.rank})"
             )
-        return adapter
+        try:
+            return gl.fit(recipe.adapter, factors, params=params, key=key)[0]
+        except ValueError as error:
+            raise ValueError(f"train.init_from: {source}: {error}") from error
     cfg, adapter = gl.load_adapter(source, params, model=model)
     if said := difference(config_to_json(cfg), config_to_json(recipe.adapter)):
         raise ValueError(f"train.init_from: {source} was made {said}")
@@ -169,7 +171,7 @@ def finetune(recipe: Recipe) -> int | None:
             state = checkpoints.restore(state, batches)
             say(f"resumed at step {int(state.step)}")
         if is_primary():
-            keep_recipe(recipe)
+            keep_recipe(recipe, int(state.step))
         start = int(state.step)
         best = best_eval_loss(output, start)
         with MetricsLog(

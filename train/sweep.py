@@ -6,7 +6,9 @@ r"""Sweeps rates, seeds and alphas at once, over one base in memory.
 The recipe is one of `train/finetune.py`; every member of the sweep is what a run of its own would
 make it. `train.output` then holds `results.jsonl` (a line a member, best first), `metrics.jsonl`
 and `best/`, the adapter with the lowest evaluation loss. There are no checkpoints (`save_every`,
-`keep` and `keep_every` are the run's): Ctrl-C and SIGTERM evaluate, write that and leave.
+`keep` and `keep_every` are the run's): Ctrl-C and SIGTERM wait for the calls under way, two of
+`steps_per_call` steps at most, evaluate, write that and leave; a second one ends at once, with
+nothing.
 """
 
 import dataclasses
@@ -29,6 +31,8 @@ from genlora_jax.storage import new_directory, refuse_existing
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.interrupt import Interruption
 from genlora_jax.training.members import Member, SweepResult
+from genlora_jax.training.output import RECIPE, write_recipe
+from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.sweep import check_passes, run_sweep
 from train.finetune import check_shape, initial_adapter
@@ -201,6 +205,7 @@ def sweep(recipe: SweepRecipe) -> tuple[SweepResult, int | None]:
             "lower grid.learning_rate"
         )
     with new_directory(output) as directory:
+        write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
         cfg = members[best].config(recipe.adapter)
         gl.save_adapter(directory / "best", cfg, result.adapter(best), model=model)
@@ -229,6 +234,7 @@ def summaries(result: SweepResult) -> list[dict[str, Any]]:
             "best_step": int(result.best_step[i]) or None,
             "final_eval_loss": float(result.eval_loss[-1, i]),
             "diverged_at": int(result.diverged[i]) or None,
+            "steps": len(result.loss),
             "loss_every": every,
             "loss": result.loss[every - 1 :: every, i].tolist(),
         }

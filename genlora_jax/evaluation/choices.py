@@ -114,6 +114,12 @@ def formatted(item: Item, style: Style) -> tuple[str, list[str]]:
     return "\n".join([f"Question: {item.question}", *listed, "Answer:"]), letters
 
 
+def check(cfg: ChoicesConfig, items: list[Item]) -> None:
+    """Raises ValueError if a question cannot be shown in the style; see `formatted`."""
+    for item in items:
+        formatted(item, cfg.style)
+
+
 def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
     """Scores every option of every question.
 

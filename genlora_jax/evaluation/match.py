@@ -100,6 +100,13 @@ def matches(said: str, expected: str, answer: Literal["auto", "text", "number"] 
     return number is not None and number == final_number(expected)
 
 
+def check(cfg: MatchConfig, problems: list[Problem]) -> None:
+    """Raises ValueError if a number is to agree and a problem has none."""
+    for problem in problems if cfg.answer == "number" else ():
+        if final_number(problem.expected) is None:
+            raise ValueError(f"match.answer is number, and {problem.expected!r} has none")
+
+
 def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     """Has the model answer, and counts what is right.
 
@@ -113,12 +120,8 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
         long and lost their beginning.
 
     Raises:
-        ValueError: If a number is to agree and a problem has none, or as `ask` and `with_examples`
-            do.
+        ValueError: As `ask` and `with_examples` do.
     """
-    for problem in problems if cfg.answer == "number" else ():
-        if final_number(problem.expected) is None:
-            raise ValueError(f"match.answer is number, and {problem.expected!r} has none")
     shown = read_examples(cfg, read)
     prompts = [with_examples(p.prompt, shown, chat=cfg.chat) for p in problems]
     said, too_long = ask(subject, cfg, prompts, [_stop(cfg, prompt) for prompt in prompts])

@@ -47,7 +47,10 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
         ValueError: If a row has no field that can be predicted, or no row is left.
     """
     shape = DataConfig(
-        train="", length=cfg.length, batch_size=subject.batch_size, overlong=cfg.overlong
+        train="perplexity",
+        length=cfg.length,
+        batch_size=subject.batch_size,
+        overlong=cfg.overlong,
     )
     examples, report = encode(iter(rows), subject.tokenizer, shape, "perplexity")
     batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]

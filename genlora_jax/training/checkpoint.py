@@ -146,7 +146,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     shared = before.keys() & now.keys() - {"dropout"}
     for field in sorted(shared, key=lambda field: (field != "method", field)):
         if before[field] != now[field]:
-            return f"with adapter.{field} {before[field]!r}, and the recipe has {now[field]!r}"
+            name = "the method" if field == "method" else f"adapter.{field}"
+            return f"with {name} {before[field]!r}, and the recipe has {now[field]!r}"
     return None
 
 

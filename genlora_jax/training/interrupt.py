@@ -1,5 +1,6 @@
 """Interruption: Ctrl-C and SIGTERM asked for, not suffered."""
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -8,7 +9,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second one acts as usual."""
+    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second one acts as usual.
+
+    The first is acknowledged on stderr.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -24,6 +28,8 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
+        # Not `print`: the signal may have come in the midst of one.
+        os.write(2, b"\nstopping after the step under way, and saving; once more to end at once\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

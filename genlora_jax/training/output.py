@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,17 @@ def make_output(output: Path) -> None:
         raise PermissionError(f"cannot make train.output {output}: {error.strerror}") from error
 
 
-def keep_recipe(recipe: Recipe) -> None:
-    """Writes the recipe; tells what a run that goes on does otherwise than before."""
+def keep_recipe(recipe: Recipe, step: int = 0) -> None:
+    """Writes the recipe; tells what a run that goes on does otherwise than before.
+
+    Args:
+        recipe: The run's.
+        step: The step from which it runs: each start leaves a line of versions, commit and machine.
+    """
     file = Path(recipe.train.output) / RECIPE
+    starts = []
     if recipe.train.resume and file.is_file():
+        starts = [line for line in file.read_text("utf-8").splitlines() if line.startswith("#")]
         try:
             before, now = _settings(parse(Recipe, ["--config", str(file)])), _settings(recipe)
         except ValueError as error:  # of another version: no reason not to go on
@@ -48,9 +57,14 @@ def keep_recipe(recipe: Recipe) -> None:
         else:
             for name in sorted(name for name in now if now[name] != before.get(name)):
                 print(f"resumed with {name} {now[name]!r}, which was {before.get(name)!r}")
-    heading = "".join(f"# {name}: {value}\n" for name, value in provenance().items())
+    write_recipe(file, recipe, [*starts, f"# from step {step}: {json.dumps(provenance())}"])
+
+
+def write_recipe(file: Path, recipe: Recipe, comments: Sequence[str]) -> None:
+    """Writes a recipe as YAML from which another run can be started, below some comments."""
+    fresh = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume=False))
     written = file.with_suffix(".part")
-    written.write_text(heading + dump(recipe), encoding="utf-8")
+    written.write_text("\n".join([*comments, dump(fresh)]), encoding="utf-8")
     written.replace(file)
 
 

@@ -68,7 +68,7 @@ def run_sweep(
         members_per_pass: Members whose activations exist at a time; divides their number, and
             is divided by the mesh's `data`. None, or as many as there are, for all at once.
         steps_per_call: Most steps in one call of the device; the number taken divides `steps` and
-            `eval_every`, and is 1 if these are prime.
+            `eval_every`.
         mesh: Members are cut over its axis `data`; the base may be cut over `fsdp`.
         make_adapter: Config, seed -> initial adapter; by default that of `init_adapter`.
         report: Called with step and losses after each evaluation.
@@ -141,8 +141,8 @@ def run_sweep(
 
 def check_passes(members_per_pass: int | None, members: int, data: int = 1) -> None:
     """Raises ValueError if passes would not be of one size, over all of the mesh's `data`."""
-    if members_per_pass is None or members_per_pass >= members:
-        return
+    if members_per_pass is None or members_per_pass >= members or members % data:
+        return  # without passes, or refused where members are shared out
     sizes = [n for n in range(data, members + 1, data) if members % n == 0]
     if members_per_pass not in sizes:
         raise ValueError(
@@ -168,12 +168,10 @@ def initial_states(
         return init_adapter(cfg, jax.random.key(seed), params)
 
     configs = [member.config(cfg) for member in members]
-    # What is drawn is the same whatever alpha is; what is read from the base is divided by it.
-    starts = configs if cfg.reads_base else [cfg] * len(members)
     optimizer = make_optimizer(program.optim, program.steps)
     singles = [
-        init_state((make_adapter or draw)(start, member.seed), optimizer, member.seed)
-        for start, member in zip(starts, members, strict=True)
+        init_state((make_adapter or draw)(own, member.seed), optimizer, member.seed)
+        for own, member in zip(configs, members, strict=True)
     ]
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
     scales = [_scale(own) / _scale(cfg) for own in configs]

@@ -36,7 +36,7 @@ class SweepProgram:
         optim: The optimizer's settings but for what members have of their own.
         steps: Length of the run.
         accumulate: Parts into which a batch is cut.
-        chunk: Tokens of a chunk of the loss, of all members together.
+        chunk: Tokens of a chunk of the loss, of all members of a pass together.
         packed: Whether a row may hold several segments.
         members_per_pass: Members whose losses and gradients are computed at a time; None, or as
             many as there are, for all. Their activations are what a sweep's memory goes into.
