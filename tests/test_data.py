@@ -212,6 +212,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path, tokenizer, name):
         load_examples(file, tokenizer, DataConfig(train=file))
 
 
+@pytest.mark.shared
+def test_real_questions_are_trained_as_they_come(shared, tokenizer):
+    files = [str(shared / "data" / "gsm8k" / f"{name}.jsonl") for name in ("train", "test")]
+    cfg = DataConfig(train=files, overlong="truncate")
+    examples, report = load_examples(files, tokenizer, cfg)
+    assert report.examples == 7473 + 1319
+    assert trained_text(tokenizer, examples[-1]).removesuffix("</s>").rstrip()[-1].isdigit()
+
+
 def test_several_sources_are_read_one_after_another(tmp_path, tokenizer):
     files = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
     for number, file in enumerate(files):
