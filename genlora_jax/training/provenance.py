@@ -10,7 +10,17 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "flax", "optax", "numpy", "safetensors", "torch", "transformers", "peft")
+PACKAGES = (
+    "genlora_jax",
+    "jax",
+    "flax",
+    "optax",
+    "numpy",
+    "safetensors",
+    "torch",
+    "transformers",
+    "peft",
+)
 
 
 def provenance() -> dict[str, Any]:
