@@ -91,10 +91,14 @@ def fit(
         pair_kernels(flatten_dict(dict(params)), factors)  # for its checks
     adapter = init_adapter(cfg, key, unflatten_dict(kernels) if params is None else params)
     _check_covered(adapter, factors)
+    targets = adapter.spec.targets
     if isinstance(cfg, LoRAConfig):
         factors = _with_missing_layers(adapter, factors)
-    zero = isinstance(cfg, LoRAConfig)  # A latent cannot be made of no singular vector.
-    deltas = {t.name: _decompose_target(factors, t, zero=zero) for t in adapter.spec.targets}
+    sides = {target.name: target_factors(factors, target) for target in targets}
+    deltas = {target.name: decompose(*sides[target.name]) for target in targets}
+    for target in targets:
+        # A latent cannot be made of no singular vector.
+        _check_sizes(target, deltas[target.name][1], zero=isinstance(cfg, LoRAConfig))
 
     losses = np.zeros(0, np.float32)
     if isinstance(cfg, GenLoRAConfig):
@@ -109,10 +113,7 @@ def fit(
     else:
         start = adapter.trainable["factors"]
         trained = {
-            "factors": {
-                t.name: _lora(cfg, target_factors(factors, t), deltas[t.name], start[t.name])
-                for t in adapter.spec.targets
-            }
+            "factors": {name: _lora(cfg, sides[name], deltas[name], start[name]) for name in sides}
         }
     adapter = adapter.replace(trainable=trained)
     squares = jax.jit(functools.partial(_squared_errors, cfg))(adapter, deltas)
@@ -204,8 +205,8 @@ def _with_missing_layers(adapter: Adapter, factors: Mapping[str, Any]) -> dict[s
     return unflatten_dict(flat)
 
 
-def _decompose_target(factors: Mapping[str, Any], target: Target, *, zero: bool) -> Triple:
-    u, s, v = decompose(*target_factors(factors, target))
+def _check_sizes(target: Target, s: jax.Array, *, zero: bool) -> None:
+    """Raises ValueError if a delta is not finite, or, but where it may be, zero."""
     sizes = np.asarray(s[:, 0])
     layers = [layer for kernel in target.kernels for layer in kernel.layers]
     for layer, size in zip(layers, sizes, strict=True):
@@ -216,7 +217,6 @@ def _decompose_target(factors: Mapping[str, Any], target: Target, *, zero: bool)
                 f"the delta of {target.name}, layer {layer}, is zero: name the other layers in "
                 "the config's layers, or leave the target out"
             )
-    return u, s, v
 
 
 def _lora(

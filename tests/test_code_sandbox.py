@@ -64,7 +64,7 @@ def test_what_does_not_reach_its_end_fails(program, detail):
 def test_what_waits_for_ever_is_ended(program):
     began = time.monotonic()
     assert sandbox.run(program, seconds=1.0) == sandbox.Outcome(False, "timed out")
-    assert time.monotonic() - began < AMPLE
+    assert time.monotonic() - began < 1.0 + sandbox.GRACE
 
 
 def test_all_walls_stand_where_the_machine_gives_namespaces():
@@ -75,8 +75,10 @@ def test_all_walls_stand_where_the_machine_gives_namespaces():
 
 
 def test_a_fork_bomb_is_over_at_once_and_leaves_nobody():
+    began = time.monotonic()
     outcome = sandbox.run("import os\nwhile True:\n    os.fork()", seconds=AMPLE)
     assert outcome.detail.startswith("BlockingIOError")
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.skipif(not NAMESPACES, reason="this machine gives no namespaces")

@@ -22,8 +22,8 @@ import genlora_jax as gl
 from genlora_jax.command import parse, report_errors
 from genlora_jax.config import config_to_json
 from genlora_jax.factors import by_module, side_a
-from genlora_jax.hf import peft
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
+from genlora_jax.hf.peft import is_peft
 from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
 from genlora_jax.training.checkpoint import Checkpoints, difference
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
@@ -76,7 +76,7 @@ def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
     key, source = jax.random.key(recipe.train.seed), recipe.train.init_from
     if source is None:
         return gl.init_adapter(recipe.adapter, key, params)
-    if (Path(source) / peft.SETTINGS).is_file():
+    if is_peft(source):
         factors = gl.import_peft(source, params)
         if type(recipe.adapter) is not gl.LoRAConfig:
             raise ValueError(

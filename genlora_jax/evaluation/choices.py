@@ -3,6 +3,7 @@
 import re
 import string
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -147,12 +148,13 @@ def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
         for prompt, (_, options) in zip(prompts, asked, strict=True)
         for option in options
     ]
-    scores, lengths = iter(log_likelihoods(subject, pairs)), iter(len(a) + len(b) for a, b in pairs)
+    scored = zip(pairs, log_likelihoods(subject, pairs), strict=True)
     rows, too_long = [], 0
     for item, prompt, (_, options) in zip(items, prompts, asked, strict=True):
-        logprobs = [next(scores).logprob for _ in options]
+        own = list(islice(scored, len(options)))
+        logprobs = [score.logprob for _, score in own]
         # The last token is predicted, not seen.
-        too_long += max(next(lengths) for _ in options) > subject.positions + 1
+        too_long += any(len(a) + len(b) > subject.positions + 1 for (a, b), _ in own)
         by_length = [x / len(option) for x, option in zip(logprobs, options, strict=True)]
         rows.append(
             {

@@ -228,9 +228,14 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(flat)
 
 
+def is_peft(path: str | Path) -> bool:
+    """Whether a directory is a PEFT adapter's."""
+    return (Path(path) / SETTINGS).is_file()
+
+
 def load_factors(path: str | Path, params: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
     """The factors of an adapter's directory, ours (see `load_adapter`) or a PEFT LoRA adapter's."""
-    if (Path(path) / SETTINGS).is_file():
+    if is_peft(path):
         return import_peft(path, params)
     cfg, adapter = load_adapter(path, params, model=model)
     return generate_factors(cfg, adapter)
