@@ -69,6 +69,13 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text file that is replaced whole or not at all."""
+    temporary = file.with_name(f"{file.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
 def config_fingerprint(model: nn.Module | None) -> str | None:
     """Digest of the base's config: what it says beyond its defaults."""
     if model is None:

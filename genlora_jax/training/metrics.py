@@ -8,6 +8,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from genlora_jax.storage import write_whole
+
 FILE = "metrics.jsonl"
 PLAIN_LINES = 20  # of progress in a run whose output is no terminal
 
@@ -104,9 +106,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = read_records(path.parent, step)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def _wandb_run(project: str, directory: Path, settings: dict[str, Any] | None) -> Any:

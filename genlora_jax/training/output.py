@@ -10,6 +10,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.command import dump, parse
+from genlora_jax.storage import write_whole
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 
@@ -63,9 +64,7 @@ def keep_recipe(recipe: Recipe, step: int = 0) -> None:
 def write_recipe(file: Path, recipe: Recipe, comments: Sequence[str]) -> None:
     """Writes a recipe as YAML from which another run can be started, below some comments."""
     fresh = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume=False))
-    written = file.with_suffix(".part")
-    written.write_text("\n".join([*comments, dump(fresh)]), encoding="utf-8")
-    written.replace(file)
+    write_whole(file, "\n".join([*comments, dump(fresh)]))
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
