@@ -47,7 +47,7 @@ def study(tmp_path_factory):
     write_batches(here / "tuned.npz", STEPS, 1)
     write_batches(here / "validation.npz", 2, 2)
     options = argparse.Namespace(
-        data=here, folder=here, steps=None, pretraining_steps=10, seeds=2, rates=4, test=False
+        data=here, folder=here, pretraining_steps=10, seeds=2, rates=4, test=False
     )
     told = pretrain_base(options, JOB)
     assert told["steps"] == 10
@@ -90,6 +90,17 @@ def test_a_sweep_has_as_many_rates_as_are_asked_for(study):
     assert report.over_seeds(report.own_losses(record)).startswith(f"{record['best_loss']:.3f}")
 
 
+def test_each_length_of_tuning_is_a_run_of_its_own(study):
+    wanted = {"bases": ["wide"], "regimes": ["known"], "tasks": ["letters"], "arms": ["lora r=1"]}
+    _, once = run.jobs_of(argparse.Namespace(**wanted, steps=[]))
+    _, several = run.jobs_of(argparse.Namespace(**wanted, steps=[2 * STEPS, 8]))
+    assert [run.run_of(job) for job in once] == ["wide known letters"]
+    names = [f"wide known letters, {steps} steps" for steps in (2 * STEPS, 8)]
+    assert [run.run_of(job) for job in several] == names
+    one_seed = argparse.Namespace(**vars(study) | {"seeds": 1})
+    assert tune.sweep_rates(one_seed, several[0] | {"base": "tiny"})["steps"] == 2 * STEPS
+
+
 def test_test_rows_are_looked_at_with_what_validation_chose(study):
     (study.data / "validation.npz").rename(study.data / "test.npz")
     write_batches(study.data / "validation.npz", 2, 2)  # the same rows
@@ -126,10 +137,8 @@ def test_a_completion_is_got_if_all_its_tokens_are():
 
 
 def test_arms_can_be_asked_for_by_set_or_name_on_every_base():
-    options = argparse.Namespace(
-        bases=["wide", "deep"], regimes=["hard"], tasks=["math", "code"], arms=["few", "full"]
-    )
-    bases, tuning = run.jobs_of(options)
+    wanted = {"bases": ["wide", "deep"], "regimes": ["hard"], "tasks": ["math", "code"]}
+    bases, tuning = run.jobs_of(argparse.Namespace(**wanted, arms=["few", "full"], steps=[]))
     assert len(bases) == 2
     assert len(tuning) == 2 * 2 * (len(SETS["few"]) + 1)
 

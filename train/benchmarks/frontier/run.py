@@ -50,15 +50,18 @@ def jobs_of(options: argparse.Namespace) -> tuple[list[dict[str, str]], list[dic
         for base, regime in itertools.product(options.bases, options.regimes)
     ]
     arms = dict.fromkeys(name for own in options.arms for name in SETS.get(own, {own: None}))
+    lengths = [{"steps": str(steps)} for steps in options.steps] or [{}]
     tuning = [
-        job | {"task": task, "arm": arm} for job in bases for task in options.tasks for arm in arms
+        job | {"task": task, "arm": arm} | length
+        for job, task, length, arm in itertools.product(bases, options.tasks, lengths, arms)
     ]
     return bases, tuning
 
 
 def run_of(job: dict[str, str]) -> str:
-    """The name under which the results of an arm's base and task stand."""
-    return f"{job['base']} {job['regime']} {job['task']}"
+    """The name under which the results of an arm's base, task and length stand."""
+    name = f"{job['base']} {job['regime']} {job['task']}"
+    return f"{name}, {job['steps']} steps" if "steps" in job else name
 
 
 def check_goes_on(
@@ -88,7 +91,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["main"], help=f"of {[*SETS, *ARMS]}")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rates", type=int, default=4, help="at least so many for each arm")
-    parser.add_argument("--steps", type=int, help="of tuning; as many as batches by default")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[], help="of tuning; as many as batches by default"
+    )
     parser.add_argument("--pretraining-steps", type=int)
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--per-gpu", type=int, default=1, help="workers on each")
@@ -100,7 +105,7 @@ def main() -> None:
     for field, known in (("arms", SETS | ARMS), ("tasks", about["rows"])):
         if unknown := [name for name in getattr(options, field) if name not in known]:
             parser.error(f"no such {field}: {unknown}. There are: {[*known]}")
-    if options.steps is not None and options.steps < STEPS_PER_CALL:
+    if min(options.steps, default=STEPS_PER_CALL) < STEPS_PER_CALL:
         parser.error(f"--steps must be at least {STEPS_PER_CALL}")
     options.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"data": about, "settings": [], "pretraining": {}, "runs": {}}

@@ -51,7 +51,7 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
     model, params = base_model(job["base"], options.data), load_base(options.folder, job)
     tuned = load_batches(options.data / "tuned.npz", job["task"])
     held_out = load_batches(options.data / "validation.npz", job["task"])
-    steps = (options.steps or len(tuned)) // STEPS_PER_CALL * STEPS_PER_CALL
+    steps = int(job.get("steps", len(tuned))) // STEPS_PER_CALL * STEPS_PER_CALL
     members: list[Member] = []
     validation: list[float | None] = []
     losses: dict[float, list[float]] = {}
