@@ -257,7 +257,7 @@ def test_gates_weight_the_basis_vectors_of_their_kernel(perturb):
 def test_scanned_and_unrolled_bases_have_the_same_adapter(
     cfg, layers, random_llama, unstack, perturb
 ):
-    cfg = dataclasses.replace(cfg, layers=layers)
+    cfg = dataclasses.replace(cfg, layers=layers, targets=["q_proj", "k_proj", "down_proj"])
     (_, scanned), (_, unrolled) = random_llama(scan=True), random_llama(scan=False)
     ours = init(cfg, scanned)
     theirs = init(cfg, unrolled)

@@ -1,6 +1,7 @@
 """The direction in which modules import one another."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def below(names, *packages):
 
 def own_imports(*parts):
     return below(imported(LIBRARY.joinpath(*parts)), "genlora_jax")
+
+
+def test_importing_the_library_imports_no_torch():
+    code = "import sys, genlora_jax; print(*{'torch', 'transformers', 'grain'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_there_are_modules_to_look_at():

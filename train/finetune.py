@@ -66,23 +66,37 @@ def check_shape(recipe: Recipe, source: Path) -> None:
             raise ValueError(f"model.shape: {field.name} is {said}; the checkpoint has {found}")
 
 
-def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
-    """A new adapter, or the one to start from.
+def check_start(cfg: gl.AdapterConfig, source: str | None) -> None:
+    """Raises if an adapter of the config cannot start from the source; a base is not needed.
 
     Raises:
-        ValueError: If that one was made with other settings, or the recipe's adapter has no room
-            for a PEFT adapter.
+        FileNotFoundError: If no adapter is there.
+        ValueError: If it was made with other settings, or is PEFT's and the config is not LoRA's.
+    """
+    if source is None:
+        return
+    if not is_peft(source):
+        if said := difference(config_to_json(gl.load_adapter(source)[0]), config_to_json(cfg)):
+            raise ValueError(f"train.init_from: {source} was made {said}")
+    elif type(cfg) is not gl.LoRAConfig:
+        raise ValueError(
+            f"train.init_from: {source} is a PEFT adapter, which goes on as LoRA alone: give "
+            "adapter.class_path genlora_jax.LoRAConfig"
+        )
+
+
+def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
+    """A new adapter, or the one to start from, which `check_start` let pass.
+
+    Raises:
+        ValueError: If that one was made for another base, or the recipe's adapter has no room for a
+            PEFT adapter.
     """
     key, source = jax.random.key(recipe.train.seed), recipe.train.init_from
     if source is None:
         return gl.init_adapter(recipe.adapter, key, params)
-    if is_peft(source):
+    if isinstance(recipe.adapter, gl.LoRAConfig) and is_peft(source):
         factors = gl.import_peft(source, params)
-        if type(recipe.adapter) is not gl.LoRAConfig:
-            raise ValueError(
-                f"train.init_from: {source} is a PEFT adapter, which goes on as LoRA alone: give "
-                "adapter.class_path genlora_jax.LoRAConfig"
-            )
         rank = max(side_a(own).shape[-1] for own in by_module(factors).values())
         if rank > recipe.adapter.rank:
             raise ValueError(
@@ -93,10 +107,7 @@ def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
             return gl.fit(recipe.adapter, factors, params=params, key=key)[0]
         except ValueError as error:
             raise ValueError(f"train.init_from: {source}: {error}") from error
-    cfg, adapter = gl.load_adapter(source, params, model=model)
-    if said := difference(config_to_json(cfg), config_to_json(recipe.adapter)):
-        raise ValueError(f"train.init_from: {source} was made {said}")
-    return adapter
+    return gl.load_adapter(source, params, model=model)[1]
 
 
 def finetune(recipe: Recipe) -> int | None:
@@ -113,6 +124,8 @@ def finetune(recipe: Recipe) -> int | None:
     output = Path(recipe.train.output)
     if is_primary():
         check_output(recipe)
+    # What can be refused is refused before minutes of loading.
+    check_start(recipe.adapter, recipe.train.init_from)
     mesh = choose_mesh(recipe)
     say = print if is_primary() else lambda *_: None
     source = locate(recipe.model.path, revision=recipe.model.revision)
@@ -127,7 +140,7 @@ def finetune(recipe: Recipe) -> int | None:
 
     options = dataclasses.asdict(recipe.model)
     del options["path"], options["shape"]
-    check_shape(recipe, source)  # before minutes of loading, not after
+    check_shape(recipe, source)
     model, params = gl.load_llama(source, **options, mesh=mesh)
     adapter = initial_adapter(recipe, params, model)
     say(f"{gl.count_parameters(adapter):,} parameters to train")

@@ -35,7 +35,7 @@ from genlora_jax.training.output import RECIPE, write_recipe
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.sweep import check_passes, run_sweep
-from train.finetune import check_shape, initial_adapter
+from train.finetune import check_shape, check_start, initial_adapter
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Member))
 POINTS = 200  # of a training curve in results.jsonl
@@ -147,6 +147,8 @@ def sweep(recipe: SweepRecipe) -> tuple[SweepResult, int | None]:
     output = Path(recipe.train.output)
     refuse_existing(output, overwrite=False)
     members = choose_members(recipe)
+    for cfg in {member.config(recipe.adapter) for member in members}:
+        check_start(cfg, recipe.train.init_from)
     mesh = make_mesh(recipe.mesh)
     if len(members) % mesh.shape["data"] or recipe.data.batch_size % mesh.shape["fsdp"]:
         raise ValueError(

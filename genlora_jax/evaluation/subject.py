@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, stop_tokens
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.peft import load_factors
 from genlora_jax.models.llama import LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages  # text, or a conversation that the model is to continue
@@ -31,7 +32,7 @@ class Subject:
     model: LlamaForCausalLM
     params: Any
     factors: Mapping[str, Any]
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     stop: tuple[int, ...] = ()
     batch_size: int = 16
 

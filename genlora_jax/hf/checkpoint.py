@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genlora_jax.hf.families import parse_config
 from genlora_jax.hf.tensorfile import TensorFile
 from genlora_jax.models.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = (
@@ -68,12 +70,14 @@ def model_config(directory: Path) -> LlamaConfig:
     return parse_config(file, read_json(file))
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """The checkpoint's tokenizer.
 
     Raises:
         ValueError: If there is none, or none that knows where in the text its tokens lie.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from genlora_jax.models.config import LlamaConfig, RopeScaling
 
 Fields = dict[str, Any]
@@ -62,6 +60,8 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
     Raises:
         ValueError: If the architecture, or an option of it, is not supported; names the field.
     """
+    from transformers import CONFIG_MAPPING  # which imports torch where there is one
+
     kind = data.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(

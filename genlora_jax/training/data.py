@@ -8,14 +8,16 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import grain.experimental
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from genlora_jax.training.rows import read_rows, text_spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Example = dict[str, np.ndarray]  # "input_ids": int32 [n], "loss_mask": bool [n]
 
@@ -82,7 +84,7 @@ class Report:
 
 def encode(
     rows: Iterator[tuple[str, dict[str, Any]]],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     cfg: DataConfig,
     source: str,
 ) -> tuple[list[Example], Report]:
@@ -149,7 +151,7 @@ def encode(
 
 
 def load_examples(
-    sources: str | Sequence[str], tokenizer: PreTrainedTokenizerFast, cfg: DataConfig
+    sources: str | Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig
 ) -> tuple[list[Example], Report]:
     """Reads and tokenises a source or several; see `read_rows` and `encode`."""
     sources = [sources] if isinstance(sources, str) else sources

@@ -4,9 +4,10 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,7 +82,7 @@ def _hugging_face_rows(source: str) -> Any:
 
 
 def text_spans(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, place: str
+    row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", place: str
 ) -> tuple[str, list[tuple[int, int]], bool]:
     """A row's text and the parts of it, in characters, that are trained.
 
@@ -131,7 +132,7 @@ def text_field(place: str, row: dict[str, Any], name: str) -> str:
 
 
 def _chat_spans(
-    messages: Any, tokenizer: PreTrainedTokenizerFast, place: str
+    messages: Any, tokenizer: "PreTrainedTokenizerFast", place: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation in the tokenizer's chat template, and where the assistant speaks.
 
