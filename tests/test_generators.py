@@ -1,5 +1,6 @@
 """Latents to basis vectors, against a reference in NumPy float64 written on its own."""
 
+import functools
 import hashlib
 import json
 import math
@@ -94,6 +95,11 @@ def reference(cfg, z, generator):
     return np.stack(columns, axis=1)
 
 
+# Compiled as a whole, which is far quicker than an operation at a time.
+generate = jax.jit(generators.generate, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def init_generator(cfg, key, z, centers):
     """Side A's generators as they are at first."""
     shapes, shares = generators.weight_shapes(cfg, z.shape[1]), generators.init_shares(cfg)
@@ -122,7 +128,7 @@ def random_generator(cfg, n, seed=0):
 
 def check_against_reference(cfg, n=13):
     z, own = random_generator(cfg, n)
-    ours = jax.jit(generators.generate, static_argnums=0)(cfg, z, own)
+    ours = generate(cfg, z, own)
     theirs = reference(cfg, z, own)
     assert ours.dtype == jnp.float32
     assert ours.shape == (n, cfg.rank)
@@ -193,7 +199,7 @@ def test_as_many_latents_as_ranks_in_groups_of_one_are_a_mixture_of_them():
     )
     z = jax.random.normal(jax.random.key(0), (3, 10))
     mixing = jax.random.normal(jax.random.key(1), (3, 3))
-    basis = generators.generate(cfg, z.reshape(-1), {"residual": mixing[:, :, None]})
+    basis = generate(cfg, z.reshape(-1), {"residual": mixing[:, :, None]})
     expected = np.asarray(z, np.float64).T @ np.asarray(mixing, np.float64).T
     np.testing.assert_allclose(basis, expected, rtol=1e-5, atol=1e-5)
 
@@ -244,7 +250,7 @@ def test_the_gradient_bound_of_gaussian_rbf_is_attained():
 def test_a_basis_does_not_change_with_a_shift_of_the_latent(shift, seed, scope):
     cfg = gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, normalize=scope)
     z, own = random_generator(cfg, 12, seed)
-    before, after = (np.asarray(generators.generate(cfg, row, own)) for row in (z, z + shift))
+    before, after = (np.asarray(generate(cfg, row, own)) for row in (z, z + shift))
     np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
 
 
@@ -253,7 +259,7 @@ def test_a_basis_does_not_change_with_a_shift_of_the_latent(shift, seed, scope):
 def test_a_basis_does_not_change_with_the_scale_of_the_latent_without_eps(scale, seed):
     cfg = gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, eps=0.0)
     z, own = random_generator(cfg, 12, seed)
-    before, after = (np.asarray(generators.generate(cfg, row, own)) for row in (z, scale * z))
+    before, after = (np.asarray(generate(cfg, row, own)) for row in (z, scale * z))
     np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
 
 
@@ -278,7 +284,7 @@ def test_rank_of_a_side_is_the_attainable_one(form, rank, n, group_size, kernels
     own = init_generator(cfg, jax.random.key(2), z, generators.fixed_centers(cfg, 0, "x"))
     if cfg.joint:
         own = generators.fixed_centers(cfg, 0, "x") | own
-    basis = np.asarray(generators.generate(cfg, z[0], own), np.float64)
+    basis = np.asarray(generate(cfg, z[0], own), np.float64)
     values = np.linalg.svd(basis, compute_uv=False)
     # Float32 rounding leaves about 1e-7 of the largest value where there is nothing.
     assert int((values > 3e-6 * values[0]).sum()) == expected
@@ -318,7 +324,7 @@ def test_basis_functions_carry_their_share_of_the_initial_variance():
         centers = generators.fixed_centers(cfg, 0, "x")
         own = init_generator(cfg, jax.random.key(1), z, centers)
         own[part] = jnp.zeros_like(own[part])
-        powers.append(512 * float(jnp.square(generators.generate(cfg, z[0], own)).mean()))
+        powers.append(512 * float(jnp.square(generate(cfg, z[0], own)).mean()))
     assert powers == pytest.approx([0.75, 0.25], rel=0.15)
 
 
@@ -436,9 +442,7 @@ def test_gradients_are_finite_even_where_a_latent_is_constant(form, normalize, b
 
     @jax.jit
     def grads(z, own):
-        return jax.grad(
-            lambda z, own: jnp.square(generators.generate(cfg, z, own) - 1).sum(), (0, 1)
-        )(z, own)
+        return jax.grad(lambda z, own: jnp.square(generate(cfg, z, own) - 1).sum(), (0, 1))(z, own)
 
     for latent in (z, jnp.zeros(13), jnp.full(13, 0.7), z.at[4:8].set(0.5)):
         for leaf in jax.tree.leaves(grads(latent, own)):
