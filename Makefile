@@ -19,7 +19,7 @@ check: $(VENV)/ready
 # Real models, adapters and data, compiled as users compile; SHARED names the folder that holds them.
 SHARED ?= ../shared
 shared: $(VENV)/ready
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 GENLORA_SHARED=$(SHARED) \
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= GENLORA_SHARED=$(SHARED) \
 	  $(BIN)/python -m pytest -n 2 --dist loadgroup -m shared
 
 # Every notebook from a clean kernel; `make notebooks WRITE=--write` keeps the fresh outputs.

@@ -267,8 +267,10 @@ def test_scanned_and_unrolled_bases_have_the_same_adapter(
     theirs = dataclasses.replace(moved, spec=theirs.spec)
     whole = flatten_dict(unstack(generate(cfg, moved)))
     single = flatten_dict(generate(cfg, theirs))
+    # What is rebuilt from the seed is compiled with what surrounds it: the last bit may differ.
+    rtol = 2 * np.finfo(np.float32).eps if getattr(cfg, "side_a", None) == "seeded" else 0.0
     for path, leaf in single.items():
-        np.testing.assert_array_equal(leaf, whole.pop(path))
+        np.testing.assert_allclose(leaf, whole.pop(path), rtol=rtol, atol=0)
     # What an unrolled tree leaves out, a scanned one has as zeros.
     assert {path[2] for path in whole} == (set() if layers is None else {"1"})
     assert not any(np.asarray(leaf).any() for leaf in whole.values())

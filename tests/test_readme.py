@@ -47,7 +47,7 @@ def test_command_lines_of_the_readme_run_in_order(tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     (tmp_path / "train").symlink_to(ROOT / "train")
     # Here most of the time goes into steps, and users' programs are optimised.
-    users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         "\n".join(["set -e", *lines]),
