@@ -147,23 +147,7 @@ def load_adapter(
         ValueError: If a file is damaged, or the adapter was made for another base.
     """
     path = Path(path)
-    for name in (SETTINGS, TENSORS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} holds no adapter: {name} is missing")
-    try:
-        settings = json.loads((path / SETTINGS).read_text())
-        if settings["format"] != FORMAT:
-            raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
-        cfg = config_from_json(settings["config"])
-        spec = AdapterSpec(
-            targets=tuple(_target(entry) for entry in settings["targets"]),
-            seed=cfg.seed,
-            fingerprint=settings["base"]["shapes"],
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / SETTINGS}: {error}") from error
-
-    config = settings["base"].get("config")
+    cfg, spec, config = _read_settings(path)
     if params is not None:
         if base_fingerprint(params) != spec.fingerprint:
             raise ValueError(
@@ -184,6 +168,36 @@ def load_adapter(
     tree = jax.tree.map(jax.numpy.asarray, tree)
     trainable, frozen = tree.get("trainable", {}), tree.get("frozen", {})
     return cfg, Adapter(trainable=trainable, frozen=frozen, spec=spec)
+
+
+def load_config(path: str | Path) -> AdapterConfig:
+    """The config of an adapter that `save_adapter` wrote; its tensors are not read.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the settings are damaged.
+    """
+    return _read_settings(Path(path))[0]
+
+
+def _read_settings(path: Path) -> tuple[AdapterConfig, AdapterSpec, str | None]:
+    """The config, the spec of the base it was made on, and the digest of that base's config."""
+    for name in (SETTINGS, TENSORS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} holds no adapter: {name} is missing")
+    try:
+        settings = json.loads((path / SETTINGS).read_text())
+        if settings["format"] != FORMAT:
+            raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
+        cfg = config_from_json(settings["config"])
+        spec = AdapterSpec(
+            targets=tuple(_target(entry) for entry in settings["targets"]),
+            seed=cfg.seed,
+            fingerprint=settings["base"]["shapes"],
+        )
+        return cfg, spec, settings["base"].get("config")
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / SETTINGS}: {error}") from error
 
 
 def _target(entry: dict[str, Any]) -> Target:

@@ -25,6 +25,7 @@ from genlora_jax.factors import by_module, side_a
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.hf.peft import is_peft
 from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
+from genlora_jax.storage import load_config
 from genlora_jax.training.checkpoint import Checkpoints, difference
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
@@ -76,7 +77,7 @@ def check_start(cfg: gl.AdapterConfig, source: str | None) -> None:
     if source is None:
         return
     if not is_peft(source):
-        if said := difference(config_to_json(gl.load_adapter(source)[0]), config_to_json(cfg)):
+        if said := difference(config_to_json(load_config(source)), config_to_json(cfg)):
             raise ValueError(f"train.init_from: {source} was made {said}")
     elif type(cfg) is not gl.LoRAConfig:
         raise ValueError(
