@@ -1,6 +1,6 @@
 """The study's arms: settings under a name, and the grid of rates that each is swept over."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import genlora_jax as gl
@@ -25,12 +25,14 @@ class Arm:
         ratio: Rate of the generators over that of the latents.
         b_ratio: LoRA+'s.
         shift: Where its grid starts, in steps of it, from where others start.
+        weight_decay: Decoupled, of every array of the adapter.
     """
 
     cfg: gl.AdapterConfig
     ratio: float = 0.3
     b_ratio: float = 1.0
     shift: int = 0
+    weight_decay: float = 0.0
 
 
 def lora(
@@ -175,6 +177,40 @@ HADAMARD: dict[str, Arm] = {
     "h b model r=128 g=32, gates": b_only(128, 32, gates=True, hadamard=True),
 }
 
+PLAIN: dict[str, Arm] = {
+    "lora r=64": lora(64),
+    "model r=16 g=128": across(16, 128),
+    "model r=128 g=64": across(128, 64),
+    **MAIN,
+    **MORE,
+    **LEAN,
+    **HADAMARD,
+}
+# Arms that are given dropout, those with their weights decayed, and their rates of it.
+DROPPED = {
+    "lora r=4": (0.1, 0.3),
+    "lora r=8": (0.1, 0.3),
+    "lora r=32": (0.1, 0.3, 0.5),
+    "lora r=64": (0.1, 0.3, 0.5),
+    "h lora r=4": (0.1,),
+    "h model r=32 g=64": (0.1,),
+    "model r=64 g=32": (0.1,),
+    "model r=28 g=64": (0.1, 0.3),
+    "model r=16 g=128": (0.1,),
+    "model r=64 g=64": (0.1, 0.3),
+    "model r=128 g=64": (0.1, 0.3),
+}
+DECAYED = {"lora r=8": (1.0,), "lora r=32": (1.0,), "model r=64 g=64": (1.0,)}
+REGULAR: dict[str, Arm] = {
+    f"{name}, dropout {rate}": replace(PLAIN[name], cfg=replace(PLAIN[name].cfg, dropout=rate))
+    for name, rates in DROPPED.items()
+    for rate in rates
+} | {
+    f"{name}, decay {decay:g}": replace(PLAIN[name], weight_decay=decay)
+    for name, decays in DECAYED.items()
+    for decay in decays
+}
+
 FEW = (
     "lora r=1",
     "lora r=4",
@@ -199,12 +235,13 @@ FINAL = (
     "dora r=1",
     "vera r=1024",
 )
-ARMS = MAIN | MORE | LEAN | HADAMARD
+ARMS = PLAIN | REGULAR
 SETS: dict[str, dict[str, Arm]] = {
     "main": MAIN,
     "more": MORE,
     "lean": LEAN,
     "hadamard": HADAMARD,
+    "regular": REGULAR,
     "few": {name: ARMS[name] for name in FEW},
     "final": {name: ARMS[name] for name in FINAL},
 }

@@ -71,7 +71,7 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
             new,
             itertools.cycle(tuned),
             held_out,
-            optim=OptimConfig(b_ratio=arm.b_ratio),
+            optim=OptimConfig(b_ratio=arm.b_ratio, weight_decay=arm.weight_decay),
             steps=steps,
             eval_every=max(steps // STEPS_PER_CALL // 3, 1) * STEPS_PER_CALL,
             chunk=CHUNK,
@@ -105,6 +105,7 @@ def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, A
     record = {
         "config": config_to_json(arm.cfg),
         "b_ratio": arm.b_ratio,
+        "weight_decay": arm.weight_decay,
         "parameters": gl.count_parameters(kept[best][0]),
         "members": [dataclasses.asdict(member) for member in members],
         "steps": steps,
