@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -150,6 +151,26 @@ def test_what_lora_needs_is_interpolated_between_its_ranks():
     }
     assert report.lora_equivalent({"parameters": 50, "best_loss": 1.5}, arms) == pytest.approx(4)
     assert report.lora_equivalent({"parameters": 50, "best_loss": 0.5}, arms) is None
+    # LoRA's best of a size counts: with dropout where that helps it.
+    arms |= {"lora r=1, dropout 0.1": {"parameters": 100, "best_loss": 1.5}}
+    assert report.lora_equivalent({"parameters": 50, "best_loss": 1.5}, arms) == pytest.approx(2)
+    assert report.lora_equivalent({"parameters": 50, "best_loss": 1.6}, arms) is None
+
+
+def test_a_line_over_ranks_is_of_one_dropout():
+    def arm(rank, loss):
+        return {"config": {"method": "lora", "rank": rank}, "best_loss": loss}
+
+    arms = {
+        "lora r=1": arm(1, 3.0),
+        "lora r=4": arm(4, 2.0),
+        "lora r=4, dropout 0.1": arm(4, 1.0),
+        "lora r=4, decay 1": arm(4, 4.0),
+    }
+    axis = matplotlib.figure.Figure().subplots()
+    report.plot_scaling(axis, arms)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+    assert drawn == {"lora": [[1, 3.0], [4, 2.0]], "lora, dropout 0.1": [[4, 1.0]]}
 
 
 def test_arms_of_one_rank_stand_together():

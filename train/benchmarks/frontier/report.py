@@ -45,10 +45,13 @@ def finished(arms: Arms) -> Arms:
 def lora_equivalent(arm: dict[str, Any], arms: Arms) -> float | None:
     """Parameters that LoRA needs for the same loss over an arm's, by interpolation of logarithms.
 
-    None outside of what LoRA's arms span.
+    Between LoRA's best arms of each size; None outside of what they span.
     """
     plain = [own for name, own in arms.items() if name.startswith("lora r=")]
-    curve = sorted((own["best_loss"], math.log(own["parameters"])) for own in plain)
+    best: dict[int, float] = {}
+    for own in plain:
+        best[own["parameters"]] = min(own["best_loss"], best.get(own["parameters"], math.inf))
+    curve = sorted((loss, math.log(parameters)) for parameters, loss in best.items())
     for (low, more), (high, fewer) in itertools.pairwise(curve):
         if low <= arm["best_loss"] <= high:
             share = (high - arm["best_loss"]) / (high - low) if high > low else 0.0
@@ -132,8 +135,10 @@ def plot_frontier(axis: Any, arms: Arms) -> None:
         family = next((own for head, own in FAMILIES.items() if name.startswith(head)), others)
         points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
     for family, values in points.items():
-        style = "-" if family.startswith("LoRA") else "none"
-        axis.plot(*zip(*values, strict=True), linestyle=style, marker="o", label=family)
+        drawn = axis.plot(*zip(*values, strict=True), linestyle="none", marker="o", label=family)
+        if family.startswith("LoRA"):  # a line through the best of each size
+            best = dict(sorted(values, key=lambda point: -point[1]))
+            axis.plot(*zip(*sorted(best.items()), strict=True), color=drawn[0].get_color())
     axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss")
 
 
@@ -141,12 +146,17 @@ def plot_scaling(axis: Any, arms: Arms) -> None:
     """Loss against rank, a line a group size and scope of sharing (the paper's Figure 3)."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for name, arm in arms.items():
-        cfg, words = arm["config"], name.split()
+        head, comma, extra = name.partition(", ")
+        if extra and not extra.startswith("dropout"):
+            continue
+        cfg, words = arm["config"], head.split()
         if cfg["method"] == "lora" and words[0] == "lora":
-            lines.setdefault("lora", []).append((cfg["rank"], arm["best_loss"]))
+            label = "lora"
         elif words[0] in ("target", "model") and len(words) == 3:
             label = f"one set a {words[0]}, g={cfg['group_size']}"
-            lines.setdefault(label, []).append((cfg["rank"], arm["best_loss"]))
+        else:
+            continue
+        lines.setdefault(label + comma + extra, []).append((cfg["rank"], arm["best_loss"]))
     for label, values in sorted(lines.items()):
         axis.plot(*zip(*sorted(values), strict=True), marker="o", label=label)
     axis.set_xscale("log", base=2)
@@ -166,7 +176,7 @@ def plot_spectra(axis: Any, arms: Arms) -> None:
 def pictures(file: Path, runs: dict[str, Arms]) -> dict[str, Callable[[Any, Arms], None]]:
     """What is drawn of a file of results, by the picture's name."""
     drawn = {f"{file.stem}.png": plot_frontier, f"{file.stem}_scaling.png": plot_scaling}
-    if any("singular_values" in arm for arms in runs.values() for arm in arms.values()):
+    if any("singular_values" in arms.get(name, {}) for arms in runs.values() for name in SPECTRA):
         drawn[f"{file.stem}_spectra.png"] = plot_spectra
     return drawn
 
