@@ -2,7 +2,8 @@
 
 `data` cuts the batch. `fsdp` cuts the batch and the base: a layer's kernels are put together where
 and when they are needed. `tensor` cuts the base and the work within a layer. Adapter and optimizer
-are on every device: they are small.
+are on every device, as they are small, but for the whole deltas of full fine-tuning: those lie like
+their kernels.
 """
 
 import math
@@ -125,6 +126,25 @@ def factor_specs(factors: Mapping[str, Any]) -> Any:
     return unflatten_dict(flat)
 
 
+def state_specs(state: Any) -> Any:
+    """How an adapter, or what is kept for each of its arrays, lies on a mesh.
+
+    A target's whole deltas `[layers, d_in, d_out]` lie like its kernels; all else is on every
+    device.
+
+    Args:
+        state: A tree in which adapters' trees occur: an adapter, an optimizer's state, or both.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> P:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names[-2:-1] != ["deltas"]:
+            return P()
+        return _spec((*names[-1].split("."), "kernel"), len(leaf.shape))
+
+    return jax.tree.map_with_path(spec, state)
+
+
 def _spec(path: tuple[str, ...], dimensions: int) -> P:
     for pattern, axes in RULES:
         if re.fullmatch(pattern, ".".join(path[-2:])):
@@ -140,6 +160,13 @@ def named(mesh: Mesh, specs: Any) -> Any:
 def constrain(x: jax.Array, where: NamedSharding | None) -> jax.Array:
     """Inside a program: x, laid out so; None leaves it to the compiler."""
     return x if where is None else jax.lax.with_sharding_constraint(x, where)
+
+
+def constrain_state(mesh: Mesh | None, state: Any) -> Any:
+    """Inside a program: a state, laid out as `state_specs` says; without a mesh as it is."""
+    if mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, named(mesh, state_specs(state)))
 
 
 def check_params(mesh: Mesh, params: Mapping[str, Any]) -> None:

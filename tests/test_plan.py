@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_base import REPOSITORY
 
+import genlora_jax as gl
 from genlora_jax.cli import main
 from genlora_jax.command import parse
 from genlora_jax.plan.chips import CHIPS, GIB, parse_topology
@@ -48,10 +49,13 @@ def recipe(file):
     return parse(Recipe, ["--config", str(file)])
 
 
+@pytest.mark.parametrize("method", ["genlora", "full"])
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 8}, {"fsdp": 1, "tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 )
-def test_arguments_are_those_of_the_program(recipe, sizes):
+def test_arguments_are_those_of_the_program(recipe, sizes, method):
+    if method == "full":
+        recipe = dataclasses.replace(recipe, adapter=gl.FullConfig())
     mesh = MeshConfig(**sizes)
     program = build(recipe, make_mesh(mesh))
     lowered = program.step.lower(program.state, program.params, program.batch)
@@ -71,6 +75,18 @@ def test_deltas_that_multiply_their_kernels_take_products_and_bytes_of_their_own
     assert other.flops - one.flops == pytest.approx(2 * products * tokens * values)
     more = recipe.train.accumulate * products * values * 4 / 2
     assert other.moved["base"] - one.moved["base"] == pytest.approx(more)
+
+
+def test_whole_deltas_are_put_together_like_kernels_and_summed_up_where_they_are_kept(recipe):
+    recipe = dataclasses.replace(recipe, adapter=gl.FullConfig())
+    values = 3 * (4 * 64 * 64 + 3 * 64 * 128)
+    passes = PASSES[recipe.model.remat]
+    moved = estimate(recipe, CHIPS["v5e"], MeshConfig(data=2, fsdp=4)).moved
+    kernels_and_head = passes * values + 2 * 64 * 64
+    norms = passes * 3 * 2 * 64
+    assert moved["base"] == 3 / 4 * 4 * (kernels_and_head + passes * values + norms)
+    # A reduce-scatter over fsdp, then an all-reduce of a quarter between two.
+    assert moved["gradients"] == 4 * values * (3 / 4 + 2 * 1 / 2 / 4)
 
 
 def test_only_meshes_that_divide_everything_are_candidates(recipe):

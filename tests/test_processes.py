@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shutil
 import signal
 import socket
 import time
@@ -9,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from finetune_process import start_finetune
+from safetensors.numpy import load_file
 from tiny_base import write_base
 
 from genlora_jax.training.metrics import read_records
@@ -33,7 +36,10 @@ def workshop(tmp_path_factory):
     for name, count in (("rows", 52), ("eval", 11)):  # no multiples of a batch
         rows = [{"prompt": f"{i % 7} and", "completion": f" {i % 5}"} for i in range(count)]
         (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (here / "recipe.yaml").write_text(RECIPE.format(here=here, steps=STEPS))
+    recipe = RECIPE.format(here=here, steps=STEPS)
+    (here / "recipe.yaml").write_text(recipe)
+    full = re.sub("adapter:.*", "adapter: {class_path: genlora_jax.FullConfig}", recipe)
+    (here / "full.yaml").write_text(full)
     return here
 
 
@@ -42,11 +48,12 @@ def launch(workshop, tmp_path_factory):
     """A function that starts a run in so many processes with so many devices each."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def start(output, processes, devices, *arguments):
+    def start(output, processes, devices, *arguments, recipe="recipe.yaml"):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        flags = ["--train.distributed", "true"] if processes > 1 else []
+        given = ["--train.output", output, *arguments]
+        given += ["--train.distributed", "true"] if processes > 1 else []
         started = []
         for index in range(processes):
             environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
@@ -56,10 +63,7 @@ def launch(workshop, tmp_path_factory):
                     "JAX_NUM_PROCESSES": str(processes),
                     "JAX_PROCESS_ID": str(index),
                 }
-            recipe = workshop / "recipe.yaml"
-            process = start_finetune(
-                recipe, "--train.output", output, *arguments, *flags, cache=cache, **environment
-            )
+            process = start_finetune(workshop / recipe, *given, cache=cache, **environment)
             started.append(process)
         return started
 
@@ -117,6 +121,22 @@ def test_losses_are_those_of_one_process(launch, alone, tmp_path, processes, dev
     assert "parameters to train" in outputs[0][0]
     for out, _ in outputs[1:]:  # one of them speaks, and Gloo
         assert [line for line in out.splitlines() if not line.startswith("[Gloo]")] == []
+
+
+def test_whole_deltas_in_parts_are_saved_whole_and_restored_elsewhere(launch, tmp_path):
+    output, steps = tmp_path / "out", ("--train.steps", "6")
+    finish(launch(output, 2, 2, *steps, "--mesh.tensor", "2", recipe="full.yaml"))
+    saved = load_file(output / "adapter" / "adapter.safetensors")
+    shapes = {name.split(".")[-1]: value.shape for name, value in saved.items()}
+    assert shapes["up_proj"] == (2, 32, 64)
+    assert all((value != 0).mean() > 0.9 for value in saved.values())
+    # No step is left: what is saved now is what the checkpoint held.
+    shutil.rmtree(output / "adapter")
+    finish(launch(output, 1, 1, *steps, "--train.resume", "true", recipe="full.yaml"))
+    again = load_file(output / "adapter" / "adapter.safetensors")
+    assert saved.keys() == again.keys()
+    for name, value in saved.items():
+        np.testing.assert_array_equal(value, again[name])
 
 
 def test_a_killed_process_and_a_restart_elsewhere_change_nothing(launch, alone, tmp_path):

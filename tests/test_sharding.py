@@ -1,5 +1,6 @@
 """Meshes of eight CPU devices: what lies where, and that numbers are those of one device."""
 
+import functools
 import re
 
 import jax
@@ -31,6 +32,7 @@ SHAPE = {
     "head_dim": 8,
 }
 CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, kernels=2, rbf_init=0.5)
+CONFIGS = {"genlora": CFG, "full": gl.FullConfig()}
 
 
 @pytest.fixture(params=MESHES)
@@ -60,16 +62,19 @@ def batch_of(rows=16, length=16):
     }
 
 
-def start(path, perturb, mesh, *, accumulate=1, rows=16, length=16):
-    """A step by plain gradient descent, and its arguments, on a mesh or on one device."""
+def start(path, perturb, mesh, *, cfg=CFG, accumulate=1, rows=16, length=16, optimizer=None):
+    """A step, by plain gradient descent if no optimizer is given, and its arguments.
+
+    On a mesh or on one device.
+    """
     # The attention of meshes on one device, too: that of CPUs rounds otherwise.
     model, params = load(path, mesh=mesh, attention="xla")
-    adapter = perturb(gl.init_adapter(CFG, jax.random.key(0), params))
-    optimizer = optax.sgd(1.0)
-    step = make_train_step(model, CFG, optimizer, accumulate=accumulate, chunk=32, mesh=mesh)
+    adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
+    optimizer = optimizer or optax.sgd(1.0)
+    step = make_train_step(model, cfg, optimizer, accumulate=accumulate, chunk=32, mesh=mesh)
     state, batch = init_state(adapter, optimizer), batch_of(rows, length)
     if mesh is not None:
-        state = jax.device_put(state, sharding.replicated(mesh))
+        state = jax.jit(functools.partial(sharding.constrain_state, mesh))(state)
         batch = sharding.place_batch(mesh, batch)
     return step, (state, params, batch)
 
@@ -85,10 +90,11 @@ def step_on(path, perturb, mesh, **options):
     return before, after, float(metrics["loss"]), float(metrics["grad_norm"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_on_a_mesh_is_that_of_one_device(base, perturb, mesh, accumulate):
-    before, ours, loss, norm = step_on(base, perturb, mesh, accumulate=accumulate)
-    _, theirs, expected, expected_norm = step_on(base, perturb, None)
+@pytest.mark.parametrize(("method", "accumulate"), [("genlora", 1), ("genlora", 2), ("full", 1)])
+def test_a_step_on_a_mesh_is_that_of_one_device(base, perturb, mesh, method, accumulate):
+    cfg = CONFIGS[method]
+    before, ours, loss, norm = step_on(base, perturb, mesh, cfg=cfg, accumulate=accumulate)
+    _, theirs, expected, expected_norm = step_on(base, perturb, None, cfg=cfg)
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(norm, expected_norm, rtol=1e-4)
     # A sum of n terms is exact to n eps; these go over tokens and over what a head holds.
@@ -120,6 +126,21 @@ def test_the_program_has_its_arguments_where_the_rules_say(base, perturb, mesh):
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
     for leaf in batch.values():
         assert leaf.is_equivalent_to(jax.NamedSharding(mesh, P(("data", "fsdp"))), 2)
+
+
+def test_whole_deltas_and_their_moments_lie_like_their_kernels(base, perturb, mesh):
+    step, arguments = start(base, perturb, mesh, cfg=gl.FullConfig(), optimizer=optax.adam(1e-3))
+    after, metrics = step(*arguments)
+    kernels = {path[-2]: leaf for path, leaf in flatten_dict(arguments[1]).items()}
+    before = arguments[0]
+    for state in (before, after):
+        adam = state.opt_state[0]
+        for tree in (state.adapter.trainable, adam.mu, adam.nu):
+            for name, delta in tree["deltas"].items():
+                kernel = kernels[name.split(".")[-1]]
+                assert delta.sharding.is_equivalent_to(kernel.sharding, 3), name
+                assert not delta.is_fully_replicated
+    assert all(leaf.is_fully_replicated for leaf in (after.step, *metrics.values()))
 
 
 SIZES = {"f32": 4, "s32": 4, "pred": 1}

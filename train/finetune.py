@@ -24,14 +24,21 @@ from genlora_jax.config import config_to_json
 from genlora_jax.factors import by_module, side_a
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.hf.peft import is_peft
-from genlora_jax.sharding import batch_shards, make_mesh, place_batch, replicated
+from genlora_jax.sharding import (
+    batch_shards,
+    constrain_state,
+    make_mesh,
+    named,
+    place_batch,
+    state_specs,
+)
 from genlora_jax.storage import load_config
 from genlora_jax.training.checkpoint import Checkpoints, difference
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import check_output, keep_recipe, make_output
-from genlora_jax.training.processes import Stopping, is_primary, join
+from genlora_jax.training.processes import Stopping, is_primary, join, on_host
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import (
     TrainState,
@@ -86,8 +93,10 @@ def check_start(cfg: gl.AdapterConfig, source: str | None) -> None:
         )
 
 
-def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
-    """A new adapter, or the one to start from, which `check_start` let pass.
+def initial_adapter(
+    recipe: Recipe, params: Any, model: Any, mesh: Mesh | None = None
+) -> gl.Adapter:
+    """A new adapter, laid out on a mesh if there is one, or the one that `check_start` let pass.
 
     Raises:
         ValueError: If that one was made for another base, or the recipe's adapter has no room for a
@@ -95,7 +104,8 @@ def initial_adapter(recipe: Recipe, params: Any, model: Any) -> gl.Adapter:
     """
     key, source = jax.random.key(recipe.train.seed), recipe.train.init_from
     if source is None:
-        return gl.init_adapter(recipe.adapter, key, params)
+        make = functools.partial(gl.init_adapter, recipe.adapter, key)
+        return jax.jit(lambda params: constrain_state(mesh, make(params)))(params)
     if isinstance(recipe.adapter, gl.LoRAConfig) and is_peft(source):
         factors = gl.import_peft(source, params)
         rank = max(side_a(own).shape[-1] for own in by_module(factors).values())
@@ -143,7 +153,9 @@ def finetune(recipe: Recipe) -> int | None:
     del options["path"], options["shape"]
     check_shape(recipe, source)
     model, params = gl.load_llama(source, **options, mesh=mesh)
-    adapter = initial_adapter(recipe, params, model)
+    adapter = initial_adapter(recipe, params, model, mesh)
+    if mesh is not None:  # for one that was loaded
+        adapter = jax.device_put(adapter, named(mesh, state_specs(adapter)))
     say(f"{gl.count_parameters(adapter):,} parameters to train")
 
     steps = recipe.train.steps
@@ -162,10 +174,10 @@ def finetune(recipe: Recipe) -> int | None:
         mesh=mesh,
     )
     eval_step = make_eval_step(model, chunk=chunk, packed=recipe.data.pack, mesh=mesh)
-    state = init_state(adapter, optimizer, recipe.train.seed)
+    begin = functools.partial(init_state, optimizer=optimizer, seed=recipe.train.seed)
+    state = jax.jit(lambda adapter: constrain_state(mesh, begin(adapter)))(adapter)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
-        state = jax.device_put(state, replicated(mesh))
         place = functools.partial(place_batch, mesh)
     held_out = [place(batch) for batch in held_out]
     batches = iter(train_batches(examples, recipe.data))
@@ -273,8 +285,9 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _save(path: Path, recipe: Recipe, state: TrainState, model: Any) -> None:
+    adapter = on_host(state.adapter)  # each process may hold a part
     if is_primary():
-        gl.save_adapter(path, recipe.adapter, state.adapter, model=model, overwrite=True)
+        gl.save_adapter(path, recipe.adapter, adapter, model=model, overwrite=True)
 
 
 def main() -> None:

@@ -21,7 +21,14 @@ from genlora_jax.factors import by_module
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Chip, Topology
 from genlora_jax.plan.program import model_shape
-from genlora_jax.sharding import AXES, MeshConfig, check_params, factor_specs, param_specs
+from genlora_jax.sharding import (
+    AXES,
+    MeshConfig,
+    check_params,
+    factor_specs,
+    param_specs,
+    state_specs,
+)
 from genlora_jax.training.recipe import Recipe
 
 # Passes over the layers: forward, backward, and forward again where nothing was kept.
@@ -91,10 +98,11 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     model, train = recipe.model, recipe.train
     width = jnp.dtype(model.dtype).itemsize
     shapes, adapter, factors = _trees(recipe)
-    trained = sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
+    trained = _own_values(mesh, adapter.trainable, state_specs(adapter.trainable))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen))
     sides = sum(leaf.size for leaf in jax.tree.leaves(factors))
     multiplied = _multiplied_values(factors)
+    deltas = _whole_values(factors)
 
     rows = recipe.data.batch_size // (mesh.data * mesh.fsdp * train.accumulate)  # of a part
     length, hidden, tensor = recipe.data.length, cfg.hidden_size, mesh.tensor
@@ -134,17 +142,21 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     cut = (mesh.fsdp - 1) / mesh.fsdp
     ring = 2 * (tensor - 1) / tensor
     # A delta that depends on the kernel is put together beside it, and so is its gradient.
-    deltas = (passes + 1) * multiplied
+    products = (passes + 1) * multiplied
     moved = {
         "base": steps
         * cut
-        * (passes * layers * layer_bytes + (2 * head_values + deltas) * width / tensor),
+        * (passes * layers * layer_bytes + (2 * head_values + products) * width / tensor)
+        + steps * cut * passes * deltas * width / tensor,
         "activations": steps * ring * 2 * passes * layers * tokens * hidden * width,
-        "gradients": 2 * 4 * sides / tensor * (1 - 1 / (mesh.data * mesh.fsdp)),
+        # Of whole deltas a chip sums up those that it keeps.
+        "gradients": 2 * 4 * (sides - deltas) / tensor * (1 - 1 / (mesh.data * mesh.fsdp))
+        + 4 * deltas / tensor * (cut + 2 * (1 - 1 / mesh.data) / mesh.fsdp),
     }
     values = layer_values + head_values
     attention = 2 * layers * length * heads * cfg.head_dim  # per token and pass, causal
-    per_token = passes * 2 * (layer_values + attention) + 3 * 2 * (head_values + sides) + 2 * deltas
+    per_token = passes * 2 * (layer_values + attention) + 3 * 2 * head_values
+    per_token += (passes + 1) * 2 * sides + 2 * products
     flops = steps * tokens * per_token / tensor
     read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
     seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
@@ -160,6 +172,11 @@ def _multiplied_values(factors: Any) -> int:
         for own in modules
         if "gain_a" in own
     )
+
+
+def _whole_values(factors: Any) -> int:
+    """Values of the deltas that are no product of factors."""
+    return sum(own["delta"].size for own in by_module(factors).values() if "delta" in own)
 
 
 def _keeps_no_scores(recipe: Recipe, chip: Chip) -> bool:

@@ -6,6 +6,7 @@ import signal
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from genlora_jax.training.interrupt import Interruption
@@ -46,6 +47,22 @@ def join(heartbeat: int = 100) -> None:
 def is_primary() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def on_host(tree: Any) -> Any:
+    """A tree whose arrays this process can read whole; all processes must call it together.
+
+    What other processes hold parts of is put together a layer, an index of its first axis, at a
+    time.
+    """
+
+    def own(leaf: jax.Array) -> Any:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+        return np.stack([gather(leaf[i]) for i in range(len(leaf))])
+
+    return jax.tree.map(own, tree)
 
 
 class Stopping:

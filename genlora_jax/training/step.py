@@ -153,7 +153,8 @@ def make_train_step(
         accumulate: Parts into which a batch's rows are cut; a token weighs the same in each.
         chunk: Tokens a chunk of the loss.
         packed: Whether a row may hold several segments.
-        mesh: Devices over which base and batch lie; state and metrics are on all of them.
+        mesh: Devices over which base and batch lie; the state lies as `sharding.state_specs`
+            says, and metrics are on all of them.
 
     Returns:
         The step. Its metrics are `loss` (mean over trained tokens, nats), `grad_norm`,
@@ -167,7 +168,7 @@ def make_train_step(
         specs = sharding.factor_specs(factors)
         return jax.lax.with_sharding_constraint(factors, sharding.named(mesh, specs))
 
-    step = functools.partial(
+    compute = functools.partial(
         train_step,
         model=model,
         optimizer=optimizer,
@@ -177,8 +178,13 @@ def make_train_step(
         chunk=chunk,
         packed=packed,
     )
-    everywhere = None if mesh is None else sharding.replicated(mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+    def step(
+        state: TrainState, params: Mapping[str, Any], batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        return sharding.constrain_state(mesh, compute(state, params, batch))
+
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_eval_step(

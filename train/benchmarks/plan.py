@@ -24,11 +24,14 @@ from genlora_jax.training.recipe import Recipe
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = Path(__file__).parent / "results" / "plan.json"
 HADAMARD = ("--adapter.hadamard", "true")
+FULL = ("--adapter", "FullConfig")
 PROGRAMS = (
     ("llama3_8b_v5e_16.yaml", (), "v5e:4x4", MeshConfig(fsdp=16)),
     ("llama3_8b_v5e_16.yaml", HADAMARD, "v5e:4x4", MeshConfig(fsdp=16)),
+    ("llama3_8b_v5e_16.yaml", FULL, "v5e:4x4", MeshConfig(fsdp=16)),
     ("llama3_8b_v5e_16.yaml", (), "v5e:4x4", MeshConfig(data=8, fsdp=1, tensor=2)),
     ("llama3_8b_v5e_16.yaml", HADAMARD, "v5e:4x4", MeshConfig(data=8, fsdp=1, tensor=2)),
+    ("llama3_8b_v5e_16.yaml", FULL, "v5e:4x4", MeshConfig(fsdp=4, tensor=4)),
     ("llama3_8b_32k_v5e_16.yaml", (), "v5e:4x4", MeshConfig(data=4, fsdp=2, tensor=2)),
     ("llama3_70b_v5p_64.yaml", (), "v5p:2x4x4", MeshConfig(fsdp=32)),
     ("llama3_70b_v5p_64.yaml", (), "v5p:4x4x4", MeshConfig(fsdp=64)),
