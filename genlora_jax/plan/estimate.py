@@ -141,13 +141,12 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     steps = train.accumulate
     cut = (mesh.fsdp - 1) / mesh.fsdp
     ring = 2 * (tensor - 1) / tensor
-    # A delta that depends on the kernel is put together beside it, and so is its gradient.
+    # Whole deltas are put together like kernels. One that depends on its kernel is beside it, and
+    # so is its gradient.
     products = (passes + 1) * multiplied
+    others = 2 * head_values + passes * deltas + products
     moved = {
-        "base": steps
-        * cut
-        * (passes * layers * layer_bytes + (2 * head_values + products) * width / tensor)
-        + steps * cut * passes * deltas * width / tensor,
+        "base": steps * cut * (passes * layers * layer_bytes + others * width / tensor),
         "activations": steps * ring * 2 * passes * layers * tokens * hidden * width,
         # Of whole deltas a chip sums up those that it keeps.
         "gradients": 2 * 4 * (sides - deltas) / tensor * (1 - 1 / (mesh.data * mesh.fsdp))
