@@ -140,7 +140,8 @@ def state_specs(state: Any) -> Any:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         if names[-2:-1] != ["deltas"]:
             return P()
-        return _spec((*names[-1].split("."), "kernel"), len(leaf.shape))
+        module = names[-1].partition("[")[0].split(".")  # the rest tells shapes apart
+        return _spec((*module, "kernel"), len(leaf.shape))
 
     return jax.tree.map_with_path(spec, state)
 
@@ -200,9 +201,19 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         raise ValueError(
             f"a batch of {rows} rows cannot be cut into mesh.data x mesh.fsdp = {shards} parts"
         )
-    return {name: _place(mesh, np.asarray(value)) for name, value in batch.items()}
+    where = NamedSharding(mesh, P(BATCH))
+    return {name: _place(np.asarray(value), where) for name, value in batch.items()}
 
 
-def _place(mesh: Mesh, value: np.ndarray) -> jax.Array:
-    sharding = NamedSharding(mesh, P(BATCH))
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+def place_state(mesh: Mesh, state: Any) -> Any:
+    """A state, known to every process, as arrays that lie as `state_specs` says.
+
+    Args:
+        mesh: The mesh.
+        state: NumPy arrays, the same in all processes.
+    """
+    return jax.tree.map(_place, state, named(mesh, state_specs(state)))
+
+
+def _place(value: np.ndarray, where: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])

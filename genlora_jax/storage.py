@@ -16,10 +16,12 @@ import numpy as np
 import safetensors
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 from genlora_jax.adapter import Adapter, AdapterSpec, adapter_shapes, adapter_spec, base_fingerprint
 from genlora_jax.config import AdapterConfig, config_from_json, config_to_json
+from genlora_jax.sharding import place_state
 from genlora_jax.targets import Kernel, Target
 
 FORMAT = 1
@@ -129,6 +131,7 @@ def load_adapter(
     params: Mapping[str, Any] | None = None,
     *,
     model: nn.Module | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[AdapterConfig, Adapter]:
     """Reads what `save_adapter` wrote.
 
@@ -138,6 +141,8 @@ def load_adapter(
             scanned or unrolled as it pleases. Without it the adapter fits a base laid out like
             the one that it was made on.
         model: The base's model: checks its config, too.
+        mesh: Devices over which to lay the adapter as training on them does; all processes read
+            the file. By default it is on one device.
 
     Returns:
         The config and the adapter.
@@ -165,7 +170,7 @@ def load_adapter(
         raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
     _check_shapes(path / TENSORS, arrays, adapter_shapes(cfg, spec))
     tree = unflatten_dict({tuple(name.split("/")): value for name, value in arrays.items()})
-    tree = jax.tree.map(jax.numpy.asarray, tree)
+    tree = jax.tree.map(jax.numpy.asarray, tree) if mesh is None else place_state(mesh, tree)
     trainable, frozen = tree.get("trainable", {}), tree.get("frozen", {})
     return cfg, Adapter(trainable=trainable, frozen=frozen, spec=spec)
 

@@ -143,12 +143,26 @@ def test_whole_deltas_and_their_moments_lie_like_their_kernels(base, perturb, me
     assert all(leaf.is_fully_replicated for leaf in (after.step, *metrics.values()))
 
 
+def test_whole_deltas_are_read_to_where_they_lie(base, perturb, mesh, tmp_path):
+    _, params = load(base, mesh=mesh)
+    cfg = gl.FullConfig(layers=[0, 2])
+    adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
+    gl.save_adapter(tmp_path / "adapter", cfg, adapter)
+    _, loaded = gl.load_adapter(tmp_path / "adapter", params, mesh=mesh)
+    specs = sharding.state_specs(loaded).trainable["deltas"]
+    assert specs["model.layers.mlp.down_proj"] == P(None, "tensor", "fsdp")
+    for name, delta in loaded.trainable["deltas"].items():
+        assert delta.sharding.is_equivalent_to(jax.NamedSharding(mesh, specs[name]), 3), name
+        np.testing.assert_array_equal(delta, adapter.trainable["deltas"][name])
+
+
 SIZES = {"f32": 4, "s32": 4, "pred": 1}
 
 
-def test_no_more_than_a_layer_of_the_base_is_ever_put_together(base, perturb, mesh):
+@pytest.mark.parametrize("method", CONFIGS)
+def test_no_more_than_a_layer_of_the_base_is_ever_put_together(base, perturb, mesh, method):
     # So few tokens that activations are smaller than a kernel.
-    step, arguments = start(base, perturb, mesh, rows=8, length=8)
+    step, arguments = start(base, perturb, mesh, cfg=CONFIGS[method], rows=8, length=8)
     text = step.lower(*arguments).compile().as_text()
     gathered = [
         int(np.prod([int(n) for n in shape.split(",")])) * SIZES[kind]

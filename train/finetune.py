@@ -28,9 +28,8 @@ from genlora_jax.sharding import (
     batch_shards,
     constrain_state,
     make_mesh,
-    named,
     place_batch,
-    state_specs,
+    replicated,
 )
 from genlora_jax.storage import load_config
 from genlora_jax.training.checkpoint import Checkpoints, difference
@@ -38,7 +37,13 @@ from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import check_output, keep_recipe, make_output
-from genlora_jax.training.processes import Stopping, is_primary, join, on_host
+from genlora_jax.training.processes import (
+    Stopping,
+    is_primary,
+    join,
+    on_primary,
+    told_by_primary,
+)
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import (
     TrainState,
@@ -96,7 +101,7 @@ def check_start(cfg: gl.AdapterConfig, source: str | None) -> None:
 def initial_adapter(
     recipe: Recipe, params: Any, model: Any, mesh: Mesh | None = None
 ) -> gl.Adapter:
-    """A new adapter, laid out on a mesh if there is one, or the one that `check_start` let pass.
+    """A new adapter, or the one to start from, which `check_start` let pass; on the mesh, if any.
 
     Raises:
         ValueError: If that one was made for another base, or the recipe's adapter has no room for a
@@ -105,6 +110,9 @@ def initial_adapter(
     key, source = jax.random.key(recipe.train.seed), recipe.train.init_from
     if source is None:
         make = functools.partial(gl.init_adapter, recipe.adapter, key)
+        if mesh is None:
+            return make(params)
+        # At once where it is to lie: a device may not hold it whole.
         return jax.jit(lambda params: constrain_state(mesh, make(params)))(params)
     if isinstance(recipe.adapter, gl.LoRAConfig) and is_peft(source):
         factors = gl.import_peft(source, params)
@@ -115,10 +123,11 @@ def initial_adapter(
                 f"({recipe.adapter.rank})"
             )
         try:
-            return gl.fit(recipe.adapter, factors, params=params, key=key)[0]
+            adapter = gl.fit(recipe.adapter, factors, params=params, key=key)[0]
         except ValueError as error:
             raise ValueError(f"train.init_from: {source}: {error}") from error
-    return gl.load_adapter(source, params, model=model)[1]
+        return adapter if mesh is None else jax.device_put(adapter, replicated(mesh))
+    return gl.load_adapter(source, params, model=model, mesh=mesh)[1]
 
 
 def finetune(recipe: Recipe) -> int | None:
@@ -154,8 +163,6 @@ def finetune(recipe: Recipe) -> int | None:
     check_shape(recipe, source)
     model, params = gl.load_llama(source, **options, mesh=mesh)
     adapter = initial_adapter(recipe, params, model, mesh)
-    if mesh is not None:  # for one that was loaded
-        adapter = jax.device_put(adapter, named(mesh, state_specs(adapter)))
     say(f"{gl.count_parameters(adapter):,} parameters to train")
 
     steps = recipe.train.steps
@@ -175,7 +182,9 @@ def finetune(recipe: Recipe) -> int | None:
     )
     eval_step = make_eval_step(model, chunk=chunk, packed=recipe.data.pack, mesh=mesh)
     begin = functools.partial(init_state, optimizer=optimizer, seed=recipe.train.seed)
-    state = jax.jit(lambda adapter: constrain_state(mesh, begin(adapter)))(adapter)
+    state = jax.jit(lambda adapter: constrain_state(mesh, begin(adapter)), donate_argnums=0)(
+        adapter
+    )
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
         place = functools.partial(place_batch, mesh)
@@ -199,7 +208,7 @@ def finetune(recipe: Recipe) -> int | None:
         if is_primary():
             keep_recipe(recipe, int(state.step))
         start = int(state.step)
-        best = best_eval_loss(output, start)
+        best = told_by_primary(best_eval_loss(output, start))
         with MetricsLog(
             output,
             steps=steps,
@@ -250,6 +259,7 @@ def finetune(recipe: Recipe) -> int | None:
                     if due["eval"]:
                         factors = gl.generate_factors(recipe.adapter, state.adapter)
                         loss = evaluate(eval_step, params, factors, held_out)
+                        del factors  # perhaps as large as the base
                         log.write(step, {"eval_loss": loss})
                         log.say(f"step {step}: eval loss {loss:.4f}")
                         if loss < best:
@@ -285,7 +295,7 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _save(path: Path, recipe: Recipe, state: TrainState, model: Any) -> None:
-    adapter = on_host(state.adapter)  # each process may hold a part
+    adapter = on_primary(state.adapter)  # each process may hold a part
     if is_primary():
         gl.save_adapter(path, recipe.adapter, adapter, model=model, overwrite=True)
 

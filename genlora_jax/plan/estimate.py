@@ -128,11 +128,12 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     copies = _copies_gathered(chip, mesh)
     gathered = copies * layer_bytes, copies * head_values * width // tensor
     in_a_layer = gathered[0] + (working if model.remat == "full" else 0) + own_factors * width
-    in_a_layer += multiplied // layers * width // tensor  # a layer's deltas, put together
+    in_a_layer += (multiplied + deltas) // layers * width // tensor  # a layer's, put together
     # Of a chunk's logits, in the backward pass, TPUs keep none in float32.
     logits = chunk * cfg.vocab_size * (width if chip.tpu else 4 + width) // tensor
     in_the_head = gathered[1] + logits
     temporaries = kept + own_factors * width + max(in_a_layer, in_the_head)
+    temporaries += 4 * own_factors if train.accumulate > 1 else 0  # the sum of the parts' gradients
     stored = jnp.dtype(model.param_dtype).itemsize
     temporaries += _transposed_values(recipe, chip, mesh, shapes) * stored
     params = _own_values(mesh, shapes, param_specs(shapes)) * stored
@@ -145,20 +146,23 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
     # so is its gradient.
     products = (passes + 1) * multiplied
     others = 2 * head_values + passes * deltas + products
+    # A chip sums up what the others have of every factor's gradient, and of the deltas it keeps.
+    summed = 2 * (sides - deltas) * (1 - 1 / (mesh.data * mesh.fsdp))
+    summed += deltas * (cut + 2 * (1 - 1 / mesh.data) / mesh.fsdp)
     moved = {
         "base": steps * cut * (passes * layers * layer_bytes + others * width / tensor),
         "activations": steps * ring * 2 * passes * layers * tokens * hidden * width,
-        # Of whole deltas a chip sums up those that it keeps.
-        "gradients": 2 * 4 * (sides - deltas) / tensor * (1 - 1 / (mesh.data * mesh.fsdp))
-        + 4 * deltas / tensor * (cut + 2 * (1 - 1 / mesh.data) / mesh.fsdp),
+        "gradients": steps * 4 * summed / tensor,
     }
     values = layer_values + head_values
     attention = 2 * layers * length * heads * cfg.head_dim  # per token and pass, causal
     per_token = passes * 2 * (layer_values + attention) + 3 * 2 * head_values
     per_token += (passes + 1) * 2 * sides + 2 * products
     flops = steps * tokens * per_token / tensor
-    read = steps * passes * values * width / tensor + 30 * steps * layers * tokens * hidden * width
-    seconds = max(flops / chip.flops, read / chip.bandwidth, sum(moved.values()) / chip.link)
+    read = passes * (values + deltas) * width / tensor + 30 * layers * tokens * hidden * width
+    seconds = max(
+        flops / chip.flops, steps * read / chip.bandwidth, sum(moved.values()) / chip.link
+    )
     fits = arguments + temporaries < (1 - MARGIN) * chip.memory
     return Estimate(mesh, arguments, temporaries, flops, moved, seconds, fits)
 

@@ -49,18 +49,29 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def on_host(tree: Any) -> Any:
-    """A tree whose arrays this process can read whole; all processes must call it together.
+def told_by_primary(value: float) -> float:
+    """What the primary says, to float32; all processes must call it together."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
-    What other processes hold parts of is put together a layer, an index of its first axis, at a
-    time.
+
+def on_primary(tree: Any) -> Any:
+    """A tree whose arrays the primary can read whole; all processes must call it together.
+
+    What other processes hold parts of passes through all of them a layer, an index of its first
+    axis, at a time, and is None in all but the primary.
     """
 
     def own(leaf: jax.Array) -> Any:
         if leaf.is_fully_addressable or leaf.is_fully_replicated:
             return leaf
-        gather = functools.partial(multihost_utils.process_allgather, tiled=True)
-        return np.stack([gather(leaf[i]) for i in range(len(leaf))])
+        whole = np.empty(leaf.shape, leaf.dtype) if is_primary() else None
+        for i in range(len(leaf)):
+            layer = multihost_utils.process_allgather(leaf[i], tiled=True)
+            if whole is not None:
+                whole[i] = layer
+        return whole
 
     return jax.tree.map(own, tree)
 
