@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from genlora_jax import generators
 from genlora_jax.config import (
@@ -31,6 +32,7 @@ from genlora_jax.config import (
 )
 from genlora_jax.methods import dora, full, genlora, lora, pissa, vera
 from genlora_jax.methods.method import Kernels, Method, Tree
+from genlora_jax.sharding import lay_out, state_specs
 from genlora_jax.targets import AdapterSpec, find_targets, split_layer
 
 METHODS: dict[type[AdapterConfig], Method] = {
@@ -94,7 +96,9 @@ def adapter_spec(cfg: AdapterConfig, params: Mapping[str, Any]) -> AdapterSpec:
     )
 
 
-def init_adapter(cfg: AdapterConfig, key: jax.Array, params: Mapping[str, Any]) -> Adapter:
+def init_adapter(
+    cfg: AdapterConfig, key: jax.Array, params: Mapping[str, Any], *, mesh: Mesh | None = None
+) -> Adapter:
     """A new adapter whose delta is zero: exactly, or to rounding where the base is read.
 
     Args:
@@ -102,6 +106,8 @@ def init_adapter(cfg: AdapterConfig, key: jax.Array, params: Mapping[str, Any]) 
         key: PRNG key of the trained values.
         params: The base's parameters. For methods that do not read the base (all but DoRA and
             PiSSA) only names and shapes matter, so the result of `jax.eval_shape` will do.
+        mesh: Devices over which to lay the adapter as training on them does. It is made there: one
+            device need not hold it whole.
 
     Returns:
         The adapter, float32.
@@ -112,7 +118,7 @@ def init_adapter(cfg: AdapterConfig, key: jax.Array, params: Mapping[str, Any]) 
     """
     spec = adapter_spec(cfg, params)
     _warn_unattainable(cfg, spec)
-    return _init(cfg, key, spec, _kernels(spec, params) if cfg.reads_base else {})
+    return _init(cfg, key, spec, _kernels(spec, params) if cfg.reads_base else {}, mesh)
 
 
 def adapter_shapes(cfg: AdapterConfig, spec: AdapterSpec) -> Adapter:
@@ -150,9 +156,13 @@ def _kernels(spec: AdapterSpec, params: Mapping[str, Any]) -> dict[str, Kernels]
     return {name: tuple(values) for name, values in found.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "spec"))
+@functools.partial(jax.jit, static_argnames=("cfg", "spec", "mesh"))
 def _init(
-    cfg: AdapterConfig, key: jax.Array, spec: AdapterSpec, kernels: dict[str, Kernels]
+    cfg: AdapterConfig,
+    key: jax.Array,
+    spec: AdapterSpec,
+    kernels: dict[str, Kernels],
+    mesh: Mesh | None = None,
 ) -> Adapter:
     trainable: Tree = {}
     frozen: Tree = {}
@@ -162,7 +172,7 @@ def _init(
         for tree, groups in zip((trainable, frozen), parts, strict=True):
             for group, named in groups.items():
                 tree[group] = named | tree.get(group, {})
-    return Adapter(trainable=trainable, frozen=frozen, spec=spec)
+    return lay_out(mesh, Adapter(trainable=trainable, frozen=frozen, spec=spec), state_specs)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

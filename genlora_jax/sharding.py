@@ -8,7 +8,7 @@ their kernels.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.models.config import AXES, BATCH
+from genlora_jax.targets import module_of
 
 _IN, _OUT = ("fsdp", "tensor"), ("tensor", "fsdp")
 # Pattern on a parameter's last two names -> axes of the mesh over its last dimensions. What no
@@ -140,8 +141,7 @@ def state_specs(state: Any) -> Any:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         if names[-2:-1] != ["deltas"]:
             return P()
-        module = names[-1].partition("[")[0].split(".")  # the rest tells shapes apart
-        return _spec((*module, "kernel"), len(leaf.shape))
+        return _spec((*module_of(names[-1]).split("."), "kernel"), len(leaf.shape))
 
     return jax.tree.map_with_path(spec, state)
 
@@ -154,8 +154,18 @@ def _spec(path: tuple[str, ...], dimensions: int) -> P:
 
 
 def named(mesh: Mesh, specs: Any) -> Any:
-    """Specs as shardings of a mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    """Specs as shardings of a mesh, written as the compiler writes them.
+
+    Without axes of size 1: a step whose state came back under another name would be traced again.
+    """
+
+    def name(spec: P) -> NamedSharding:
+        axes = [None if axis is None or mesh.shape[axis] == 1 else axis for axis in spec]
+        while axes and axes[-1] is None:
+            axes.pop()
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(name, specs)
 
 
 def constrain(x: jax.Array, where: NamedSharding | None) -> jax.Array:
@@ -163,11 +173,17 @@ def constrain(x: jax.Array, where: NamedSharding | None) -> jax.Array:
     return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
-def constrain_state(mesh: Mesh | None, state: Any) -> Any:
-    """Inside a program: a state, laid out as `state_specs` says; without a mesh as it is."""
+def lay_out(mesh: Mesh | None, tree: Any, rule: Callable[[Any], Any]) -> Any:
+    """Inside a program: a tree laid out as its rule says; without a mesh as it is.
+
+    Args:
+        mesh: The mesh.
+        tree: Factors, or a state.
+        rule: The tree's specs: `factor_specs`, or `state_specs`.
+    """
     if mesh is None:
-        return state
-    return jax.lax.with_sharding_constraint(state, named(mesh, state_specs(state)))
+        return tree
+    return jax.lax.with_sharding_constraint(tree, named(mesh, rule(tree)))
 
 
 def check_params(mesh: Mesh, params: Mapping[str, Any]) -> None:

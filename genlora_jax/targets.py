@@ -52,7 +52,7 @@ class Target:
     @property
     def input(self) -> tuple[str, int, tuple[int, ...]]:
         """What the target's kernels read, by their names: equal for those that read the same."""
-        parent, _, own = self.name.partition("[")[0].rpartition(".")
+        parent, _, own = module_of(self.name).rpartition(".")
         layers = tuple(layer for kernel in self.kernels for layer in kernel.layers)
         return f"{parent}.{_INPUTS.get(own, own)}", self.d_in, layers
 
@@ -75,6 +75,11 @@ class AdapterSpec:
     targets: tuple[Target, ...]
     seed: int
     fingerprint: str
+
+
+def module_of(target: str) -> str:
+    """The module's dotted path in a target's name, which may tell shapes apart as well."""
+    return target.partition("[")[0]
 
 
 def split_layer(path: Path) -> tuple[str, int | None]:

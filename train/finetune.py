@@ -24,26 +24,14 @@ from genlora_jax.config import config_to_json
 from genlora_jax.factors import by_module, side_a
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.hf.peft import is_peft
-from genlora_jax.sharding import (
-    batch_shards,
-    constrain_state,
-    make_mesh,
-    place_batch,
-    replicated,
-)
+from genlora_jax.sharding import batch_shards, make_mesh, named, place_batch, state_specs
 from genlora_jax.storage import load_config
 from genlora_jax.training.checkpoint import Checkpoints, difference
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import check_output, keep_recipe, make_output
-from genlora_jax.training.processes import (
-    Stopping,
-    is_primary,
-    join,
-    on_primary,
-    told_by_primary,
-)
+from genlora_jax.training.processes import Stopping, is_primary, join, on_primary, told_by_primary
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import (
     TrainState,
@@ -101,7 +89,9 @@ def check_start(cfg: gl.AdapterConfig, source: str | None) -> None:
 def initial_adapter(
     recipe: Recipe, params: Any, model: Any, mesh: Mesh | None = None
 ) -> gl.Adapter:
-    """A new adapter, or the one to start from, which `check_start` let pass; on the mesh, if any.
+    """A new adapter, or the one to start from, which `check_start` let pass.
+
+    Laid out on a mesh if there is one, but for one of PEFT's, which is small.
 
     Raises:
         ValueError: If that one was made for another base, or the recipe's adapter has no room for a
@@ -109,11 +99,7 @@ def initial_adapter(
     """
     key, source = jax.random.key(recipe.train.seed), recipe.train.init_from
     if source is None:
-        make = functools.partial(gl.init_adapter, recipe.adapter, key)
-        if mesh is None:
-            return make(params)
-        # At once where it is to lie: a device may not hold it whole.
-        return jax.jit(lambda params: constrain_state(mesh, make(params)))(params)
+        return gl.init_adapter(recipe.adapter, key, params, mesh=mesh)
     if isinstance(recipe.adapter, gl.LoRAConfig) and is_peft(source):
         factors = gl.import_peft(source, params)
         rank = max(side_a(own).shape[-1] for own in by_module(factors).values())
@@ -123,10 +109,9 @@ def initial_adapter(
                 f"({recipe.adapter.rank})"
             )
         try:
-            adapter = gl.fit(recipe.adapter, factors, params=params, key=key)[0]
+            return gl.fit(recipe.adapter, factors, params=params, key=key)[0]
         except ValueError as error:
             raise ValueError(f"train.init_from: {source}: {error}") from error
-        return adapter if mesh is None else jax.device_put(adapter, replicated(mesh))
     return gl.load_adapter(source, params, model=model, mesh=mesh)[1]
 
 
@@ -181,12 +166,10 @@ def finetune(recipe: Recipe) -> int | None:
         mesh=mesh,
     )
     eval_step = make_eval_step(model, chunk=chunk, packed=recipe.data.pack, mesh=mesh)
-    begin = functools.partial(init_state, optimizer=optimizer, seed=recipe.train.seed)
-    state = jax.jit(lambda adapter: constrain_state(mesh, begin(adapter)), donate_argnums=0)(
-        adapter
-    )
+    state = init_state(adapter, optimizer, recipe.train.seed)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
+        state = jax.device_put(state, named(mesh, state_specs(state)))
         place = functools.partial(place_batch, mesh)
     held_out = [place(batch) for batch in held_out]
     batches = iter(train_batches(examples, recipe.data))

@@ -162,11 +162,7 @@ def make_train_step(
     """
 
     def generate(adapter: Adapter) -> Any:
-        factors = generate_factors(cfg, adapter)
-        if mesh is None:
-            return factors
-        specs = sharding.factor_specs(factors)
-        return jax.lax.with_sharding_constraint(factors, sharding.named(mesh, specs))
+        return sharding.lay_out(mesh, generate_factors(cfg, adapter), sharding.factor_specs)
 
     compute = functools.partial(
         train_step,
@@ -182,7 +178,7 @@ def make_train_step(
     def step(
         state: TrainState, params: Mapping[str, Any], batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        return sharding.constrain_state(mesh, compute(state, params, batch))
+        return sharding.lay_out(mesh, compute(state, params, batch), sharding.state_specs)
 
     return jax.jit(step, donate_argnums=0)
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,21 @@ def finished(arms: Arms) -> Arms:
     return dict(sorted(done, key=lambda item: item[1]["parameters"]))
 
 
+def best_of_size(points: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """The lowest loss of each number of parameters, the smallest number first."""
+    best: dict[int, float] = {}
+    for parameters, loss in sorted(points):
+        best.setdefault(parameters, loss)
+    return best
+
+
 def lora_equivalent(arm: dict[str, Any], arms: Arms) -> float | None:
     """Parameters that LoRA needs for the same loss over an arm's, by interpolation of logarithms.
 
     Between LoRA's best arms of each size; None outside of what they span.
     """
     plain = [own for name, own in arms.items() if name.startswith("lora r=")]
-    best: dict[int, float] = {}
-    for own in plain:
-        best[own["parameters"]] = min(own["best_loss"], best.get(own["parameters"], math.inf))
+    best = best_of_size((own["parameters"], own["best_loss"]) for own in plain)
     curve = sorted((loss, math.log(parameters)) for parameters, loss in best.items())
     for (low, more), (high, fewer) in itertools.pairwise(curve):
         if low <= arm["best_loss"] <= high:
@@ -137,8 +143,8 @@ def plot_frontier(axis: Any, arms: Arms) -> None:
     for family, values in points.items():
         drawn = axis.plot(*zip(*values, strict=True), linestyle="none", marker="o", label=family)
         if family.startswith("LoRA"):  # a line through the best of each size
-            best = dict(sorted(values, key=lambda point: -point[1]))
-            axis.plot(*zip(*sorted(best.items()), strict=True), color=drawn[0].get_color())
+            best = best_of_size(values)
+            axis.plot(*zip(*best.items(), strict=True), color=drawn[0].get_color())
     axis.set(xscale="log", xlabel="trained parameters", ylabel="validation loss")
 
 
