@@ -154,7 +154,12 @@ def _spec(path: tuple[str, ...], dimensions: int) -> P:
 
 
 def named(mesh: Mesh, specs: Any) -> Any:
-    """Specs as shardings of a mesh, written as the compiler writes them.
+    """Specs as shardings of a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """`state_specs` as shardings of a mesh, written as the compiler writes them.
 
     Without axes of size 1: a step whose state came back under another name would be traced again.
     """
@@ -165,7 +170,7 @@ def named(mesh: Mesh, specs: Any) -> Any:
             axes.pop()
         return NamedSharding(mesh, P(*axes))
 
-    return jax.tree.map(name, specs)
+    return jax.tree.map(name, state_specs(state))
 
 
 def constrain(x: jax.Array, where: NamedSharding | None) -> jax.Array:
@@ -228,7 +233,7 @@ def place_state(mesh: Mesh, state: Any) -> Any:
         mesh: The mesh.
         state: NumPy arrays, the same in all processes.
     """
-    return jax.tree.map(_place, state, named(mesh, state_specs(state)))
+    return jax.tree.map(_place, state, state_shardings(mesh, state))
 
 
 def _place(value: np.ndarray, where: NamedSharding) -> jax.Array:

@@ -73,7 +73,7 @@ def start(path, perturb, mesh, *, cfg=CFG, accumulate=1, rows=16, length=16, opt
     step = make_train_step(model, cfg, optimizer, accumulate=accumulate, chunk=32, mesh=mesh)
     state, batch = init_state(adapter, optimizer), batch_of(rows, length)
     if mesh is not None:
-        state = jax.device_put(state, sharding.named(mesh, sharding.state_specs(state)))
+        state = jax.device_put(state, sharding.state_shardings(mesh, state))
         batch = sharding.place_batch(mesh, batch)
     return step, (state, params, batch)
 

@@ -24,7 +24,7 @@ from genlora_jax.config import config_to_json
 from genlora_jax.factors import by_module, side_a
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.hf.peft import is_peft
-from genlora_jax.sharding import batch_shards, make_mesh, named, place_batch, state_specs
+from genlora_jax.sharding import batch_shards, make_mesh, place_batch, state_shardings
 from genlora_jax.storage import load_config
 from genlora_jax.training.checkpoint import Checkpoints, difference
 from genlora_jax.training.data import eval_batches, load_examples, train_batches
@@ -169,7 +169,7 @@ def finetune(recipe: Recipe) -> int | None:
     state = init_state(adapter, optimizer, recipe.train.seed)
     place: Callable[[Any], Any] = lambda batch: batch  # noqa: E731
     if mesh is not None:
-        state = jax.device_put(state, named(mesh, state_specs(state)))
+        state = jax.device_put(state, state_shardings(mesh, state))
         place = functools.partial(place_batch, mesh)
     held_out = [place(batch) for batch in held_out]
     batches = iter(train_batches(examples, recipe.data))

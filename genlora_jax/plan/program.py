@@ -73,7 +73,7 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
     )
     return Program(
         step=step,
-        state=jax.tree.map(_on, state, sharding.named(mesh, sharding.state_specs(state))),
+        state=jax.tree.map(_on, state, sharding.state_shardings(mesh, state)),
         params=jax.tree.map(_on, shapes, sharding.named(mesh, sharding.param_specs(shapes))),
         batch={
             name: jax.ShapeDtypeStruct(size, kind, sharding=NamedSharding(mesh, P(sharding.BATCH)))
