@@ -1,6 +1,6 @@
 """The adapter: what is trained, and the factors that it stands for.
 
-`generate_factors` is the only source of A and B: injection, merging and export all start there.
+`generate_factors` is the only source of factors: injection, merging and export all start there.
 """
 
 import functools
@@ -10,39 +10,38 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from genlora_jax import generators
-from genlora_jax.config import (
-    AdapterConfig,
-    DoRAConfig,
-    FullConfig,
-    GenLoRAConfig,
-    LoRAConfig,
-    LowRankConfig,
-    PiSSAConfig,
-    TwoSidedConfig,
-    VeRAConfig,
-)
-from genlora_jax.methods import dora, full, genlora, lora, pissa, vera
-from genlora_jax.methods.method import Kernels, Method, Tree
+from genlora_jax.methods.config import AdapterConfig, Groups, Kernels
 from genlora_jax.sharding import lay_out, state_specs
-from genlora_jax.targets import AdapterSpec, find_targets, split_layer
+from genlora_jax.targets import Target, find_targets, split_layer
 
-METHODS: dict[type[AdapterConfig], Method] = {
-    GenLoRAConfig: genlora,
-    LoRAConfig: lora,
-    DoRAConfig: dora,
-    PiSSAConfig: pissa,
-    VeRAConfig: vera,
-    FullConfig: full,
-}
+SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """The static part of an adapter: hashable, no arrays.
+
+    Attributes:
+        config: What the adapter was made with.
+        targets: What is adapted and where it lies in the base.
+        fingerprint: Digest of the names and sizes of all the base's parameters.
+    """
+
+    config: AdapterConfig
+    targets: tuple[Target, ...]
+    fingerprint: str
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is rebuilt rather than stored."""
+        return self.config.seed
 
 
 @functools.partial(
@@ -55,9 +54,9 @@ class Adapter:
     """A pytree: what is trained, what is kept but not trained, and a static part.
 
     Attributes:
-        trainable: Float32 leaves. GenLoRA: `latents/TARGET/{a,b}` `[L, m n]` and
+        trainable: Float32 leaves. GenLoRA: `latents/TARGET/{a,b}` `[L, n]` and
             `generators/TARGET/{a,b}/...` `[S, ...]`, where S is 1 if all layers share one, else
-            L; what targets share lies under names of its own; perhaps `gates/TARGET` `[L, r]`.
+            L; perhaps `gates/TARGET` `[L, r]`.
             LoRA: `factors/TARGET/{a,b}`, `[L, d_in, r]` and `[L, r, d_out]`. A side A that is
             seeded has no leaf. DoRA also `magnitudes/TARGET` `[L, d_out]`. VeRA:
             `vectors/TARGET/{d,b}`, `[L, r]` and `[L, d_out]`. Full: `deltas/TARGET`
@@ -67,13 +66,22 @@ class Adapter:
         spec: The static part.
     """
 
-    trainable: Tree
-    frozen: Tree
+    trainable: Groups
+    frozen: Groups
     spec: AdapterSpec
+
+    @property
+    def config(self) -> AdapterConfig:
+        """What the adapter was made with."""
+        return self.spec.config
 
     def replace(self, **fields: Any) -> "Adapter":
         """This adapter with other values in some fields."""
         return replace(self, **fields)
+
+    def with_config(self, config: AdapterConfig) -> "Adapter":
+        """This adapter with another config of the same method, such as another alpha."""
+        return replace(self, spec=replace(self.spec, config=config))
 
 
 def base_fingerprint(params: Mapping[str, Any]) -> str:
@@ -81,7 +89,7 @@ def base_fingerprint(params: Mapping[str, Any]) -> str:
     sizes: dict[str, int] = {}
     for path, leaf in flatten_dict(dict(params)).items():
         name, _ = split_layer(path)
-        sizes[name] = sizes.get(name, 0) + int(np.prod(leaf.shape))
+        sizes[name] = sizes.get(name, 0) + math.prod(leaf.shape)
     return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
 
 
@@ -92,7 +100,7 @@ def adapter_spec(cfg: AdapterConfig, params: Mapping[str, Any]) -> AdapterSpec:
         ValueError: If the config's targets do not fit the base.
     """
     return AdapterSpec(
-        targets=find_targets(cfg, params), seed=cfg.seed, fingerprint=base_fingerprint(params)
+        config=cfg, targets=find_targets(cfg, params), fingerprint=base_fingerprint(params)
     )
 
 
@@ -106,22 +114,22 @@ def init_adapter(
         key: PRNG key of the trained values.
         params: The base's parameters. For methods that do not read the base (all but DoRA and
             PiSSA) only names and shapes matter, so the result of `jax.eval_shape` will do.
-        mesh: Devices over which to lay the adapter as training on them does. It is made there: one
-            device need not hold it whole.
+        mesh: Devices over which the adapter is sharded, as in training on them. It is made there:
+            one device need not hold it whole.
 
     Returns:
         The adapter, float32.
 
     Raises:
-        ValueError: If a target pattern matches nothing, a layer does not exist, or the method
-            needs values of the base and there are none.
+        ValueError: If a target pattern matches nothing or a module that is no Dense, a layer does
+            not exist, or the method needs values of the base and there are none.
     """
     spec = adapter_spec(cfg, params)
-    _warn_unattainable(cfg, spec)
-    return _init(cfg, key, spec, _kernels(spec, params) if cfg.reads_base else {}, mesh)
+    _warn_unattainable(spec)
+    return _init(key, spec, _kernels(spec, params) if cfg.reads_base else {}, mesh)
 
 
-def adapter_shapes(cfg: AdapterConfig, spec: AdapterSpec) -> Adapter:
+def adapter_shapes(spec: AdapterSpec) -> Adapter:
     """What `init_adapter` returns for targets that are known already, as shapes."""
     kernels = {
         target.name: tuple(
@@ -131,7 +139,7 @@ def adapter_shapes(cfg: AdapterConfig, spec: AdapterSpec) -> Adapter:
         for target in spec.targets
     }
     return jax.eval_shape(
-        lambda kernels: _init(cfg, jax.random.key(0), spec, kernels if cfg.reads_base else {}),
+        lambda kernels: _init(jax.random.key(0), spec, kernels if spec.config.reads_base else {}),
         kernels,
     )
 
@@ -156,19 +164,15 @@ def _kernels(spec: AdapterSpec, params: Mapping[str, Any]) -> dict[str, Kernels]
     return {name: tuple(values) for name, values in found.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "spec", "mesh"))
+@functools.partial(jax.jit, static_argnames=("spec", "mesh"))
 def _init(
-    cfg: AdapterConfig,
-    key: jax.Array,
-    spec: AdapterSpec,
-    kernels: dict[str, Kernels],
-    mesh: Mesh | None = None,
+    key: jax.Array, spec: AdapterSpec, kernels: dict[str, Kernels], mesh: Mesh | None = None
 ) -> Adapter:
-    trainable: Tree = {}
-    frozen: Tree = {}
+    trainable: Groups = {}
+    frozen: Groups = {}
     for target in spec.targets:
         target_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
-        parts = _method(cfg).init(cfg, target_key, target, spec, kernels.get(target.name, ()))
+        parts = spec.config.init(target_key, target, spec.targets, kernels.get(target.name, ()))
         for tree, groups in zip((trainable, frozen), parts, strict=True):
             for group, named in groups.items():
                 tree[group] = named | tree.get(group, {})
@@ -176,31 +180,30 @@ def _init(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def generate_factors(cfg: AdapterConfig, adapter: Adapter) -> Tree:
+def generate_factors(cfg: AdapterConfig, adapter: Adapter) -> dict[str, Any]:
     """The factors of every adapted kernel.
 
     Pure; works under `jit`, `grad` and `vmap` over the adapter's leaves.
 
     Args:
-        cfg: The config that the adapter was made with.
+        cfg: The config that the adapter was made with, `adapter.config`; its dropout may differ.
         adapter: The adapter.
 
     Returns:
         A tree that mirrors the base's: at each adapted module `{"a": [..., d_in, r],
-        "b": [..., r, d_out]}`, float32, with the scale folded into b; DoRA adds `"magnitude"`
-        `[..., d_out]`. With `hadamard=True` they are `gain_a` and `gain_b`: the elements of the
-        kernel are multiplied with 1 plus those of their product. Full fine-tuning has
-        `{"delta": [..., d_in, d_out]}` instead. Under `nn.scan` the leading axis is the layer;
-        layers that are not adapted have zeros.
+        "b": [..., r, d_out]}`, float32, with the scale folded into b; or the leaves of another
+        kind of `genlora_jax.factors`: DoRA, HiRA (`hadamard=True`), a whole delta. Under `nn.scan`
+        the leading axis is the layer; layers that are not adapted have zeros.
+
+    Raises:
+        ValueError: If the config is not the adapter's; names the first field that differs.
     """
+    if said := cfg.difference(adapter.config):
+        raise ValueError(f"this config is not the one that the adapter was made with: {said}")
     flat: dict[tuple[str, ...], jax.Array] = {}
     groups = adapter.trainable | jax.lax.stop_gradient(adapter.frozen)
     for target in adapter.spec.targets:
-        leaves = _method(cfg).factors(cfg, groups, target, adapter.spec)
-        if isinstance(cfg, LowRankConfig):
-            leaves["b"] = leaves["b"] * cfg.scale
-        if isinstance(cfg, TwoSidedConfig) and cfg.hadamard:
-            leaves = {"gain_a": leaves["a"] * math.sqrt(target.d_in), "gain_b": leaves["b"]}
+        leaves = cfg.factors(groups, target, adapter.spec.targets)
         start = 0
         for kernel in target.kernels:
             stop = start + len(kernel.layers)
@@ -215,13 +218,6 @@ def count_parameters(adapter: Adapter) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
 
 
-def _method(cfg: AdapterConfig) -> Method:
-    if type(cfg) not in METHODS:
-        names = ", ".join(kind.__name__ for kind in METHODS)
-        raise ValueError(f"{type(cfg).__name__} is the config of no method; there are {names}")
-    return METHODS[type(cfg)]
-
-
 def _place(value: jax.Array, stack: int | None, layers: tuple[int, ...]) -> jax.Array:
     """One kernel's factors in the shape in which the base holds that kernel."""
     if stack is None:
@@ -231,26 +227,16 @@ def _place(value: jax.Array, stack: int | None, layers: tuple[int, ...]) -> jax.
     return jnp.zeros((stack, *value.shape[1:]), value.dtype).at[jnp.array(layers)].set(value)
 
 
-def _warn_unattainable(cfg: AdapterConfig, spec: AdapterSpec) -> None:
+def _warn_unattainable(spec: AdapterSpec) -> None:
     """Warns where a rank is asked for that the factors cannot have."""
-    if not isinstance(cfg, TwoSidedConfig):  # VeRA's rank is a number of vectors
-        return
     for target in spec.targets:
-        for side, n in (("a", target.d_in), ("b", target.d_out)):
-            limit = n if side == "a" and cfg.side_a == "seeded" else attainable_rank(cfg, n)
-            if cfg.rank > limit:
+        for side, n in zip(SIDES, (target.d_in, target.d_out), strict=True):
+            limit = spec.config.attainable_rank(n, side)
+            rank = getattr(spec.config, "rank", 0)
+            if limit is not None and rank > limit:
                 warnings.warn(
-                    f"rank {cfg.rank} exceeds {limit}, the rank that a side of length {n} of "
+                    f"rank {rank} exceeds {limit}, the rank that a side of length {n} of "
                     f"{target.name} can reach with these settings: parameters are wasted",
                     stacklevel=3,
                 )
                 return
-
-
-def attainable_rank(cfg: LowRankConfig, n: int) -> int:
-    """Largest rank that a side of length n can have under a config."""
-    if not isinstance(cfg, GenLoRAConfig):
-        return n
-    if cfg.attainable_rank is not None:
-        return min(n, cfg.attainable_rank)
-    return min(n, generators.group_count(cfg, n) * (cfg.basis_size + cfg.residual))

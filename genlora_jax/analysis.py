@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.adapter import Adapter
+from genlora_jax.factors import LOW_RANK, by_module
+from genlora_jax.factors.kind import exact_matmul
+from genlora_jax.factors.low_rank import low_rank_singular_values
 from genlora_jax.targets import Target
 
-_PRECISE = jax.lax.Precision.HIGHEST
+singular_values = low_rank_singular_values
 
 
 def decompose(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -29,29 +32,13 @@ def decompose(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     """
     left, left_core = jnp.linalg.qr(a.astype(jnp.float32))
     right, right_core = jnp.linalg.qr(b.astype(jnp.float32).swapaxes(-1, -2))
-    core = jnp.matmul(left_core, right_core.swapaxes(-1, -2), precision=_PRECISE)
+    core = exact_matmul(left_core, right_core.swapaxes(-1, -2))
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    u = jnp.matmul(left, u, precision=_PRECISE)
-    v = jnp.matmul(right, vt.swapaxes(-1, -2), precision=_PRECISE)
+    u = exact_matmul(left, u)
+    v = exact_matmul(right, vt.swapaxes(-1, -2))
     largest = jnp.take_along_axis(u, jnp.abs(u).argmax(-2, keepdims=True), axis=-2)
     sign = jnp.where(largest < 0, -1.0, 1.0)
     return u * sign, s, v * sign
-
-
-def singular_values(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Singular values of the delta `A @ B`, largest first, without forming it.
-
-    Args:
-        a: `[..., d_in, r]`.
-        b: `[..., r, d_out]`.
-
-    Returns:
-        Float32 `[..., min(r, d_in, d_out)]`.
-    """
-    left = jnp.linalg.qr(a.astype(jnp.float32), mode="r")
-    right = jnp.linalg.qr(b.astype(jnp.float32).swapaxes(-1, -2), mode="r")
-    core = jnp.matmul(left, right.swapaxes(-1, -2), precision=_PRECISE)
-    return jnp.linalg.svd(core, compute_uv=False)
 
 
 def effective_rank(values: jax.Array) -> jax.Array:
@@ -117,7 +104,7 @@ def subspace_overlap(
     other_u, _, other_v = decompose(*second)
     overlap = {}
     for side, left, right in (("a", u, other_u), ("b", v, other_v)):
-        cosines = jnp.matmul(left.swapaxes(-1, -2), right, precision=_PRECISE)
+        cosines = exact_matmul(left.swapaxes(-1, -2), right)
         shared = jnp.square(cosines).cumsum(-1).cumsum(-2)
         i, j = (jnp.arange(1, size + 1) for size in shared.shape[-2:])
         overlap[side] = shared / jnp.minimum(i[:, None], j)
@@ -135,20 +122,22 @@ def target_factors(factors: Mapping[str, Any], target: Target) -> tuple[jax.Arra
         `a` `[L, d_in, r]` and `b` `[L, r, d_out]`, padded with zeros to the largest rank.
 
     Raises:
-        ValueError: If a layer of the target has no factors, or a gain.
+        ValueError: If a layer of the target has no factors, or none that are A and B.
     """
-    flat = flatten_dict(dict(factors))
+    modules = by_module(factors)
     sides: dict[str, list[jax.Array]] = {"a": [], "b": []}
     for kernel in target.kernels:
-        if (*kernel.path, "gain_a") in flat:
+        name = ".".join(kernel.path)
+        if kernel.path not in modules:
+            raise ValueError(f"no factors for {name}: leave it out of the targets")
+        kind, leaves = modules[kernel.path]
+        if not set(LOW_RANK.axes) <= set(leaves):
             raise ValueError(
-                f"{'.'.join(kernel.path)} has a gain (hadamard=True): its delta depends on the "
-                "kernel and has no factors of its rank"
+                f"{name} has a {kind.option or kind.name} change, which is no product of A and B: "
+                "its delta has no factors of that rank"
             )
-        if (*kernel.path, "a") not in flat:
-            raise ValueError(f"no factors for {'.'.join(kernel.path)}: leave it out of the targets")
         for side, layers in sides.items():
-            value = jnp.asarray(flat[(*kernel.path, side)])
+            value = jnp.asarray(leaves[side])
             layers.append(value[None] if kernel.stack is None else value[jnp.array(kernel.layers)])
     rank = max(a.shape[-1] for a in sides["a"])
     a = [jnp.pad(x, ((0, 0), (0, 0), (0, rank - x.shape[2]))) for x in sides["a"]]

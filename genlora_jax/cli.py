@@ -10,24 +10,22 @@ from rich.console import Console
 from rich.table import Table
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.analysis import (
-    count_above,
-    effective_rank,
-    parameters_by_target,
-    singular_values,
-)
-from genlora_jax.command import parse, parse_arguments, report_errors
-from genlora_jax.config import AdapterConfig, LowRankConfig, TwoSidedConfig
-from genlora_jax.evaluation.generate import answers
-from genlora_jax.evaluation.subject import Prompt, load_subject
-from genlora_jax.factors import Module, by_module
+from genlora_jax.adapter_files import load_adapter
+from genlora_jax.analysis import count_above, effective_rank, parameters_by_target
+from genlora_jax.factors import HIRA, by_module
+from genlora_jax.factors.kind import Kind, Leaves
+from genlora_jax.files import refuse_existing
+from genlora_jax.generation.answers import answers
+from genlora_jax.generation.subject import Prompt, load_subject
 from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
-from genlora_jax.hf.peft import export_peft, load_factors
+from genlora_jax.hf.peft_export import export_peft
+from genlora_jax.hf.peft_import import load_factors
 from genlora_jax.merge import merge as merge_factors
-from genlora_jax.storage import load_adapter, refuse_existing
-from genlora_jax.targets import Kernel, Target
+from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.settings import parse, parse_arguments, report_errors
+from genlora_jax.targets import KernelLocation
 
 
 def merge(
@@ -82,40 +80,32 @@ def inspect(adapter: str) -> None:
     cfg, loaded = load_adapter(adapter)
     console = Console()
     console.print(_inspection(cfg, loaded))
-    summary = f"{type(cfg).__name__}"
     count = count_parameters(loaded)
-    if isinstance(cfg, LowRankConfig):
-        lora = sum(_lora_size(cfg.rank, target) for target in loaded.spec.targets)
-        summary += f", rank {cfg.rank}, scale {cfg.scale:g}: {count:,} parameters; "
-        summary += f"LoRA of this rank has {lora:,} ({lora / count:.1f} x)"
-    else:
-        summary += f": {count:,} parameters"
-    console.print(summary)
-
-
-def _lora_size(rank: int, target: Target) -> int:
-    return rank * target.depth * (target.d_in + target.d_out)
+    text = f"{cfg.summary}: {count:,} parameters"
+    if lora := sum(cfg.lora_size(target) or 0 for target in loaded.spec.targets):
+        text += f"; LoRA of this rank has {lora:,} ({lora / count:.1f} x)"
+    console.print(text)
 
 
 def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
-    low_rank = isinstance(cfg, LowRankConfig)
-    of = "gain's " if isinstance(cfg, TwoSidedConfig) and cfg.hadamard else ""
+    modules = by_module(generate_factors(cfg, adapter))
+    low_rank = cfg.lora_size(adapter.spec.targets[0]) is not None
+    of = "gain's " if any(kind is HIRA for kind, _ in modules.values()) else ""
     columns = ["parameters", *["LoRA"] * low_rank, f"{of}values > 1 %", f"{of}effective rank"]
     table = Table("target", "layers", "shape", *columns)
     table.columns[0].overflow = "fold"  # a name cut short names nothing
     for column in table.columns[1:]:
         column.justify = "right"
-    modules = by_module(generate_factors(cfg, adapter))
     counts = parameters_by_target(adapter)
     for target in adapter.spec.targets:
-        parts = [_singular_values(modules[kernel.path], kernel) for kernel in target.kernels]
+        parts = [_singular_values(*modules[kernel.path], kernel) for kernel in target.kernels]
         values = jnp.concatenate(parts)
         table.add_row(
             target.name,
             str(target.depth),
             f"{target.d_in} x {target.d_out}",
             f"{counts[target.name]:,}",
-            *([f"{_lora_size(cfg.rank, target):,}"] if isinstance(cfg, LowRankConfig) else []),
+            *([f"{cfg.lora_size(target):,}"] if low_rank else []),
             f"{count_above(values).mean():.1f}",
             f"{effective_rank(values).mean():.1f}",
         )
@@ -124,14 +114,9 @@ def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
     return table
 
 
-def _singular_values(own: Module, kernel: Kernel) -> jax.Array:
+def _singular_values(kind: Kind, leaves: Leaves, kernel: KernelLocation) -> jax.Array:
     """Singular values of the adapted layers' deltas or gains, `[layers, k]`."""
-    if "delta" in own:
-        values = jnp.linalg.svd(own["delta"], compute_uv=False)
-    elif "gain_a" in own:
-        values = singular_values(own["gain_a"], own["gain_b"])
-    else:
-        values = singular_values(own["a"], own["b"])
+    values = kind.singular_values(leaves)
     return values[None] if kernel.stack is None else values[jnp.array(kernel.layers)]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax.factors import refuse_other_than_products
+from genlora_jax.factors import refuse_uncombinable
 
 
 def combine(
@@ -33,7 +33,7 @@ def combine(
         raise ValueError(f"combine needs a weight a set: {len(sets)} sets, {len(weights)} weights")
     found: dict[tuple[str, ...], list[jax.Array]] = {}
     for factors, weight in zip(sets, weights, strict=True):
-        refuse_other_than_products(factors, "combine")
+        refuse_uncombinable(factors, "combine")
         for path, leaf in flatten_dict(dict(factors)).items():
             found.setdefault(path, []).append(leaf * weight if path[-1] == "b" else leaf)
     flat = {}
@@ -62,7 +62,7 @@ def stack(sets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not sets:
         raise ValueError("stack needs at least one set of factors")
     for factors in sets:
-        refuse_other_than_products(factors, "stack")
+        refuse_uncombinable(factors, "stack")
     trees = [flatten_dict(dict(factors)) for factors in sets]
     flat = {}
     for path in dict.fromkeys(path for tree in trees for path in tree):

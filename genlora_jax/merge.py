@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax import merge_kernel
-from genlora_jax.factors import Module, adapted, base_of, by_module, describe, fits
-
-Path = tuple[str, ...]
+from genlora_jax.base.kernel import read_kernel
+from genlora_jax.factors import LOW_RANK, by_module
+from genlora_jax.factors.kind import Kind, Leaves
+from genlora_jax.targets import refuse_other_than_dense
 
 
 def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
-    """The base's parameters with the factors' deltas added to their kernels.
+    """The base's parameters with the factors merged into their kernels.
 
-    Where there are magnitudes (DoRA), the columns of the sums are then brought to these; where
-    there is a gain (`hadamard=True`), the kernel's elements are multiplied with 1 and that.
+    LoRA's and full fine-tuning's delta is added. DoRA then brings the columns of the sum to its
+    magnitudes. HiRA (`hadamard=True`) multiplies the kernel's elements with 1 plus its gain.
 
     Args:
         params: The base's parameters, of any float dtype.
@@ -31,15 +31,15 @@ def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool
     Raises:
         ValueError: If the factors do not fit the base's kernels.
     """
-    return _add(params, factors, 1.0, donate)
+    return _map_kernels(params, factors, "merge", donate)
 
 
 def unmerge(merged: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
     """Inverse of `merge`, up to rounding.
 
-    A float32 base comes back to float32 rounding; a bfloat16 one to one rounding of the merged
-    kernel, half of 2^-7 of its magnitude at most, since the merge itself was rounded to that. What
-    a gain (`hadamard=True`) of exactly -1 made 0 stays 0.
+    A float32 base comes back to float32 rounding. A bfloat16 one comes back to one rounding of the
+    merged kernel, at most half of 2^-7 of its magnitude, since the merge itself was rounded to
+    that. Elements that a gain (`hadamard=True`) of exactly -1 made 0 stay 0.
 
     Args:
         merged: Result of `merge`.
@@ -50,36 +50,68 @@ def unmerge(merged: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bo
         The base's parameters.
 
     Raises:
-        ValueError: If the factors do not fit the kernels, or hold magnitudes.
+        ValueError: If the factors do not fit the kernels, or are DoRA's.
     """
-    for path, own in by_module(factors).items():
-        if "magnitude" in own:
-            raise ValueError(
-                f"unmerge: {'.'.join(path)} was merged with a magnitude (DoRA), which leaves no "
-                "trace of the kernel's own norms; load the base again"
-            )
-    return _add(merged, factors, -1.0, donate)
+    return _map_kernels(merged, factors, "unmerge", donate)
 
 
-def _add(params: Mapping[str, Any], factors: Mapping[str, Any], sign: float, donate: bool) -> Any:
+def _map_kernels(
+    params: Mapping[str, Any], factors: Mapping[str, Any], operation: str, donate: bool
+) -> Any:
     flat = flatten_dict(dict(params))
     pairs = pair_kernels(flat, factors)
+    changed = {}
     # A kernel a program: each needs memory of its own only while it runs, and the parameters
     # without factors are neither copied nor donated.
-    merged = {path: _merge_one(kernel, own, sign, donate) for path, (kernel, own) in pairs.items()}
-    return unflatten_dict(flat | merged)
+    for path, (kernel, kind, leaves) in pairs.items():
+        try:
+            changed[path] = _change_one(kernel, kind, leaves, operation, donate)
+        except ValueError as error:
+            raise ValueError(f"{operation}: {'.'.join(path[:-1])} {error}") from None
+    return unflatten_dict(flat | changed)
 
 
-def _merge_one(kernel: Any, own: Module, sign: float, donate: bool) -> Any:
+def pair_kernels(
+    flat: Mapping[tuple[str, ...], Any], factors: Mapping[str, Any]
+) -> dict[tuple[str, ...], tuple[Any, Kind, Leaves]]:
+    """Matches factors with the kernels that they belong to.
+
+    Args:
+        flat: Flattened parameters.
+        factors: Tree of factors.
+
+    Returns:
+        A kernel, the kind of its factors and their leaves, by the kernel's path.
+
+    Raises:
+        ValueError: If a kernel is missing, of another shape, or not a Dense's.
+    """
+    pairs = {}
+    for module, (kind, leaves) in by_module(factors).items():
+        path, name = (*module, "kernel"), ".".join(module)
+        if path not in flat:
+            raise ValueError(f"factors for {name}, which has no kernel in these parameters")
+        if not kind.fits(leaves, flat[path].shape):
+            raise ValueError(
+                f"factors of {name} have shapes {kind.describe(leaves)}; "
+                f"the kernel has {flat[path].shape}"
+            )
+        refuse_other_than_dense(module, flat)
+        pairs[path] = (flat[path], kind, leaves)
+    return pairs
+
+
+def _change_one(kernel: Any, kind: Kind, leaves: Leaves, operation: str, donate: bool) -> Any:
     platform = _platform(kernel)
     if platform == "cpu" and kernel.ndim == 3:
         # In one program XLA would copy a whole bfloat16 stack on CPUs before it writes to it.
         kernel = kernel if donate else jnp.copy(kernel)
         for i in range(kernel.shape[0]):
-            kernel = _write_layer(kernel, _merge_layer(kernel, own, i, sign), i)
+            layer = _change_layer(kernel, leaves, i, kind, operation)
+            kernel = _write_layer(kernel, layer, i)
         return kernel
-    program = _merge_donating if donate else _merge_copying
-    return program(kernel, own, sign, platform == "gpu")
+    program = _change_donating if donate else _change_copying
+    return program(kernel, leaves, kind, operation, platform == "gpu")
 
 
 def _platform(kernel: Any) -> str | None:
@@ -90,60 +122,41 @@ def _platform(kernel: Any) -> str | None:
     return next(iter(devices)).platform if len(devices) == 1 else None
 
 
-def pair_kernels(
-    flat: Mapping[Path, Any], factors: Mapping[str, Any]
-) -> dict[Path, tuple[Any, Module]]:
-    """Matches factors with the kernels that they belong to.
-
-    Args:
-        flat: Flattened parameters.
-        factors: Tree of factors.
-
-    Returns:
-        A kernel and its factors, by the kernel's path.
-
-    Raises:
-        ValueError: If a kernel is missing or of another shape.
-    """
-    pairs = {}
-    for module, own in by_module(factors).items():
-        path, name = (*module, "kernel"), ".".join(module)
-        if path not in flat:
-            raise ValueError(f"factors for {name}, which has no kernel in these parameters")
-        if not fits(own, flat[path].shape):
-            raise ValueError(
-                f"factors of {name} have shapes {describe(own)}; the kernel has {flat[path].shape}"
-            )
-        pairs[path] = (flat[path], own)
-    return pairs
+def _changed(kernel: jax.Array, leaves: Leaves, kind: Kind, operation: str) -> jax.Array:
+    changed = getattr(kind, operation)(read_kernel(kernel, jnp.float32), leaves)
+    return changed.astype(kernel.dtype)
 
 
-def _changed(kernel: jax.Array, own: Module, sign: float) -> jax.Array:
-    return (adapted if sign > 0 else base_of)(kernel, own).astype(kernel.dtype)
+def _layer(leaves: Leaves, i: Any) -> Leaves:
+    return {leaf: value[i] for leaf, value in leaves.items()}
 
 
-def _layer(own: Module, i: Any) -> Module:
-    return {leaf: value[i] for leaf, value in own.items()}
+def _change(
+    kernel: jax.Array, leaves: Leaves, kind: Kind, operation: str, on_one_gpu: bool
+) -> jax.Array:
+    if on_one_gpu and kind is LOW_RANK:
+        from genlora_jax import merge_gpu  # here, since Pallas takes a second to import
 
-
-def _merge(kernel: jax.Array, own: Module, sign: float, on_one_gpu: bool) -> jax.Array:
-    if on_one_gpu and set(own) == {"a", "b"} and merge_kernel.fits(kernel.shape):
-        return merge_kernel.add_product(kernel, own["a"], own["b"], sign=sign)
+        if merge_gpu.fits(kernel.shape):
+            sign = 1.0 if operation == "merge" else -1.0
+            return merge_gpu.add_product(kernel, leaves["a"], leaves["b"], sign=sign)
     if kernel.ndim == 2:
-        return _changed(kernel, own, sign)
+        return _changed(kernel, leaves, kind, operation)
 
     # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
     def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
         before = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
-        after = _changed(before, _layer(own, i), sign)
+        after = _changed(before, _layer(leaves, i), kind, operation)
         return jax.lax.dynamic_update_index_in_dim(kernel, after, i, 0)
 
     return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
 
 
-@functools.partial(jax.jit, static_argnames="sign")
-def _merge_layer(kernel: jax.Array, own: Module, i: jax.Array, sign: float) -> jax.Array:
-    return _changed(kernel[i], _layer(own, i), sign)
+@functools.partial(jax.jit, static_argnames=("kind", "operation"))
+def _change_layer(
+    kernel: jax.Array, leaves: Leaves, i: jax.Array, kind: Kind, operation: str
+) -> jax.Array:
+    return _changed(kernel[i], _layer(leaves, i), kind, operation)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -151,6 +164,6 @@ def _write_layer(kernel: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array
     return jax.lax.dynamic_update_index_in_dim(kernel, layer, i, 0)
 
 
-_STATIC = ("sign", "on_one_gpu")
-_merge_copying = functools.partial(jax.jit, static_argnames=_STATIC)(_merge)
-_merge_donating = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=0)(_merge)
+_STATIC = ("kind", "operation", "on_one_gpu")
+_change_copying = functools.partial(jax.jit, static_argnames=_STATIC)(_change)
+_change_donating = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=0)(_change)

@@ -1,25 +1,21 @@
-"""Meshes of devices: their axes, and which axis of the mesh cuts which axis of an array.
+"""Which axis of a mesh shards which axis of an array.
 
-`data` cuts the batch. `fsdp` cuts the batch and the base: a layer's kernels are put together where
-and when they are needed. `tensor` cuts the base and the work within a layer. Adapter and optimizer
-are on every device, as they are small, but for the whole deltas of full fine-tuning: those lie like
-their kernels.
+Adapter and optimizer are replicated, as they are small, but for the whole deltas of full
+fine-tuning: those are sharded like their kernels.
 """
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from genlora_jax.models.config import AXES, BATCH
+from genlora_jax.factors import by_module
+from genlora_jax.mesh import BATCH, batch_shards
 from genlora_jax.targets import module_of
 
 _IN, _OUT = ("fsdp", "tensor"), ("tensor", "fsdp")
@@ -34,66 +30,6 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Sizes of the mesh's axes; one of them may be -1: what the others leave.
-
-    Attributes:
-        data: Copies of the base, each with its share of the batch.
-        fsdp: Parts of the base, each also with its share of the batch.
-        tensor: Parts of every layer's work.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the field at fault."""
-        for axis in AXES:
-            if (size := getattr(self, axis)) != -1 and size < 1:
-                raise ValueError(f"mesh.{axis} must be at least 1, or -1, got {size}")
-        if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
-            raise ValueError("mesh: only one of data, fsdp and tensor can be -1")
-
-
-def resolve(cfg: MeshConfig, count: int) -> MeshConfig:
-    """The config with its -1 filled in for so many devices.
-
-    Raises:
-        ValueError: If its sizes do not multiply to that number.
-    """
-    sizes = {axis: getattr(cfg, axis) for axis in AXES}
-    given = math.prod(size for size in sizes.values() if size != -1)
-    if count % given or (-1 not in sizes.values() and given != count):
-        said = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"mesh {said} does not fit the {count} devices that there are")
-    return MeshConfig(**{a: count // given if size == -1 else size for a, size in sizes.items()})
-
-
-def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a config.
-
-    Args:
-        cfg: Sizes of its axes.
-        devices: By default all devices of all processes.
-
-    Raises:
-        ValueError: If the sizes do not multiply to the number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    cfg = resolve(cfg, len(devices))
-    sizes = [getattr(cfg, axis) for axis in AXES]
-    # Split: an axis need not be one or more whole axes of a TPU's torus.
-    laid_out = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Number of parts of a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device."""
     return NamedSharding(mesh, P())
@@ -106,24 +42,15 @@ def param_specs(params: Mapping[str, Any]) -> Any:
 
 
 def factor_specs(factors: Mapping[str, Any]) -> Any:
-    """How factors lie on a mesh: A like its kernel's inputs, `delta` like all of the kernel.
-
-    And B and `magnitude` like its outputs.
-    """
+    """How factors are sharded: their axes of inputs and outputs like the kernel's, not the rank."""
     flat = {}
-    for path, leaf in flatten_dict(dict(factors)).items():
-        kernel = _spec((*path[:-1], "kernel"), 2)
+    for path, (kind, leaves) in by_module(factors).items():
+        kernel = _spec((*path, "kernel"), 2)
         rows, columns = kernel if len(kernel) == 2 else (None, None)
-        kinds: dict[str, tuple[str | None, ...]] = {
-            "a": (rows, None),
-            "b": (None, columns),
-            "magnitude": (columns,),
-            "gain_a": (rows, None),
-            "gain_b": (None, columns),
-            "delta": (rows, columns),
-        }
-        own = kinds[path[-1]]
-        flat[path] = P(*(None,) * (len(leaf.shape) - len(own)), *own)
+        mesh_axes = {"in": rows, "out": columns, "rank": None}
+        for leaf, value in leaves.items():
+            axes = [mesh_axes[axis] for axis in kind.axes[leaf]]
+            flat[(*path, leaf)] = P(*(None,) * (len(value.shape) - len(axes)), *axes)
     return unflatten_dict(flat)
 
 

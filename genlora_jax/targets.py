@@ -1,4 +1,4 @@
-"""Which kernels an adapter adapts: patterns over module paths."""
+"""Which modules an adapter adapts: patterns over module paths, and what a Dense is."""
 
 import re
 from collections.abc import Mapping
@@ -7,19 +7,57 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from genlora_jax.config import AdapterConfig
+from genlora_jax.checks import require, require_int
 
-Path = tuple[str, ...]
-# Modules of one parent that read the same vector, under one word.
-_INPUTS = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
-}
 _INDEXED = re.compile(r"(.+)_(\d+)")
+_SCANNED = re.compile(r"layers|Scan.*")  # names that say `nn.scan`: ours, and Linen's own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class TargetSelection:
+    """Which modules are adapted.
+
+    Attributes:
+        targets: `"all-linear"` (every Dense but `lm_head`), or patterns. A pattern is the last
+            part(s) of a module's dotted path without layer index (`"q_proj"`), or a regular
+            expression that matches the whole of it.
+        exclude: Patterns of modules to leave out of `targets`.
+        layers: Indices of the layers to adapt; `None` means all.
+    """
+
+    targets: str | list[str] | tuple[str, ...] = "all-linear"
+    exclude: list[str] | tuple[str, ...] = ()
+    layers: list[int] | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        # Tuples, so that a config is hashable and can be a static argument of a jitted function.
+        for field in ("targets", "exclude", "layers"):
+            value = getattr(self, field)
+            if isinstance(value, list):
+                object.__setattr__(self, field, tuple(value))
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            object.__setattr__(self, "targets", (self.targets,))
+        if isinstance(self.exclude, str):
+            object.__setattr__(self, "exclude", (self.exclude,))
+        for field in ("targets", "exclude"):
+            value = getattr(self, field)
+            listed = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+            require(
+                listed or value == "all-linear",
+                f"{field} must be a list of names or regular expressions, got {value!r}",
+            )
+        require(len(self.targets) > 0, "targets is empty: name at least one module")
+        if self.layers is not None:
+            require(isinstance(self.layers, tuple), f"layers must be a list, got {self.layers!r}")
+            require(len(self.layers) > 0, "layers is empty: leave it out to adapt every layer")
+            for layer in self.layers:
+                require_int("layers", layer, 0)
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelLocation:
     """One array of a base's parameters that holds kernels of a target.
 
     Attributes:
@@ -28,14 +66,14 @@ class Kernel:
         layers: Indices of the adapted layers; positions in the stack if there is one.
     """
 
-    path: Path
+    path: tuple[str, ...]
     stack: int | None
     layers: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Kernels of one name and shape `[d_in, d_out]`, over all adapted layers.
+    """Dense modules of one name and shape `[d_in, d_out]`, over all adapted layers.
 
     Attributes:
         name: Dotted module path without layer index, such as `model.layers.self_attn.q_proj`.
@@ -47,14 +85,7 @@ class Target:
     name: str
     d_in: int
     d_out: int
-    kernels: tuple[Kernel, ...]
-
-    @property
-    def input(self) -> tuple[str, int, tuple[int, ...]]:
-        """What the target's kernels read, by their names: equal for those that read the same."""
-        parent, _, own = module_of(self.name).rpartition(".")
-        layers = tuple(layer for kernel in self.kernels for layer in kernel.layers)
-        return f"{parent}.{_INPUTS.get(own, own)}", self.d_in, layers
+    kernels: tuple[KernelLocation, ...]
 
     @property
     def depth(self) -> int:
@@ -62,27 +93,12 @@ class Target:
         return sum(len(kernel.layers) for kernel in self.kernels)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterSpec:
-    """The static part of an adapter: hashable, no arrays.
-
-    Attributes:
-        targets: What is adapted and where it lies in the base.
-        seed: Seed of what is rebuilt rather than stored.
-        fingerprint: Digest of the names and sizes of all the base's parameters.
-    """
-
-    targets: tuple[Target, ...]
-    seed: int
-    fingerprint: str
-
-
 def module_of(target: str) -> str:
     """The module's dotted path in a target's name, which may tell shapes apart as well."""
     return target.partition("[")[0]
 
 
-def split_layer(path: Path) -> tuple[str, int | None]:
+def split_layer(path: tuple[str, ...]) -> tuple[str, int | None]:
     """The dotted name of a module without its layer index, and that index.
 
     A layer index is a part of the path that is a number (`layers/3`) or ends with one
@@ -106,7 +122,107 @@ def matches(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or bool(re.fullmatch(pattern, name))
 
 
-def _select(field: str, patterns: tuple[str, ...], names: list[str]) -> set[str]:
+def is_scanned(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> bool:
+    """Whether a module's leaves are stacked by an `nn.scan` around it.
+
+    Only parameters are known here, and a stack of Dense kernels has as many dimensions as the
+    kernel of a `DenseGeneral` or of a one-dimensional `Conv`. A scan shows in the tree: all leaves
+    of the scanned module have the layers as their first axis, and none of its kernels has fewer
+    than three. Where a module around holds nothing but such kernels of one shape, its name must
+    say that it is scanned (`layers`, or `Scan...`, which Linen gives).
+
+    Args:
+        module: Path of the module.
+        flat: Flattened parameters, arrays or shapes.
+    """
+    layers = flat[(*module, "kernel")].shape[0]
+    if _SCANNED.fullmatch(module[-1]):
+        return True
+    for depth in range(len(module) - 1, -1, -1):
+        scanned = module[:depth]
+        leaves = {path: leaf.shape for path, leaf in flat.items() if path[:depth] == scanned}
+        if any(not shape or shape[0] != layers for shape in leaves.values()):
+            return False
+        kernels = [shape for path, shape in leaves.items() if path[-1] == "kernel"]
+        if min(map(len, kernels)) < 3:
+            return False
+        named = any(map(_SCANNED.fullmatch, scanned))
+        if named or len(leaves) > len(kernels) or len(set(kernels)) > 1:
+            return True
+    return False
+
+
+def refuse_other_than_dense(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> None:
+    """Raises ValueError unless a module's kernel is a Dense's, or a stack of them by `nn.scan`."""
+    shape = flat[(*module, "kernel")].shape
+    if len(shape) != 2 and not (len(shape) == 3 and is_scanned(module, flat)):
+        raise ValueError(
+            f"{'.'.join(module)} is no Dense: its kernel has shape {tuple(shape)}, as those of "
+            "DenseGeneral and Conv have. Leave it out of targets, or name it in exclude; if "
+            'nn.scan stacks it, name the scanned module "layers"'
+        )
+
+
+def find_targets(selection: TargetSelection, params: Mapping[str, Any]) -> tuple[Target, ...]:
+    """The Dense modules of a base that are selected.
+
+    Args:
+        selection: Patterns and layers.
+        params: The base's tree of parameters, arrays or shapes. Kernels are leaves named
+            `kernel` of shape `[d_in, d_out]`, or `[layers, d_in, d_out]` under `nn.scan`.
+
+    Returns:
+        Targets in the order of their names.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or a module that is no Dense, or a layer does
+            not exist.
+    """
+    flat = flatten_dict(dict(params))
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for path in flat:
+        if path[-1] == "kernel" and len(path) > 1:
+            found.setdefault(split_layer(path[:-1])[0], []).append(path[:-1])
+    selected = _selected(selection, sorted(found))
+
+    targets, present = [], set()
+    for name in sorted(selected):
+        shapes: dict[tuple[int, int], list[KernelLocation]] = {}
+        for module in found[name]:
+            refuse_other_than_dense(module, flat)
+            shape = flat[(*module, "kernel")].shape
+            stack = shape[0] if len(shape) == 3 else None
+            layers = tuple(range(stack)) if stack else (split_layer(module)[1] or 0,)
+            location = KernelLocation(path=module, stack=stack, layers=layers)
+            shapes.setdefault(shape[-2:], []).append(location)
+            present |= set(layers)
+        for (d_in, d_out), kernels in shapes.items():
+            # Modules of one name and several shapes share nothing: a target each.
+            suffix = f"[{d_in}x{d_out}]" if len(shapes) > 1 else ""
+            kept = _narrow(kernels, selection.layers)
+            if kept:
+                targets.append(Target(name=name + suffix, d_in=d_in, d_out=d_out, kernels=kept))
+    if missing := sorted(set(selection.layers or ()) - present):
+        raise ValueError(
+            f"layers: {missing} not in the base, whose targets have layers 0 to {max(present)}"
+        )
+    return tuple(targets)
+
+
+def _selected(selection: TargetSelection, names: list[str]) -> set[str]:
+    """The names that are selected."""
+    if selection.targets == "all-linear":
+        selected = {name for name in names if name.rsplit(".", 1)[-1] != "lm_head"}
+        require(bool(selected), "targets: the base has no kernel to adapt")
+    else:
+        selected = _match("targets", tuple(selection.targets), names)
+    if selection.exclude:
+        selected -= _match("exclude", tuple(selection.exclude), names)
+    require(bool(selected), "exclude: leaves none of the targets")
+    return selected
+
+
+def _match(field: str, patterns: tuple[str, ...], names: list[str]) -> set[str]:
     """The names that any of the patterns matches; every pattern must match one."""
     selected: set[str] = set()
     for pattern in patterns:
@@ -127,68 +243,13 @@ def _select(field: str, patterns: tuple[str, ...], names: list[str]) -> set[str]
     return selected
 
 
-def find_targets(cfg: AdapterConfig, params: Mapping[str, Any]) -> tuple[Target, ...]:
-    """The kernels of a base that a config asks for.
-
-    Args:
-        cfg: Its `targets`, `exclude` and `layers`.
-        params: The base's tree of parameters, arrays or shapes. Kernels are leaves named
-            `kernel` of shape `[d_in, d_out]`, or `[layers, d_in, d_out]` under `nn.scan`.
-
-    Returns:
-        Targets in the order of their names.
-
-    Raises:
-        ValueError: If a pattern matches nothing, or a layer does not exist.
-    """
-    found: dict[str, dict[tuple[int, int], list[Kernel]]] = {}
-    for path, leaf in flatten_dict(dict(params)).items():
-        if path[-1] != "kernel" or len(leaf.shape) not in (2, 3) or len(path) < 2:
-            continue
-        name, index = split_layer(path[:-1])
-        stack = leaf.shape[0] if len(leaf.shape) == 3 else None
-        layers = tuple(range(stack)) if stack else (index or 0,)
-        kernel = Kernel(path=path[:-1], stack=stack, layers=layers)
-        found.setdefault(name, {}).setdefault(leaf.shape[-2:], []).append(kernel)
-
-    names = sorted(found)
-    if cfg.targets == "all-linear":
-        selected = {name for name in names if name.rsplit(".", 1)[-1] != "lm_head"}
-        if not selected:
-            raise ValueError("targets: the base has no kernel to adapt")
-    else:
-        selected = _select("targets", tuple(cfg.targets), names)
-    if cfg.exclude:
-        selected -= _select("exclude", tuple(cfg.exclude), names)
-    if not selected:
-        raise ValueError("exclude: leaves none of the targets")
-
-    targets = []
-    for name in sorted(selected):
-        for (d_in, d_out), kernels in found[name].items():
-            # Modules of one name and several shapes share nothing: a target each.
-            suffix = f"[{d_in}x{d_out}]" if len(found[name]) > 1 else ""
-            kept = _narrow(kernels, cfg.layers)
-            if kept:
-                targets.append(Target(name=name + suffix, d_in=d_in, d_out=d_out, kernels=kept))
-    _check_layers(cfg, [k for name in selected for ks in found[name].values() for k in ks])
-    return tuple(targets)
-
-
-def _narrow(kernels: list[Kernel], layers: Any) -> tuple[Kernel, ...]:
+def _narrow(
+    kernels: list[KernelLocation], layers: list[int] | tuple[int, ...] | None
+) -> tuple[KernelLocation, ...]:
     """The kernels in the order of their layers, less the layers that are not asked for."""
     kept = []
     for kernel in sorted(kernels, key=lambda kernel: kernel.layers):
         inside = tuple(i for i in kernel.layers if layers is None or i in layers)
         if inside:
-            kept.append(Kernel(path=kernel.path, stack=kernel.stack, layers=inside))
+            kept.append(KernelLocation(path=kernel.path, stack=kernel.stack, layers=inside))
     return tuple(kept)
-
-
-def _check_layers(cfg: AdapterConfig, kernels: list[Kernel]) -> None:
-    present = {layer for kernel in kernels for layer in kernel.layers}
-    missing = sorted(set(cfg.layers or ()) - present)
-    if missing:
-        raise ValueError(
-            f"layers: {missing} not in the base, whose targets have layers 0 to {max(present)}"
-        )

@@ -4,12 +4,12 @@ import pytest
 from tiny_base import REPOSITORY
 
 from genlora_jax.cli import main
-from genlora_jax.command import parse
+from genlora_jax.mesh import make_mesh
 from genlora_jax.plan import report
 from genlora_jax.plan.chips import GIB, parse_topology
 from genlora_jax.plan.compiled import compile_step, topology_devices
 from genlora_jax.plan.estimate import MARGIN, candidates, rank_meshes
-from genlora_jax.sharding import make_mesh
+from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
 
 FILE = str(REPOSITORY / "train" / "recipes" / "llama3_8b_v5e_16.yaml")

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import genlora_jax as gl
 from genlora_jax.analysis import parameters_by_target
-from genlora_jax.config import config_from_json, config_to_json
+from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.targets import find_targets

@@ -17,9 +17,9 @@ from tiny_base import write_base
 import genlora_jax as gl
 import train.finetune as script
 from genlora_jax.cli import main
-from genlora_jax.command import parse
+from genlora_jax.mesh import make_mesh
 from genlora_jax.methods import vera
-from genlora_jax.sharding import make_mesh
+from genlora_jax.settings import parse
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.recipe import Recipe
 

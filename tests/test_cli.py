@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 import genlora_jax as gl
 from genlora_jax.cli import main
-from genlora_jax.command import report_errors
 from genlora_jax.hf.checkpoint import stop_tokens
+from genlora_jax.settings import report_errors
 
 CFG = gl.GenLoRAConfig(rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"])
 PROMPT = "Ann has 3 pies and"

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from genlora_jax.evaluation import code, sandbox
+from genlora_jax.evaluation.sandbox import sandbox
+from genlora_jax.evaluation.tasks import code
 
 # Only what waits for ever may meet its limit: on a machine at work a second is soon over.
 AMPLE = 60.0

@@ -15,8 +15,10 @@ from tiny_base import TOKENIZER
 from transformers import AutoTokenizer
 
 import genlora_jax as gl
-from genlora_jax.evaluation import match
-from genlora_jax.training.data import DataConfig, eval_batches, load_examples, train_batches
+from genlora_jax.data.config import DataConfig
+from genlora_jax.data.encode import load_examples
+from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.evaluation.tasks import match
 from genlora_jax.training.losses import next_token_targets, summed_loss
 
 CHAT = (

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import genlora_jax as gl
 import train.evaluate as script
-from genlora_jax.evaluation import choices, harness, match, scoring, tasks
-from genlora_jax.evaluation.generate import answers
+from genlora_jax.data.rows import read_rows
+from genlora_jax.evaluation import harness, scoring
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
-from genlora_jax.evaluation.subject import Subject, load_subject
-from genlora_jax.training.rows import read_rows
+from genlora_jax.evaluation.tasks import choices, match
+from genlora_jax.evaluation.tasks import task as tasks
+from genlora_jax.generation.answers import answers
+from genlora_jax.generation.subject import Subject, load_subject
 
 QUESTIONS = REPOSITORY / "train" / "quickstart" / "data" / "test.jsonl"
 POSITIONS = 64

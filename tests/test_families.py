@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import genlora_jax as gl
-from genlora_jax.decoding import decode
+from genlora_jax.generation.decoding import decode
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 7}
 FAMILIES = {

@@ -17,11 +17,11 @@ from tiny_base import SHAPE, write_base
 
 import genlora_jax as gl
 import train.finetune as script
-from genlora_jax.command import parse
+from genlora_jax.data.config import DataConfig
+from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.config import LlamaConfig
-from genlora_jax.sharding import MeshConfig, make_mesh
+from genlora_jax.settings import parse
 from genlora_jax.training import processes
-from genlora_jax.training.data import DataConfig
 from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.output import keep_recipe
 from genlora_jax.training.recipe import ModelConfig, Recipe, TrainConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import genlora_jax as gl
-from genlora_jax.decoding import decode
+from genlora_jax.generation.decoding import decode
 from genlora_jax.models.attention import attend
 
 LLAMA3_ROPE = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genlora_jax.merge_kernel import TILE, add_product, fits
+from genlora_jax.merge_gpu import TILE, add_product, fits
 
 
 @pytest.mark.parametrize("rank", [1, 16, 20, 48])

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 import genlora_jax as gl
 from genlora_jax import factors, sharding
 from genlora_jax.adapter import adapter_shapes, adapter_spec
-from genlora_jax.config import config_from_json, config_to_json
-from genlora_jax.sharding import MeshConfig, make_mesh
+from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.training.losses import summed_loss
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 

@@ -11,12 +11,12 @@ from tiny_base import REPOSITORY
 
 import genlora_jax as gl
 from genlora_jax.cli import main
-from genlora_jax.command import parse
+from genlora_jax.mesh import MeshConfig, make_mesh, resolve
 from genlora_jax.plan.chips import CHIPS, GIB, parse_topology
 from genlora_jax.plan.compiled import collective_bytes
 from genlora_jax.plan.estimate import MARGIN, PASSES, candidates, estimate, rank_meshes
 from genlora_jax.plan.program import build
-from genlora_jax.sharding import MeshConfig, make_mesh, resolve
+from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
 
 RECIPE = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genlora_jax.command import parse
+from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent

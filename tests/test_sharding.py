@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import genlora_jax as gl
 from genlora_jax import sharding
-from genlora_jax.sharding import MeshConfig, make_mesh
+from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.training.step import init_state, make_eval_step, make_train_step
 
 MESHES = {

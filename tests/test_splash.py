@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import genlora_jax as gl
+from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.attention import attend
-from genlora_jax.sharding import MeshConfig, make_mesh, named, param_specs
+from genlora_jax.sharding import named, param_specs
 
 MESHES = [None, MeshConfig(data=2, fsdp=2, tensor=2)]
 

@@ -16,14 +16,15 @@ from tiny_base import REPOSITORY, write_base
 import genlora_jax as gl
 import train.finetune as finetune_script
 import train.sweep as script
-from genlora_jax.command import parse
+from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.attention import attend, attend_as_one_batch
-from genlora_jax.sharding import MeshConfig, make_mesh, named, param_specs
-from genlora_jax.training import sweep_program
-from genlora_jax.training.members import Member
+from genlora_jax.settings import parse
+from genlora_jax.sharding import named, param_specs
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
-from genlora_jax.training.sweep import initial_states, run_sweep
+from genlora_jax.training.sweep import program as sweep_program
+from genlora_jax.training.sweep.members import Member
+from genlora_jax.training.sweep.run import initial_states, run_sweep
 
 STEPS, EVERY = 4, 2
 CFG = gl.GenLoRAConfig(

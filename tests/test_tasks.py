@@ -6,9 +6,10 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from genlora_jax.evaluation import choices, code, match, tasks
-from genlora_jax.evaluation.generate import cut
-from genlora_jax.training.rows import read_rows
+from genlora_jax.data.rows import read_rows
+from genlora_jax.evaluation.tasks import choices, code, match
+from genlora_jax.evaluation.tasks import task as tasks
+from genlora_jax.generation.answers import cut
 
 
 @pytest.mark.parametrize(

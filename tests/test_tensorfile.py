@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from genlora_jax.hf.tensorfile import (
-    WINDOW,
-    TensorFile,
-    TensorWriter,
-    in_threads,
-    transpose,
-)
+from genlora_jax.hf.tensorfile import WINDOW, TensorFile, TensorWriter, in_threads, transpose
 
 
 @pytest.fixture

@@ -11,18 +11,18 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from genlora_jax.command import parse, report_errors
-from genlora_jax.evaluation import choices, code, match, perplexity
-from genlora_jax.evaluation.choices import ChoicesConfig
-from genlora_jax.evaluation.code import CodeConfig
-from genlora_jax.evaluation.generate import room
-from genlora_jax.evaluation.match import MatchConfig
-from genlora_jax.evaluation.perplexity import PerplexityConfig
-from genlora_jax.evaluation.sandbox import isolation
-from genlora_jax.evaluation.subject import load_subject
-from genlora_jax.evaluation.tasks import PromptConfig, read_examples
-from genlora_jax.sharding import MeshConfig, make_mesh
-from genlora_jax.storage import new_directory, refuse_existing
+from genlora_jax.evaluation.sandbox.sandbox import isolation
+from genlora_jax.evaluation.tasks import choices, code, match, perplexity
+from genlora_jax.evaluation.tasks.choices import ChoicesConfig
+from genlora_jax.evaluation.tasks.code import CodeConfig
+from genlora_jax.evaluation.tasks.match import MatchConfig
+from genlora_jax.evaluation.tasks.perplexity import PerplexityConfig
+from genlora_jax.evaluation.tasks.task import PromptConfig, read_examples
+from genlora_jax.files import new_directory, refuse_existing
+from genlora_jax.generation.answers import room
+from genlora_jax.generation.subject import load_subject
+from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.settings import parse, report_errors
 from genlora_jax.training.provenance import digest, provenance
 from genlora_jax.training.recipe import ModelConfig
 

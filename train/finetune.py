@@ -19,15 +19,17 @@ import jax
 from jax.sharding import Mesh
 
 import genlora_jax as gl
-from genlora_jax.command import parse, report_errors
-from genlora_jax.config import config_to_json
-from genlora_jax.factors import by_module, side_a
+from genlora_jax.adapter_files import load_config
+from genlora_jax.data.encode import load_examples
+from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.factors import by_module
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
-from genlora_jax.hf.peft import is_peft
-from genlora_jax.sharding import batch_shards, make_mesh, place_batch, state_shardings
-from genlora_jax.storage import load_config
+from genlora_jax.hf.peft_import import is_peft
+from genlora_jax.mesh import batch_shards, make_mesh
+from genlora_jax.methods import config_to_json
+from genlora_jax.settings import parse, report_errors
+from genlora_jax.sharding import place_batch, state_shardings
 from genlora_jax.training.checkpoint import Checkpoints, difference
-from genlora_jax.training.data import eval_batches, load_examples, train_batches
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import check_output, keep_recipe, make_output
@@ -102,7 +104,7 @@ def initial_adapter(
         return gl.init_adapter(recipe.adapter, key, params, mesh=mesh)
     if isinstance(recipe.adapter, gl.LoRAConfig) and is_peft(source):
         factors = gl.import_peft(source, params)
-        rank = max(side_a(own).shape[-1] for own in by_module(factors).values())
+        rank = max(kind.rank(leaves) or 0 for kind, leaves in by_module(factors).values())
         if rank > recipe.adapter.rank:
             raise ValueError(
                 f"train.init_from: {source} has rank {rank}, more than adapter.rank "

@@ -24,17 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 import genlora_jax as gl
-from genlora_jax.command import parse, report_errors
+from genlora_jax.data.encode import load_examples
+from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.files import new_directory, refuse_existing
 from genlora_jax.hf.checkpoint import load_tokenizer, locate
-from genlora_jax.sharding import batch_shards, make_mesh
-from genlora_jax.storage import new_directory, refuse_existing
-from genlora_jax.training.data import eval_batches, load_examples, train_batches
+from genlora_jax.mesh import batch_shards, make_mesh
+from genlora_jax.settings import parse, report_errors
 from genlora_jax.training.interrupt import Interruption
-from genlora_jax.training.members import Member, SweepResult
 from genlora_jax.training.output import RECIPE, write_recipe
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
-from genlora_jax.training.sweep import check_passes, run_sweep
+from genlora_jax.training.sweep.members import Member, SweepResult
+from genlora_jax.training.sweep.run import check_passes, run_sweep
 from train.finetune import check_shape, check_start, initial_adapter
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Member))

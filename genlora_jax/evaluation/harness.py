@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from genlora_jax.evaluation.generate import answers, cut
 from genlora_jax.evaluation.scoring import Pair, Score, encode_pair, log_likelihoods
-from genlora_jax.evaluation.subject import Subject
+from genlora_jax.generation.answers import answers, cut
+from genlora_jax.generation.subject import Subject
 
 MAX_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say
 

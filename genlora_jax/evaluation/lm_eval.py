@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from genlora_jax.evaluation import harness
-from genlora_jax.evaluation.subject import Subject, load_subject
+from genlora_jax.generation.subject import Subject, load_subject
 
 
 @register_model("genlora_jax")

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genlora_jax.evaluation.subject import Subject
+from genlora_jax.generation.answers import padded
+from genlora_jax.generation.subject import Subject
 from genlora_jax.inject import apply
 from genlora_jax.models.llama import LlamaForCausalLM
 from genlora_jax.training.losses import cut_columns, split_head
 
-SHORTEST = 32
 CHUNK = 1024  # tokens whose logits exist at a time
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
@@ -24,11 +24,6 @@ class Score(NamedTuple):
 
     logprob: float
     greedy: bool
-
-
-def padded(length: int) -> int:
-    """The next power of two, so that few lengths are compiled."""
-    return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 def encode_pair(subject: Subject, context: str, continuation: str) -> Pair:

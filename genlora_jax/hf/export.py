@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from genlora_jax.files import new_directory
 from genlora_jax.hf.checkpoint import (
     INDEX,
     SINGLE,
@@ -25,7 +26,6 @@ from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import TensorWriter, in_threads, transpose
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.sharding import constrain, replicated
-from genlora_jax.storage import new_directory
 
 
 def export_hf(

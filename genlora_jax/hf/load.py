@@ -15,6 +15,7 @@ from genlora_jax import sharding
 from genlora_jax.hf.checkpoint import Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.tensorfile import in_threads, transpose
+from genlora_jax.mesh import AXES
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
 
@@ -151,7 +152,7 @@ def _reading(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:
     """
     if shape[axis] % mesh.size:
         return sharding.replicated(mesh)
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.AXES))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "turn", "home"))

@@ -1,21 +1,26 @@
 """Full fine-tuning: a delta for every value of the kernel."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
-from genlora_jax.config import FullConfig
-from genlora_jax.methods.method import Kernels, Tree
-from genlora_jax.targets import AdapterSpec, Target
+from genlora_jax.factors.kind import Leaves
+from genlora_jax.methods.config import AdapterConfig, Groups, Kernels
+from genlora_jax.targets import Target
 
 
-def init(
-    cfg: FullConfig, key: jax.Array, target: Target, spec: AdapterSpec, kernels: Kernels
-) -> tuple[Tree, Tree]:
-    """Zeros."""
-    zeros = jnp.zeros((target.depth, target.d_in, target.d_out), jnp.float32)
-    return {"deltas": {target.name: zeros}}, {}
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(AdapterConfig):
+    """Full fine-tuning: a whole delta for every target."""
 
+    def init(
+        self, key: jax.Array, target: Target, targets: tuple[Target, ...], kernels: Kernels
+    ) -> tuple[Groups, Groups]:
+        """Zeros."""
+        zeros = jnp.zeros((target.depth, target.d_in, target.d_out), jnp.float32)
+        return {"deltas": {target.name: zeros}}, {}
 
-def factors(cfg: FullConfig, groups: Tree, target: Target, spec: AdapterSpec) -> Tree:
-    """The delta as it is."""
-    return {"delta": groups["deltas"][target.name]}
+    def factors(self, groups: Groups, target: Target, targets: tuple[Target, ...]) -> Leaves:
+        """The delta as it is."""
+        return {"delta": groups["deltas"][target.name]}

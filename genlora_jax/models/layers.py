@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from genlora_jax.mesh import BATCH
 from genlora_jax.models.attention import Attention, attend
-from genlora_jax.models.config import BATCH, LlamaConfig
+from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.rope import rotate
 
 Cache = Any  # per layer {"k", "v": [..., batch, slots, kv_heads, head_dim]}

@@ -9,7 +9,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from genlora_jax.models.config import BATCH
+from genlora_jax.mesh import BATCH
 
 BLOCK, LANES = 512, 128
 Array = jax.Array

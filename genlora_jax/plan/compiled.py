@@ -6,9 +6,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.plan.chips import Topology
 from genlora_jax.plan.program import build
-from genlora_jax.sharding import MeshConfig, make_mesh
 from genlora_jax.training.recipe import Recipe
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

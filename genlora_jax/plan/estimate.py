@@ -18,17 +18,11 @@ from jax.sharding import AbstractMesh
 
 from genlora_jax.adapter import generate_factors, init_adapter
 from genlora_jax.factors import by_module
+from genlora_jax.mesh import AXES, MeshConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Chip, Topology
 from genlora_jax.plan.program import model_shape
-from genlora_jax.sharding import (
-    AXES,
-    MeshConfig,
-    check_params,
-    factor_specs,
-    param_specs,
-    state_specs,
-)
+from genlora_jax.sharding import check_params, factor_specs, param_specs, state_specs
 from genlora_jax.training.recipe import Recipe
 
 # Passes over the layers: forward, backward, and forward again where nothing was kept.
@@ -169,17 +163,12 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
 
 def _multiplied_values(factors: Any) -> int:
     """Values of the kernels that factors multiply, each of which has a delta as large."""
-    modules = by_module(factors).values()
-    return sum(
-        own["gain_a"].size // own["gain_a"].shape[-1] * own["gain_b"].shape[-1]
-        for own in modules
-        if "gain_a" in own
-    )
+    return sum(kind.formed_values(leaves) for kind, leaves in by_module(factors).values())
 
 
 def _whole_values(factors: Any) -> int:
     """Values of the deltas that are no product of factors."""
-    return sum(own["delta"].size for own in by_module(factors).values() if "delta" in own)
+    return sum(kind.stored_values(leaves) for kind, leaves in by_module(factors).values())
 
 
 def _keeps_no_scores(recipe: Recipe, chip: Chip) -> bool:

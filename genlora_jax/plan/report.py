@@ -3,10 +3,10 @@
 from rich.console import Console
 from rich.table import Table
 
+from genlora_jax.mesh import resolve
 from genlora_jax.plan.chips import GIB, Topology
 from genlora_jax.plan.compiled import Compiled, compile_step
 from genlora_jax.plan.estimate import Estimate, rank_meshes
-from genlora_jax.sharding import resolve
 from genlora_jax.training.recipe import Recipe
 
 SHOWN = 8

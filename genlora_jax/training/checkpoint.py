@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from genlora_jax.config import AdapterConfig, config_to_json
+from genlora_jax.methods import config_to_json
+from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.step import TrainState
 
 STATE, DATA, SHAPES, ADAPTER = "state", "data", "shapes", "adapter"

@@ -9,8 +9,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from genlora_jax.command import dump, parse
-from genlora_jax.storage import write_whole
+from genlora_jax.files import write_whole
+from genlora_jax.settings import dump, parse
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from genlora_jax.config import AdapterConfig, GenLoRAConfig
+from genlora_jax.data.config import DataConfig
+from genlora_jax.mesh import MeshConfig
+from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.methods.genlora import GenLoRAConfig
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import Remat
-from genlora_jax.sharding import MeshConfig
-from genlora_jax.training.data import DataConfig
 from genlora_jax.training.optim import OptimConfig
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from genlora_jax import sharding
 from genlora_jax.adapter import Adapter, generate_factors
-from genlora_jax.config import AdapterConfig
+from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
 
 Metrics = dict[str, jax.Array]

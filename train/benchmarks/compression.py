@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import genlora_jax as gl
-from genlora_jax.fit import minimise
+from genlora_jax.compression import minimise
 from genlora_jax.generators import fixed_centers, generate, init_weights, weight_shapes
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes

@@ -13,11 +13,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from genlora_jax.command import parse
+from genlora_jax.mesh import MeshConfig
 from genlora_jax.plan.chips import GIB, parse_topology
 from genlora_jax.plan.compiled import compile_step
 from genlora_jax.plan.estimate import estimate
-from genlora_jax.sharding import MeshConfig
+from genlora_jax.settings import parse
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 

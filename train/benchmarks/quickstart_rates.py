@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import genlora_jax as gl
-from genlora_jax.command import parse
 from genlora_jax.hf.checkpoint import load_tokenizer
+from genlora_jax.settings import parse
 from genlora_jax.training.metrics import read_records
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe

@@ -28,11 +28,11 @@ from rich.table import Table
 import genlora_jax as gl
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
-from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import init_state, make_train_step
-from genlora_jax.training.sweep import SweepProgram, for_members, initial_states, train_members
+from genlora_jax.training.sweep.members import Member
+from genlora_jax.training.sweep.run import SweepProgram, for_members, initial_states, train_members
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

@@ -21,9 +21,9 @@ from rich.table import Table
 
 import genlora_jax as gl
 from genlora_jax.analysis import singular_values
-from genlora_jax.command import parse
-from genlora_jax.decoding import decode
+from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import load_tokenizer, stop_tokens
+from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
 from train.finetune import finetune
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 import genlora_jax as gl
-from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.provenance import provenance
-from genlora_jax.training.sweep import run_sweep
+from genlora_jax.training.sweep.members import Member
+from genlora_jax.training.sweep.run import run_sweep
 from train.benchmarks.bridge import LORA, ROWS, STEPS, batch, peft, read_rows
 
 RESULT = Path(__file__).parent.parent / "results" / "against_peft.json"

@@ -18,8 +18,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from genlora_jax.evaluation import choices
-from genlora_jax.training.data import DataConfig, encode, eval_batches, train_batches
+from genlora_jax.data.config import DataConfig
+from genlora_jax.data.encode import encode
+from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.evaluation.tasks import choices
 
 VOCABULARY, LENGTH = 8192, 512
 # Rows of a batch and epochs, so that every task has a hundred steps or two.

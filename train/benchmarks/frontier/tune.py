@@ -19,11 +19,12 @@ import optax
 
 import genlora_jax as gl
 from genlora_jax.analysis import singular_values, target_factors
-from genlora_jax.config import LowRankConfig, TwoSidedConfig, config_to_json
+from genlora_jax.methods import config_to_json
+from genlora_jax.methods.config import LowRankConfig, TwoSidedConfig
 from genlora_jax.training.losses import next_token_targets
-from genlora_jax.training.members import Member
 from genlora_jax.training.optim import OptimConfig
-from genlora_jax.training.sweep import run_sweep
+from genlora_jax.training.sweep.members import Member
+from genlora_jax.training.sweep.run import run_sweep
 from train.benchmarks.frontier.arms import ARMS, FIRST, rate_at
 from train.benchmarks.frontier.pretrain import base_model, load_base
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import Adapter, init_adapter
-from genlora_jax.config import AdapterConfig, LowRankConfig
-from genlora_jax.training.members import Member, SweepResult
+from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import TrainState, init_state
-from genlora_jax.training.sweep_program import (
+from genlora_jax.training.sweep.members import Member, SweepResult
+from genlora_jax.training.sweep.program import (
     Numbers,
     SweepProgram,
     evaluate_members,
@@ -170,11 +170,16 @@ def initial_states(
     configs = [member.config(cfg) for member in members]
     optimizer = make_optimizer(program.optim, program.steps)
     singles = [
-        init_state((make_adapter or draw)(own, member.seed), optimizer, member.seed)
-        for own, member in zip(configs, members, strict=True)
+        # One static part for all: members differ in numbers alone.
+        init_state(
+            (make_adapter or draw)(member_cfg, member.seed).with_config(cfg),
+            optimizer,
+            member.seed,
+        )
+        for member_cfg, member in zip(configs, members, strict=True)
     ]
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
-    scales = [_scale(own) / _scale(cfg) for own in configs]
+    scales = [member_cfg.scale / cfg.scale for member_cfg in configs]
     numbers = {
         "learning_rate": jnp.array([member.learning_rate for member in members], jnp.float32),
         "generator_ratio": jnp.array([member.generator_ratio for member in members], jnp.float32),
@@ -186,10 +191,6 @@ def initial_states(
     if len(members) % data:
         raise ValueError(f"{len(members)} members cannot be shared out over mesh.data = {data}")
     return jax.device_put((states, numbers), NamedSharding(program.mesh, P("data")))
-
-
-def _scale(cfg: AdapterConfig) -> float:
-    return cfg.scale if isinstance(cfg, LowRankConfig) else 1.0
 
 
 def for_members(model: nn.Module) -> nn.Module:

@@ -1,13 +1,9 @@
-"""Adapters on disk, and directories that appear whole or not at all."""
+"""Adapters on disk: tensors in safetensors, settings in JSON."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,74 +16,26 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 from genlora_jax.adapter import Adapter, AdapterSpec, adapter_shapes, adapter_spec, base_fingerprint
-from genlora_jax.config import AdapterConfig, config_from_json, config_to_json
+from genlora_jax.files import new_directory
+from genlora_jax.methods import config_from_json, config_to_json
+from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.sharding import place_state
-from genlora_jax.targets import Kernel, Target
+from genlora_jax.targets import KernelLocation, Target
 
 FORMAT = 1
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
-
-
-def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
-    """Raises OSError if `path` exists and is not to be overwritten, or cannot be made."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"cannot write to {above}: choose another output")
-
-
-@contextlib.contextmanager
-def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends well, and else is removed.
-
-    Args:
-        path: The directory to make.
-        overwrite: Replace what is there; it stays until the new one is complete.
-
-    Raises:
-        FileExistsError: If `path` exists and is not to be overwritten.
-        PermissionError: If its parent cannot be written.
-    """
-    path = Path(path)
-    refuse_existing(path, overwrite=overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        raise PermissionError(f"cannot write to {path.parent}: {error.strerror}") from error
-    temporary.chmod(0o755)  # mkdtemp's 0700 would lock out whoever is to serve the result
-    try:
-        yield temporary
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-            path.rename(old / path.name)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a text file that is replaced whole or not at all."""
-    temporary = file.with_name(f"{file.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
 
 
 def config_fingerprint(model: nn.Module | None) -> str | None:
     """Digest of the base's config: what it says beyond its defaults."""
     if model is None:
         return None
-    said = {
+    changed = {
         field.name: getattr(model.config, field.name)
         for field in dataclasses.fields(model.config)
         if getattr(model.config, field.name) != field.default
     }
-    return hashlib.sha256(repr(sorted(said.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(sorted(changed.items())).encode()).hexdigest()[:16]
 
 
 def save_adapter(
@@ -104,7 +52,7 @@ def save_adapter(
 
     Args:
         path: The directory to make.
-        cfg: The adapter's config.
+        cfg: The adapter's config, `adapter.config`.
         adapter: The adapter.
         model: The base's model; with it the file can tell bases apart that differ only in their
             config (`rope_theta`, say), not just in their shapes.
@@ -112,7 +60,10 @@ def save_adapter(
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
+        ValueError: If the config is not the adapter's.
     """
+    if said := cfg.difference(adapter.config):
+        raise ValueError(f"this config is not the one that the adapter was made with: {said}")
     flat = flatten_dict({"trainable": adapter.trainable, "frozen": adapter.frozen}, sep="/")
     arrays = {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
     settings = {
@@ -141,8 +92,8 @@ def load_adapter(
             scanned or unrolled as it pleases. Without it the adapter fits a base laid out like
             the one that it was made on.
         model: The base's model: checks its config, too.
-        mesh: Devices over which to lay the adapter as training on them does; all processes read
-            the file. By default it is on one device.
+        mesh: Devices over which the adapter is sharded, as in training on them; all processes
+            read the file. By default it is on one device.
 
     Returns:
         The config and the adapter.
@@ -152,14 +103,14 @@ def load_adapter(
         ValueError: If a file is damaged, or the adapter was made for another base.
     """
     path = Path(path)
-    cfg, spec, config = _read_settings(path)
+    spec, config = _read_settings(path)
     if params is not None:
         if base_fingerprint(params) != spec.fingerprint:
             raise ValueError(
                 f"{path} was made for another base: its names or shapes differ from these "
                 f"parameters' (fingerprint {spec.fingerprint}, not {base_fingerprint(params)})"
             )
-        spec = adapter_spec(cfg, params)
+        spec = adapter_spec(spec.config, params)
     if model is not None and config not in (None, config_fingerprint(model)):
         raise ValueError(
             f"{path} was made for another base: shapes agree, but not the rest of config.json"
@@ -168,11 +119,11 @@ def load_adapter(
         arrays = load_file(path / TENSORS)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
-    _check_shapes(path / TENSORS, arrays, adapter_shapes(cfg, spec))
+    _check_shapes(path / TENSORS, arrays, adapter_shapes(spec))
     tree = unflatten_dict({tuple(name.split("/")): value for name, value in arrays.items()})
     tree = jax.tree.map(jax.numpy.asarray, tree) if mesh is None else place_state(mesh, tree)
     trainable, frozen = tree.get("trainable", {}), tree.get("frozen", {})
-    return cfg, Adapter(trainable=trainable, frozen=frozen, spec=spec)
+    return spec.config, Adapter(trainable=trainable, frozen=frozen, spec=spec)
 
 
 def load_config(path: str | Path) -> AdapterConfig:
@@ -182,11 +133,11 @@ def load_config(path: str | Path) -> AdapterConfig:
         FileNotFoundError: If a file is missing.
         ValueError: If the settings are damaged.
     """
-    return _read_settings(Path(path))[0]
+    return _read_settings(Path(path))[0].config
 
 
-def _read_settings(path: Path) -> tuple[AdapterConfig, AdapterSpec, str | None]:
-    """The config, the spec of the base it was made on, and the digest of that base's config."""
+def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
+    """The adapter's static part, and the digest of its base's config."""
     for name in (SETTINGS, TENSORS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no adapter: {name} is missing")
@@ -196,18 +147,18 @@ def _read_settings(path: Path) -> tuple[AdapterConfig, AdapterSpec, str | None]:
             raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
         cfg = config_from_json(settings["config"])
         spec = AdapterSpec(
+            config=cfg,
             targets=tuple(_target(entry) for entry in settings["targets"]),
-            seed=cfg.seed,
             fingerprint=settings["base"]["shapes"],
         )
-        return cfg, spec, settings["base"].get("config")
+        return spec, settings["base"].get("config")
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / SETTINGS}: {error}") from error
 
 
 def _target(entry: dict[str, Any]) -> Target:
     kernels = tuple(
-        Kernel(path=tuple(k["path"]), stack=k["stack"], layers=tuple(k["layers"]))
+        KernelLocation(path=tuple(k["path"]), stack=k["stack"], layers=tuple(k["layers"]))
         for k in entry["kernels"]
     )
     return Target(name=entry["name"], d_in=entry["d_in"], d_out=entry["d_out"], kernels=kernels)

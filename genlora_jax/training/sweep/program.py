@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import Adapter, generate_factors
-from genlora_jax.config import AdapterConfig
 from genlora_jax.factors import SCALED
+from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import TrainState, train_step

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genlora_jax.evaluation.subject import Prompt, Subject
-from genlora_jax.evaluation.tasks import (
+from genlora_jax.data.rows import conversation, prompt_and_completion, text_field
+from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
     ask,
@@ -17,7 +17,7 @@ from genlora_jax.evaluation.tasks import (
     read_items,
     with_examples,
 )
-from genlora_jax.training.rows import conversation, prompt_and_completion, text_field
+from genlora_jax.generation.subject import Prompt, Subject
 
 MARK = "####"  # stands before the final answer in GSM8K
 # What follows a finished answer of a model that was never taught to stop.

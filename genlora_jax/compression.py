@@ -12,11 +12,13 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax.adapter import Adapter, Tree, count_parameters, generate_factors, init_adapter
+from genlora_jax.adapter import Adapter, count_parameters, generate_factors, init_adapter
 from genlora_jax.analysis import decompose, target_factors
-from genlora_jax.config import AdapterConfig, GenLoRAConfig, LoRAConfig, LowRankConfig
-from genlora_jax.factors import by_module, refuse_other_than_products
+from genlora_jax.factors import by_module, refuse_uncombinable
 from genlora_jax.merge import pair_kernels
+from genlora_jax.methods.config import Groups
+from genlora_jax.methods.genlora import GenLoRAConfig
+from genlora_jax.methods.lora import LoRAConfig
 from genlora_jax.targets import Target
 
 Triple = tuple[jax.Array, jax.Array, jax.Array]  # U [L, d_in, k], s [L, k], V [L, d_out, k]
@@ -31,7 +33,7 @@ class FitReport:
         error: Relative error `|A'B' - AB|_F / |AB|_F`, root mean square over layers and targets.
         errors: The same of each target, by its name.
         parameters: Number of values that the fitted adapter stores.
-        losses: The squared error before each step, `[steps]`.
+        losses: The squared error before each step, `[steps]`; empty for LoRA.
     """
 
     error: float
@@ -40,8 +42,8 @@ class FitReport:
     losses: np.ndarray
 
 
-def fit(
-    cfg: LowRankConfig,
+def compress(
+    cfg: GenLoRAConfig | LoRAConfig,
     factors: Mapping[str, Any],
     *,
     params: Mapping[str, Any] | None = None,
@@ -49,17 +51,16 @@ def fit(
     steps: int = 400,
     learning_rate: float = 0.1,
 ) -> tuple[Adapter, FitReport]:
-    """Fits an adapter to factors: compresses a trained LoRA.
+    """Compresses factors, of a trained LoRA say, to an adapter of fewer parameters.
 
     What is fitted is the delta of each layer, never A and B themselves, so scale, sign and any
-    other mixing (`A M`, `M^-1 B`) of the factors are free. LoRA of a lower rank is found in closed
-    form, by truncating the singular values; GenLoRA by Adam from each delta's first pair of
-    singular vectors, all layers at once. No delta is ever formed. LoRA of the factors' rank or
-    more takes A and B as they are (B over its own scale), to go on training a PEFT adapter.
+    other mixing (`A M`, `M^-1 B`) of the factors are free. GenLoRA is fitted by Adam from each
+    delta's first pair of singular vectors, all layers at once; no delta is ever formed. For LoRA
+    see `lora_from_factors`.
 
     Args:
-        cfg: A `GenLoRAConfig` or `LoRAConfig`. Its targets and layers are those of `factors`. Of
-            layers without a delta GenLoRA's leaves out all; LoRA begins those that it has anew.
+        cfg: A `GenLoRAConfig`, whose targets and layers are those of `factors`, less the layers
+            without a delta; or a `LoRAConfig`.
         factors: Result of `import_peft`, or of `generate_factors`.
         params: The base's parameters, of which names and shapes matter. With them the adapter
             can be saved for that base; without, it fits a base of these kernels alone, and loads
@@ -75,63 +76,113 @@ def fit(
         ValueError: If the method is another or has a side that is not trained, or the targets and
             the factors do not match.
     """
-    if not isinstance(cfg, (GenLoRAConfig, LoRAConfig)) or cfg.reads_base:
-        raise ValueError(f"fit makes GenLoRA and LoRA adapters, not those of {type(cfg).__name__}")
-    if isinstance(cfg, GenLoRAConfig) and (cfg.share_across_targets or cfg.share_inputs):
-        raise ValueError("fit needs share_across_targets=False and share_inputs=False")
-    if cfg.side_a != "trained" or (isinstance(cfg, GenLoRAConfig) and cfg.gates):
-        raise ValueError('fit needs side_a="trained" and gates=False: it changes both sides')
-    if cfg.hadamard:
-        raise ValueError("fit needs hadamard=False: it knows deltas, not the kernels under them")
+    if isinstance(cfg, LoRAConfig):
+        return lora_from_factors(cfg, factors, params=params, key=key)
+    if not isinstance(cfg, GenLoRAConfig):
+        raise ValueError(f"compress makes GenLoRA and LoRA adapters, not {type(cfg).__name__}'s")
+    if cfg.share_across_targets or cfg.gates:
+        raise ValueError("compress needs share_across_targets=False and gates=False")
     if steps < 1 or not learning_rate > 0:
         raise ValueError(f"steps ({steps}) and learning_rate ({learning_rate}) must be positive")
     key = jax.random.key(0) if key is None else key
+    adapter = _empty_adapter(cfg, factors, params, key)
+    deltas = {
+        target.name: decompose(*target_factors(factors, target)) for target in adapter.spec.targets
+    }
+    for target in adapter.spec.targets:
+        _check_sizes(target, deltas[target.name][1], zero=False)  # a latent needs a direction
+    adapter = _start(cfg, adapter, deltas, key)
+    trained, losses = minimise(
+        _loss,
+        adapter.trainable,
+        (adapter.replace(trainable={}), deltas),
+        steps=steps,
+        learning_rate=learning_rate,
+    )
+    adapter = adapter.replace(trainable=trained)
+    return adapter, _report(adapter, deltas, np.asarray(losses))
+
+
+fit = compress  # the name of version 0.1
+
+
+def lora_from_factors(
+    cfg: LoRAConfig,
+    factors: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any] | None = None,
+    key: jax.Array | None = None,
+) -> tuple[Adapter, FitReport]:
+    """A LoRA adapter that stands for factors, to go on training a PEFT adapter, say.
+
+    With the factors' rank or more it takes A and B as they are (B over its own scale). With a lower
+    rank it truncates the singular values of each delta, which is the best there is.
+
+    Args:
+        cfg: Its targets and layers are those of `factors`. Layers that it has beyond those begin
+            anew.
+        factors: Result of `import_peft`, or of `generate_factors`.
+        params: As for `compress`.
+        key: PRNG key of what begins anew.
+
+    Returns:
+        The adapter, and how well it does.
+
+    Raises:
+        ValueError: If the config has a side that is not trained, or the targets and the factors do
+            not match.
+    """
+    if not cfg.starts_from_peft:
+        raise ValueError(f"compress makes GenLoRA and LoRA adapters, not {type(cfg).__name__}'s")
+    key = jax.random.key(0) if key is None else key
+    adapter = _empty_adapter(cfg, factors, params, key)
+    factors = _with_missing_layers(adapter, factors)
+    trained, deltas = {}, {}
+    for target in adapter.spec.targets:
+        sides = target_factors(factors, target)
+        deltas[target.name] = decompose(*sides)
+        _check_sizes(target, deltas[target.name][1], zero=True)
+        start = adapter.trainable["factors"][target.name]
+        trained[target.name] = _lora(cfg, sides, deltas[target.name], start)
+    adapter = adapter.replace(trainable={"factors": trained})
+    return adapter, _report(adapter, deltas, np.zeros(0, np.float32))
+
+
+def _empty_adapter(
+    cfg: GenLoRAConfig | LoRAConfig,
+    factors: Mapping[str, Any],
+    params: Mapping[str, Any] | None,
+    key: jax.Array,
+) -> Adapter:
+    """A new adapter with a place for every delta."""
+    if cfg.side_a != "trained":
+        raise ValueError('compress needs side_a="trained": it changes both sides')
+    if cfg.hadamard:
+        raise ValueError("compress needs hadamard=False: it knows deltas, not the kernels")
     kernels = _kernel_shapes(factors)
     if params is not None:
         pair_kernels(flatten_dict(dict(params)), factors)  # for its checks
     adapter = init_adapter(cfg, key, unflatten_dict(kernels) if params is None else params)
     _check_covered(adapter, factors)
-    targets = adapter.spec.targets
-    if isinstance(cfg, LoRAConfig):
-        factors = _with_missing_layers(adapter, factors)
-    sides = {target.name: target_factors(factors, target) for target in targets}
-    deltas = {target.name: decompose(*sides[target.name]) for target in targets}
-    for target in targets:
-        # A latent cannot be made of no singular vector.
-        _check_sizes(target, deltas[target.name][1], zero=isinstance(cfg, LoRAConfig))
+    return adapter
 
-    losses = np.zeros(0, np.float32)
-    if isinstance(cfg, GenLoRAConfig):
-        adapter = _start(cfg, adapter, deltas, key)
-        trained, losses = minimise(
-            functools.partial(_loss, cfg),
-            adapter.trainable,
-            (adapter.replace(trainable={}), deltas),
-            steps=steps,
-            learning_rate=learning_rate,
-        )
-    else:
-        start = adapter.trainable["factors"]
-        trained = {
-            "factors": {name: _lora(cfg, sides[name], deltas[name], start[name]) for name in sides}
-        }
-    adapter = adapter.replace(trainable=trained)
-    squares = jax.jit(functools.partial(_squared_errors, cfg))(adapter, deltas)
+
+def _report(adapter: Adapter, deltas: Mapping[str, Triple], losses: np.ndarray) -> FitReport:
+    squares = jax.jit(_squared_errors)(adapter, deltas)
     # Of an exact fit rounding may leave less than nothing.
     errors = {name: math.sqrt(max(float(square), 0.0)) for name, square in squares.items()}
-    report = FitReport(
+    return FitReport(
         error=math.sqrt(np.mean(np.square(list(errors.values())))),
         errors=errors,
         parameters=count_parameters(adapter),
-        losses=np.asarray(losses),
+        losses=losses,
     )
-    return adapter, report
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "steps", "learning_rate"))
 def minimise(
-    loss: Callable[..., jax.Array], start: Tree, data: Any, *, steps: int, learning_rate: float
-) -> tuple[Tree, jax.Array]:
+    loss: Callable[..., jax.Array], start: Groups, data: Any, *, steps: int, learning_rate: float
+) -> tuple[Groups, jax.Array]:
     """Adam with warm-up and cosine decay, its steps relative to each leaf's root mean square.
 
     Latents are of size 1 and generators as small as the deltas that they make: one relative
@@ -157,7 +208,7 @@ def minimise(
         optax.scale_by_learning_rate(schedule),
     )
 
-    def step(carry: tuple[Tree, Any], _: None) -> tuple[tuple[Tree, Any], jax.Array]:
+    def step(carry: tuple[Groups, Any], _: None) -> tuple[tuple[Groups, Any], jax.Array]:
         tree, state = carry
         value, gradient = jax.value_and_grad(loss)(tree, data)
         updates, state = optimizer.update(gradient, state, tree)
@@ -169,10 +220,10 @@ def minimise(
 
 def _kernel_shapes(factors: Mapping[str, Any]) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """The shapes of the adapted kernels, by their paths: a base that has nothing else."""
-    refuse_other_than_products(factors, "fit")
+    refuse_uncombinable(factors, "compress")
     shapes = {}
-    for path, own in by_module(factors).items():
-        shape = (*own["a"].shape[:-1], own["b"].shape[-1])
+    for path, (_, leaves) in by_module(factors).items():
+        shape = (*leaves["a"].shape[:-1], leaves["b"].shape[-1])
         shapes[(*path, "kernel")] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return shapes
 
@@ -181,9 +232,9 @@ def _check_covered(adapter: Adapter, factors: Mapping[str, Any]) -> None:
     """Raises ValueError if the adapter has no place for a delta; one that is zero needs none."""
     kernels = {k.path: k for target in adapter.spec.targets for k in target.kernels}
     missed = []
-    for path, own in sorted(by_module(factors).items()):
+    for path, (_, leaves) in sorted(by_module(factors).items(), key=lambda item: item[0]):
         kernel, name = kernels.get(path), ".".join(path)
-        there = np.logical_and(*(np.any(own[side] != 0, axis=(-1, -2)) for side in "ab"))
+        there = np.logical_and(*(np.any(leaves[side] != 0, axis=(-1, -2)) for side in "ab"))
         if kernel is None:
             missed += [name] * bool(there.any())
         elif kernel.stack is not None:
@@ -220,7 +271,7 @@ def _check_sizes(target: Target, s: jax.Array, *, zero: bool) -> None:
 
 
 def _lora(
-    cfg: LowRankConfig, factors: tuple[jax.Array, jax.Array], delta: Triple, start: Tree
+    cfg: LoRAConfig, factors: tuple[jax.Array, jax.Array], delta: Triple, start: Groups
 ) -> dict[str, jax.Array]:
     """The best LoRA of the config's rank: the factors themselves where there is room for them.
 
@@ -240,50 +291,43 @@ def _lora(
 def _start(
     cfg: GenLoRAConfig, adapter: Adapter, deltas: Mapping[str, Triple], key: jax.Array
 ) -> Adapter:
-    """Latents from the first m singular vectors, and generators of which the first m pass them on.
+    """Latents from the first singular vectors, and generators of which the first passes them on.
 
-    Without normalisation this is LoRA of rank m at its best, plus noise.
+    Without normalisation this is LoRA of rank 1 at its best, plus noise.
     """
-    m, g = cfg.latents_per_side, cfg.group_size
-    passed = min(m, cfg.rank, *(s.shape[-1] for _, s, _ in deltas.values()))
     trainable = jax.tree.map(lambda leaf: leaf, adapter.trainable)
     for i, (name, (u, s, v)) in enumerate(deltas.items()):
         largest = s[:, 0].mean()
         for side, vectors in (("a", u), ("b", v)):
             n = vectors.shape[1]
             if "latents" in trainable:
-                top = vectors * jnp.sqrt(s / largest)[:, None]
-                top = jnp.pad(top, ((0, 0), (0, 0), (0, m)))[..., :m].swapaxes(1, 2)
-                top = top.reshape(len(top), m * n)
+                top = vectors[..., 0] * jnp.sqrt(s[:, :1] / largest)
                 if cfg.share_latents:
                     top = jnp.linalg.svd(top, full_matrices=False)[2][:1]
                 trainable["latents"][name][side] = math.sqrt(n) * top
             generator = trainable["generators"][name][side]
             size = jnp.sqrt(largest / n / (1.0 if side == "a" else cfg.scale**2))
             for j, part in enumerate(p for p in ("residual", "weights") if p in generator):
-                own = jax.random.fold_in(key, 4 * i + 2 * j + (side == "b"))
-                shape = generator[part].shape
-                value = _NOISE * jax.random.normal(own, shape) / math.sqrt(cfg.group_inputs)
+                part_key = jax.random.fold_in(key, 4 * i + 2 * j + (side == "b"))
+                noise = jax.random.normal(part_key, generator[part].shape)
+                value = _NOISE * noise / math.sqrt(cfg.group_size)
                 if part == "residual" and cfg.generator == "elementwise":
                     value = value.at[:, 0].add(1.0)
                 elif part == "residual":
-                    for one in range(passed):
-                        value = value.at[:, one, one * g : (one + 1) * g].add(jnp.eye(g))
+                    value = value.at[:, 0].add(jnp.eye(cfg.group_size))
                 generator[part] = size * value
     return adapter.replace(trainable=trainable)
 
 
-def _loss(cfg: AdapterConfig, trainable: Tree, data: tuple[Adapter, dict[str, Triple]]) -> Any:
+def _loss(trainable: Groups, data: tuple[Adapter, dict[str, Triple]]) -> Any:
     adapter, deltas = data
-    squares = _squared_errors(cfg, adapter.replace(trainable=trainable), deltas)
+    squares = _squared_errors(adapter.replace(trainable=trainable), deltas)
     return sum(squares.values()) / len(squares)
 
 
-def _squared_errors(
-    cfg: AdapterConfig, adapter: Adapter, deltas: Mapping[str, Triple]
-) -> dict[str, jax.Array]:
+def _squared_errors(adapter: Adapter, deltas: Mapping[str, Triple]) -> dict[str, jax.Array]:
     """Squared relative error of each target, the mean over its layers."""
-    factors = generate_factors(cfg, adapter)
+    factors = generate_factors(adapter.config, adapter)
     return {
         target.name: _squared_error(*target_factors(factors, target), deltas[target.name]).mean()
         for target in adapter.spec.targets

@@ -1,13 +1,13 @@
 """Members of a sweep: what each has of its own, and what became of it."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from genlora_jax.adapter import Adapter
-from genlora_jax.config import AdapterConfig, LowRankConfig
+from genlora_jax.methods.config import AdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,7 @@ class Member:
         Raises:
             ValueError: If there is an alpha, and the method has none.
         """
-        if self.alpha is None:
-            return cfg
-        if not isinstance(cfg, LowRankConfig):
-            raise ValueError(f"alpha means nothing to {type(cfg).__name__}: leave it out")
-        return replace(cfg, alpha=self.alpha)
+        return cfg if self.alpha is None else cfg.with_alpha(self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,5 +100,6 @@ class SweepResult:
         return [int(i) for i in np.argsort(self.best_loss, kind="stable")]
 
     def adapter(self, index: int) -> Adapter:
-        """One member's best adapter; its config is that of `Member.config`."""
-        return jax.tree.map(lambda leaf: leaf[index], self.best)
+        """One member's best adapter, with the config that the member's alpha makes."""
+        adapter = jax.tree.map(lambda leaf: leaf[index], self.best)
+        return adapter.with_config(self.members[index].config(adapter.config))

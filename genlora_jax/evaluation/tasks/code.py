@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from genlora_jax.evaluation import sandbox
-from genlora_jax.evaluation.subject import Subject
-from genlora_jax.evaluation.tasks import (
+from genlora_jax.data.rows import text_field
+from genlora_jax.evaluation.sandbox import sandbox
+from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
     ask,
@@ -17,7 +17,7 @@ from genlora_jax.evaluation.tasks import (
     read_items,
     with_examples,
 )
-from genlora_jax.training.rows import text_field
+from genlora_jax.generation.subject import Subject
 
 # What follows a finished answer of a model that was never taught to stop.
 AFTER_FUNCTION = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]

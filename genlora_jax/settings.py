@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jsonargparse
 
-from genlora_jax.config import AdapterConfig
+from genlora_jax.methods.config import AdapterConfig
 
 T = TypeVar("T")
 OPTIONAL = re.compile(

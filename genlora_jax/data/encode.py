@@ -1,4 +1,4 @@
-"""Data: rows of text to packed batches of tokens.
+"""Encoding: rows of text to examples of tokens.
 
 Every row is read and tokenised at the start, so that a bad row is reported before the first step
 and the counts in the report are of the whole set.
@@ -8,55 +8,17 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import grain
-import grain.experimental
 import numpy as np
 
-from genlora_jax.training.rows import read_rows, text_spans
+from genlora_jax.data.config import DataConfig
+from genlora_jax.data.rows import read_rows, text_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Example = dict[str, np.ndarray]  # "input_ids": int32 [n], "loss_mask": bool [n]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is trained on, and in which shape.
-
-    Attributes:
-        train: A `.jsonl`, `.json` or `.parquet` file, a directory that `datasets` saved, or a data
-            set's id on the hub (`ID` or `ID:SPLIT`; the split is `train` by default); or several.
-        eval: The same for evaluation; None for none.
-        length: Tokens in a row of a batch.
-        batch_size: Rows of a batch; of every step, over all of its accumulated parts.
-        pack: Several examples in a row, kept apart by segment ids.
-        overlong: What becomes of an example of more than `length` tokens: `"drop"`,
-            `"truncate"`, `"split"` into several, or `"error"`.
-        seed: Seed of the order.
-    """
-
-    train: str | list[str]
-    eval: str | list[str] | None = None
-    length: int = 1024
-    batch_size: int = 16
-    pack: bool = True
-    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names the field at fault."""
-        for name in ("train", "eval"):
-            if getattr(self, name) in ([], ""):
-                raise ValueError(f"data.{name} names no source")
-        if self.length < 2:
-            raise ValueError(f"data.length must be at least 2, got {self.length}")
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
-        if self.overlong not in ("drop", "truncate", "split", "error"):
-            raise ValueError(f"data.overlong: unknown policy {self.overlong!r}")
 
 
 @dataclass(frozen=True)
@@ -157,61 +119,3 @@ def load_examples(
     sources = [sources] if isinstance(sources, str) else sources
     rows = itertools.chain.from_iterable(map(read_rows, sources))
     return encode(rows, tokenizer, cfg, ", ".join(sources))
-
-
-def _pack(dataset: grain.IterDataset, cfg: DataConfig) -> grain.IterDataset:
-    lengths = {"input_ids": cfg.length, "loss_mask": cfg.length}
-    packed = grain.experimental.FirstFitPackIterDataset(
-        dataset,
-        length_struct=lengths,
-        num_packing_bins=cfg.batch_size,
-        shuffle_bins=False,
-        max_sequences_per_bin=None if cfg.pack else 1,
-    )
-    return packed.map(
-        lambda row: {
-            "input_ids": row["input_ids"],
-            "loss_mask": row["loss_mask"],
-            "segment_ids": row["input_ids_segment_ids"],
-            "positions": row["input_ids_positions"],
-        }
-    )
-
-
-def train_batches(
-    examples: Sequence[Example], cfg: DataConfig, *, epochs: int | None = None
-) -> grain.IterDataset:
-    """Shuffled batches; the iterator's state can be saved and restored.
-
-    Args:
-        examples: From `load_examples`.
-        cfg: Shape, packing and seed.
-        epochs: How often each example is seen; None for ever. Every epoch has its own order.
-
-    Returns:
-        Batches of `input_ids`, `segment_ids` (0 at padding), `positions` int32 and `loss_mask`
-        bool, all `[batch_size, length]`.
-    """
-    rows = grain.MapDataset.source(examples).seed(cfg.seed).shuffle().repeat(epochs)
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
-    return _pack(rows.to_iter_dataset(options), cfg).batch(cfg.batch_size, batch_fn=_stack(cfg))
-
-
-def eval_batches(examples: Sequence[Example], cfg: DataConfig) -> list[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is filled with padding."""
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
-    rows = grain.MapDataset.source(examples).to_iter_dataset(options)
-    return list(_pack(rows, cfg).batch(cfg.batch_size, batch_fn=_stack(cfg)))
-
-
-def _stack(cfg: DataConfig) -> Any:
-    """Stacks rows to a batch of full size, the missing ones all padding."""
-
-    def stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        missing = cfg.batch_size - len(rows)
-        return {
-            name: np.pad(np.stack([row[name] for row in rows]), ((0, missing), (0, 0)))
-            for name in rows[0]
-        }
-
-    return stack

@@ -8,16 +8,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from genlora_jax.data.rows import text_field
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
-from genlora_jax.evaluation.subject import Subject
-from genlora_jax.evaluation.tasks import (
+from genlora_jax.evaluation.tasks.task import (
     PromptConfig,
     Result,
     read_examples,
     read_items,
     with_examples,
 )
-from genlora_jax.training.rows import text_field
+from genlora_jax.generation.subject import Subject
 
 INSTRUCTION = re.compile(
     r"Please choose the correct answer to the question: (.*)\n\n"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from genlora_jax.evaluation.generate import answers, cut, room
-from genlora_jax.evaluation.subject import Prompt, Subject
-from genlora_jax.training.rows import read_rows
+from genlora_jax.data.rows import read_rows
+from genlora_jax.generation.answers import answers, cut, room
+from genlora_jax.generation.subject import Prompt, Subject
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, stop_tokens
 from genlora_jax.hf.load import load_llama
-from genlora_jax.hf.peft import load_factors
+from genlora_jax.hf.peft_import import load_factors
 from genlora_jax.models.llama import LlamaForCausalLM
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import jax
 
-from genlora_jax.decoding import decode
-from genlora_jax.evaluation.scoring import padded
-from genlora_jax.evaluation.subject import Subject
+from genlora_jax.generation.decoding import decode
+from genlora_jax.generation.subject import Subject
+
+SHORTEST = 32  # tokens to which a prompt is padded at least
 
 
 def answers(
@@ -61,6 +62,11 @@ def answers(
         for i, ids in zip(chosen, new, strict=False):
             texts[i] = _text(subject, kept[i], ids)
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def padded(length: int) -> int:
+    """The next power of two, so that few lengths are compiled."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 def room(subject: Subject, max_new_tokens: int) -> int:

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import jax
 
-from genlora_jax.evaluation.subject import Subject
-from genlora_jax.evaluation.tasks import Result, TaskConfig, read_items
-from genlora_jax.training.data import DataConfig, encode, eval_batches
+from genlora_jax.data.config import DataConfig
+from genlora_jax.data.encode import encode
+from genlora_jax.data.packing import eval_batches
+from genlora_jax.evaluation.tasks.task import Result, TaskConfig, read_items
+from genlora_jax.generation.subject import Subject
 from genlora_jax.training.step import evaluate, make_eval_step
 
 

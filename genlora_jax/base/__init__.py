@@ -1,0 +1,1 @@
+"""The frozen base: how its kernels are stored, and how they are read."""

@@ -1,0 +1,81 @@
+"""Families of basis functions: from normalised latent values to features."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+GRID = 2.0  # normalised latents are about N(0, 1): the scalar families cover [-GRID, GRID]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of K scalar functions.
+
+    Attributes:
+        features: `(t [...], K, bandwidth) -> [..., K]`.
+        has_bandwidth: Whether it heeds the bandwidth.
+    """
+
+    features: Callable[[jax.Array, int, float | None], jax.Array]
+    has_bandwidth: bool = False
+
+
+def gaussian_rbf(t: jax.Array, centers: jax.Array, width: jax.Array) -> jax.Array:
+    """Gaussian RBFs on R^g: `[..., g]`, centres `[K, g]`, widths `[K]` -> `[..., K]`.
+
+    `phi_k(t) = exp(-|t - c_k|^2 / (g h_k^2))`, so `0 < phi <= 1` and its gradient is at most
+    `sqrt(2 / (e g)) / h_k` (Prop. 3.2).
+    """
+    distance = jnp.square(t[..., None, :] - centers).sum(-1)
+    return jnp.exp(-distance / (t.shape[-1] * jnp.square(width)))
+
+
+def _grid(count: int) -> tuple[jax.Array, float]:
+    """K points on [-GRID, GRID] and their spacing (the point 0 and 1 when K = 1)."""
+    if count == 1:
+        return jnp.zeros(1, jnp.float32), 1.0
+    return jnp.linspace(-GRID, GRID, count, dtype=jnp.float32), 2 * GRID / (count - 1)
+
+
+def _rbf(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
+    """Gaussian RBFs, one on each point of the grid."""
+    centers, spacing = _grid(count)
+    return jnp.exp(-jnp.square((t[..., None] - centers) / (bandwidth or spacing)))
+
+
+def _bspline(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
+    """Uniform cubic B-splines, one on each point of the grid, four spacings wide."""
+    centers, spacing = _grid(count)
+    u = jnp.abs(t[..., None] - centers) / (bandwidth or spacing)
+    inner = 2 / 3 - jnp.square(u) + u**3 / 2
+    outer = jnp.maximum(2 - u, 0.0) ** 3 / 6
+    return jnp.where(u < 1, inner, outer)
+
+
+def _fourier(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
+    """sin, cos of one, two, ... half periods on [-GRID, GRID]."""
+    k = jnp.arange(count)
+    phase = (k // 2 + 1).astype(jnp.float32) * (math.pi / (2 * GRID)) * t[..., None]
+    return jnp.where(k % 2 == 0, jnp.sin(phase), jnp.cos(phase))
+
+
+def _chebyshev(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
+    """T_1 ... T_K of tanh(t), which lies in the interval that they are made for."""
+    x = jnp.tanh(t)
+    values = [jnp.ones_like(x), x]
+    while len(values) <= count:
+        values.append(2 * x * values[-1] - values[-2])
+    return jnp.stack(values[1:], axis=-1)
+
+
+# What `basis` can be. A new family is one function and one line here. Groupwise, `rbf` is not this
+# one but `gaussian_rbf` on whole groups.
+FAMILIES: dict[str, Family] = {
+    "rbf": Family(_rbf, has_bandwidth=True),
+    "fourier": Family(_fourier),
+    "chebyshev": Family(_chebyshev),
+    "bspline": Family(_bspline, has_bandwidth=True),
+}

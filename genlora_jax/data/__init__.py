@@ -1,0 +1,1 @@
+"""Data: rows, their encoding as tokens, and packing into batches."""

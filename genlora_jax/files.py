@@ -1,0 +1,58 @@
+"""Files and directories that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
+    """Raises OSError if `path` exists and is not to be overwritten, or cannot be made."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"cannot write to {above}: choose another output")
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends well, and else is removed.
+
+    Args:
+        path: The directory to make.
+        overwrite: Replace what is there; it stays until the new one is complete.
+
+    Raises:
+        FileExistsError: If `path` exists and is not to be overwritten.
+        PermissionError: If its parent cannot be written.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite=overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    except OSError as error:
+        raise PermissionError(f"cannot write to {path.parent}: {error.strerror}") from error
+    temporary.chmod(0o755)  # mkdtemp's 0700 would lock out whoever is to serve the result
+    try:
+        yield temporary
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+            path.rename(old / path.name)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text file that is replaced whole or not at all."""
+    temporary = file.with_name(f"{file.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)

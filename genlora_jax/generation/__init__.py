@@ -1,0 +1,1 @@
+"""Decoding, and answers to prompts as text."""

@@ -1,0 +1,126 @@
+"""PEFT: LoRA, DoRA and HiRA adapters as `peft` and vLLM load them, out of factors."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from genlora_jax.factors import by_module
+from genlora_jax.factors.kind import Kind, Leaves
+from genlora_jax.files import new_directory
+from genlora_jax.hf.names import LAYERS, natural_order
+from genlora_jax.methods.config import AdapterConfig
+
+PREFIX = "base_model.model."
+TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+SERVED_RANK = 512  # the last of the choices for vLLM's `max_lora_rank`
+
+
+def export_peft(
+    out_dir: str | Path,
+    cfg: AdapterConfig | None,
+    factors: Mapping[str, Any],
+    *,
+    base: str | Path,
+    overwrite: bool = False,
+) -> None:
+    """Writes factors as a PEFT adapter: LoRA; DoRA or HiRA if the factors are of that kind.
+
+    The scale is folded into B and `lora_alpha` set to the rank, so that a consumer which ignores
+    rslora is right as well. Factors of several ranks are padded with zeros to the largest.
+
+    Args:
+        out_dir: The directory to make.
+        cfg: The config that generated the factors, or None for factors from elsewhere.
+        factors: The factors.
+        base: Name or path of the base, for PEFT to find it.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        FileExistsError: If the directory exists and is not to be overwritten.
+        ValueError: If PEFT has no such factors (whole deltas), or modules differ in kind.
+    """
+    kind, modules = _modules(factors)
+    names = list(modules)
+    if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
+        names = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    rank = max(kind.rank(leaves) or 0 for leaves in modules.values())
+    if kind.peft_type == "LORA" and not kind.peft_dora and rank > SERVED_RANK:
+        warnings.warn(
+            f"rank {rank} exceeds {SERVED_RANK}, the largest that vLLM serves: merge instead",
+            stacklevel=2,
+        )
+    arrays = {}
+    for name, leaves in modules.items():
+        # One rank for all: servers know no `rank_pattern`.
+        for leaf, value in kind.padded(leaves, rank, np.pad).items():
+            theirs, transposed = kind.peft[leaf]
+            value = value.T if transposed else value
+            arrays[f"{PREFIX}{name}.{theirs}"] = np.ascontiguousarray(value)
+    config = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "target_modules": names,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    } | _kind_settings(kind, rank, cfg.dropout if cfg else 0.0)
+    with new_directory(out_dir, overwrite=overwrite) as directory:
+        save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
+        (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _kind_settings(kind: Kind, rank: int, dropout: float) -> dict[str, Any]:
+    """The fields of `adapter_config.json` that depend on the kind."""
+    if kind.peft_type == "HIRA":
+        return {"peft_type": "HIRA", "hira_dropout": dropout}
+    return {
+        "peft_type": kind.peft_type,
+        "lora_alpha": rank,
+        "lora_dropout": dropout,
+        "use_rslora": False,
+        "use_dora": kind.peft_dora,
+        "bias": "none",
+    }
+
+
+def _modules(factors: Mapping[str, Any]) -> tuple[Kind, dict[str, Leaves]]:
+    """The one kind of the factors, and the leaves of each adapted module: one entry a layer."""
+    modules: dict[str, Leaves] = {}
+    kinds: dict[Kind, str] = {}
+    for path, (kind, leaves) in by_module(factors).items():
+        kinds.setdefault(kind, ".".join(path))
+        if not kind.peft:
+            raise ValueError(
+                f"{'.'.join(path)} has a whole delta ({kind.option}), which is no LoRA adapter: "
+                "merge it and write the model with export_hf"
+            )
+        arrays = {leaf: np.asarray(value, dtype=np.float32) for leaf, value in leaves.items()}
+        leaf, axes = next(iter(kind.axes.items()))
+        if arrays[leaf].ndim == len(axes):
+            modules[".".join(path)] = arrays
+            continue
+        at = path.index(LAYERS) + 1
+        for i in range(len(arrays[leaf])):
+            layer = {leaf: value[i] for leaf, value in arrays.items()}
+            if any(value.any() for value in layer.values()):  # else the layer is not adapted
+                modules[".".join([*path[:at], str(i), *path[at:]])] = layer
+    if len(kinds) > 1:
+        found = " and ".join(f"{kind.name} ({name})" for kind, name in kinds.items())
+        raise ValueError(f"a PEFT adapter is of one kind; these factors are {found}")
+    ordered = sorted(modules.items(), key=lambda item: natural_order(item[0]))
+    return next(iter(kinds)), dict(ordered)
+
+
+def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: int) -> bool:
+    """Whether each target is adapted in every layer of the base, as far as can be told."""
+    if cfg is not None:
+        return cfg.layers is None
+    flat = flatten_dict(dict(factors))
+    sides = ("a", "gain_a")
+    return count == sum(leaf.shape[0] for path, leaf in flat.items() if path[-1] in sides)

@@ -1,0 +1,1 @@
+"""Sweeps: many adapters trained at once over one base."""
