@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from tiny_base import SHAPE, write_base
 
 import genlora_jax as gl
-import train.finetune as script
 from genlora_jax.data.config import DataConfig
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.settings import parse
+from genlora_jax.training import finetune as script
 from genlora_jax.training import processes
 from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.output import keep_recipe
