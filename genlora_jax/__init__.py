@@ -19,7 +19,8 @@ from genlora_jax.methods.config import AdapterConfig
 
 if TYPE_CHECKING:
     from genlora_jax.adapter_files import load_adapter, save_adapter
-    from genlora_jax.compression import FitReport, compress, fit, lora_from_factors
+    from genlora_jax.compression import compress, fit, lora_from_factors
+    from genlora_jax.deltas import FitReport
     from genlora_jax.hf.export import export_hf
     from genlora_jax.hf.load import load_llama
     from genlora_jax.hf.peft_export import export_peft
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "load_adapter": "adapter_files",
     "save_adapter": "adapter_files",
-    "FitReport": "compression",
+    "FitReport": "deltas",
     "compress": "compression",
     "fit": "compression",
     "lora_from_factors": "compression",

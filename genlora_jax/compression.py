@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,34 +11,16 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax.adapter import Adapter, count_parameters, generate_factors, init_adapter
-from genlora_jax.analysis import decompose, target_factors
+from genlora_jax.adapter import Adapter, generate_factors, init_adapter
+from genlora_jax.analysis import target_factors
+from genlora_jax.deltas import FitReport, Triple, decompose_target, report, squared_error
 from genlora_jax.factors import by_module, refuse_uncombinable
 from genlora_jax.merge import pair_kernels
 from genlora_jax.methods.config import Groups
 from genlora_jax.methods.genlora import GenLoRAConfig
 from genlora_jax.methods.lora import LoRAConfig
-from genlora_jax.targets import Target
 
-Triple = tuple[jax.Array, jax.Array, jax.Array]  # U [L, d_in, k], s [L, k], V [L, d_out, k]
 _NOISE = 0.3  # of the generators at first, over the identity in the first of them
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitReport:
-    """How well an adapter stands for the factors that it was fitted to.
-
-    Attributes:
-        error: Relative error `|A'B' - AB|_F / |AB|_F`, root mean square over layers and targets.
-        errors: The same of each target, by its name.
-        parameters: Number of values that the fitted adapter stores.
-        losses: The squared error before each step, `[steps]`; empty for LoRA.
-    """
-
-    error: float
-    errors: dict[str, float]
-    parameters: int
-    losses: np.ndarray
 
 
 def compress(
@@ -86,21 +67,21 @@ def compress(
         raise ValueError(f"steps ({steps}) and learning_rate ({learning_rate}) must be positive")
     key = jax.random.key(0) if key is None else key
     adapter = _empty_adapter(cfg, factors, params, key)
-    deltas = {
-        target.name: decompose(*target_factors(factors, target)) for target in adapter.spec.targets
+    deltas = {  # a latent needs a direction, so that no delta may be zero
+        target.name: decompose_target(factors, target, zero=False)
+        for target in adapter.spec.targets
     }
-    for target in adapter.spec.targets:
-        _check_sizes(target, deltas[target.name][1], zero=False)  # a latent needs a direction
-    adapter = _start(cfg, adapter, deltas, key)
+    in_float32 = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), deltas)
+    adapter = _start(cfg, adapter, in_float32, key)
     trained, losses = minimise(
         _loss,
         adapter.trainable,
-        (adapter.replace(trainable={}), deltas),
+        (adapter.replace(trainable={}), in_float32),
         steps=steps,
         learning_rate=learning_rate,
     )
     adapter = adapter.replace(trainable=trained)
-    return adapter, _report(adapter, deltas, np.asarray(losses))
+    return adapter, report(adapter, deltas, np.asarray(losses))
 
 
 fit = compress  # the name of version 0.1
@@ -140,12 +121,11 @@ def lora_from_factors(
     trained, deltas = {}, {}
     for target in adapter.spec.targets:
         sides = target_factors(factors, target)
-        deltas[target.name] = decompose(*sides)
-        _check_sizes(target, deltas[target.name][1], zero=True)
+        deltas[target.name] = decompose_target(factors, target, zero=True)
         start = adapter.trainable["factors"][target.name]
         trained[target.name] = _lora(cfg, sides, deltas[target.name], start)
     adapter = adapter.replace(trainable={"factors": trained})
-    return adapter, _report(adapter, deltas, np.zeros(0, np.float32))
+    return adapter, report(adapter, deltas, np.zeros(0, np.float32))
 
 
 def _empty_adapter(
@@ -165,18 +145,6 @@ def _empty_adapter(
     adapter = init_adapter(cfg, key, unflatten_dict(kernels) if params is None else params)
     _check_covered(adapter, factors)
     return adapter
-
-
-def _report(adapter: Adapter, deltas: Mapping[str, Triple], losses: np.ndarray) -> FitReport:
-    squares = jax.jit(_squared_errors)(adapter, deltas)
-    # Of an exact fit rounding may leave less than nothing.
-    errors = {name: math.sqrt(max(float(square), 0.0)) for name, square in squares.items()}
-    return FitReport(
-        error=math.sqrt(np.mean(np.square(list(errors.values())))),
-        errors=errors,
-        parameters=count_parameters(adapter),
-        losses=losses,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "steps", "learning_rate"))
@@ -256,22 +224,11 @@ def _with_missing_layers(adapter: Adapter, factors: Mapping[str, Any]) -> dict[s
     return unflatten_dict(flat)
 
 
-def _check_sizes(target: Target, s: jax.Array, *, zero: bool) -> None:
-    """Raises ValueError if a delta is not finite, or, but where it may be, zero."""
-    sizes = np.asarray(s[:, 0])
-    layers = [layer for kernel in target.kernels for layer in kernel.layers]
-    for layer, size in zip(layers, sizes, strict=True):
-        if not np.isfinite(size):
-            raise ValueError(f"factors of {target.name}, layer {layer}, are not finite")
-        if size == 0 and not zero:
-            raise ValueError(
-                f"the delta of {target.name}, layer {layer}, is zero: name the other layers in "
-                "the config's layers, or leave the target out"
-            )
-
-
 def _lora(
-    cfg: LoRAConfig, factors: tuple[jax.Array, jax.Array], delta: Triple, start: Groups
+    cfg: LoRAConfig,
+    factors: tuple[jax.Array, jax.Array],
+    delta: Triple[np.ndarray],
+    start: Groups,
 ) -> dict[str, jax.Array]:
     """The best LoRA of the config's rank: the factors themselves where there is room for them.
 
@@ -280,8 +237,8 @@ def _lora(
     a, b = factors
     if a.shape[-1] > cfg.rank:
         u, s, v = (x[..., : cfg.rank] for x in delta)
-        half = jnp.sqrt(s)[:, None]
-        a, b = u * half, (v * half).swapaxes(-1, -2)
+        half = np.sqrt(s)[:, None]
+        a, b = (jnp.asarray(side, jnp.float32) for side in (u * half, (v * half).mT))
     more = cfg.rank - a.shape[-1]
     a, b = jnp.pad(a, ((0, 0), (0, 0), (0, more))), jnp.pad(b, ((0, 0), (0, more), (0, 0)))
     idle = ~a.any(axis=1, keepdims=True) & ~b.any(axis=2)[:, None]
@@ -289,7 +246,7 @@ def _lora(
 
 
 def _start(
-    cfg: GenLoRAConfig, adapter: Adapter, deltas: Mapping[str, Triple], key: jax.Array
+    cfg: GenLoRAConfig, adapter: Adapter, deltas: Mapping[str, Triple[jax.Array]], key: jax.Array
 ) -> Adapter:
     """Latents from the first singular vectors, and generators of which the first passes them on.
 
@@ -303,7 +260,7 @@ def _start(
             if "latents" in trainable:
                 top = vectors[..., 0] * jnp.sqrt(s[:, :1] / largest)
                 if cfg.share_latents:
-                    top = jnp.linalg.svd(top, full_matrices=False)[2][:1]
+                    top = _common_direction(top)
                 trainable["latents"][name][side] = math.sqrt(n) * top
             generator = trainable["generators"][name][side]
             size = jnp.sqrt(largest / n / (1.0 if side == "a" else cfg.scale**2))
@@ -319,36 +276,24 @@ def _start(
     return adapter.replace(trainable=trainable)
 
 
-def _loss(trainable: Groups, data: tuple[Adapter, dict[str, Triple]]) -> Any:
-    adapter, deltas = data
-    squares = _squared_errors(adapter.replace(trainable=trainable), deltas)
-    return sum(squares.values()) / len(squares)
+def _common_direction(vectors: jax.Array) -> jax.Array:
+    """The direction `[1, n]` that is nearest to vectors `[L, n]`, and points as most of them do.
 
-
-def _squared_errors(adapter: Adapter, deltas: Mapping[str, Triple]) -> dict[str, jax.Array]:
-    """Squared relative error of each target, the mean over its layers."""
-    factors = generate_factors(adapter.config, adapter)
-    return {
-        target.name: _squared_error(*target_factors(factors, target), deltas[target.name]).mean()
-        for target in adapter.spec.targets
-    }
-
-
-def _squared_error(a: jax.Array, b: jax.Array, delta: Triple) -> jax.Array:
-    """`|A'B' - U S V^T|_F^2 / |S|_F^2` of each layer, `[L]`, from r x r products.
-
-    With `A' = U C + E` and `B' = D V^T + F`, where E is orthogonal to U and F to V, the error has
-    four orthogonal parts. None is a difference of large numbers, as it would be if the square
-    were expanded.
+    LAPACK leaves the sign open, and processors differ in it.
     """
-    u, s, v = delta
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    c, d = product("lnk,lnr->lkr", u, a), product("lrm,lmk->lrk", b, v)
-    e = a - product("lnk,lkr->lnr", u, c)
-    f = b - product("lrk,lmk->lrm", d, v)
-    inside = product("lkr,lrj->lkj", c, d) - s[:, :, None] * jnp.eye(s.shape[-1])
-    cc, ee = product("lkr,lkq->lrq", c, c), product("lnr,lnq->lrq", e, e)
-    dd, ff = product("lrk,lqk->lrq", d, d), product("lrm,lqm->lrq", f, f)
-    outside = ((cc + ee) * ff + ee * dd).sum((-1, -2))
-    size = jnp.square(s).sum(-1)
-    return (jnp.square(inside).sum((-1, -2)) + outside) / jnp.where(size > 0, size, 1.0)
+    direction = np.linalg.svd(np.asarray(vectors, np.float64), full_matrices=False)[2][:1]
+    sign = -1.0 if (vectors @ direction.T).sum() < 0 else 1.0
+    return jnp.asarray(sign * direction, jnp.float32)
+
+
+def _loss(trainable: Groups, data: tuple[Adapter, dict[str, Triple[jax.Array]]]) -> Any:
+    adapter, deltas = data
+    adapter = adapter.replace(trainable=trainable)
+    factors = generate_factors(adapter.config, adapter)
+    targets = adapter.spec.targets
+    with jax.default_matmul_precision("highest"):
+        squares = [
+            squared_error(*target_factors(factors, target), deltas[target.name]).mean()
+            for target in targets
+        ]
+    return sum(squares) / len(targets)
