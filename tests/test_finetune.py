@@ -249,7 +249,7 @@ def test_a_run_that_goes_on_otherwise_says_so(workshop, tmp_path, capsys):
 @pytest.mark.parametrize(
     "adapter",
     [
-        gl.GenLoRAConfig(alpha=None, basis=None, layers=[2, 0]),
+        gl.GenLoRAConfig(alpha=None, layers=[2, 0]),
         gl.GenLoRAConfig(kernels=3, bandwidth=0.5, exclude=["v_proj"]),
         gl.LoRAConfig(alpha=None, targets=["q_proj", r".*\.mlp\..*"], hadamard=True),
         gl.DoRAConfig(side_a="seeded"),

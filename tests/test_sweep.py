@@ -258,7 +258,7 @@ def test_members_lie_over_data_and_change_nothing(base, run, result):
     for name in ("loss", "grad_norm", "eval_loss"):
         assert_close(getattr(cut, name), getattr(result, name))
     assert_close(cut.final.trainable, result.final.trainable, 1e-4)
-    with pytest.raises(ValueError, match=r"3 members cannot be shared out over mesh.data = 4"):
+    with pytest.raises(ValueError, match=r"3 members cannot be sharded over mesh.data = 4"):
         run(MEMBERS[:3], params=params, mesh=mesh)
 
 
@@ -329,8 +329,8 @@ def test_no_members_and_no_evaluation_are_refused(run, base, batches):
         run([])
     with pytest.raises(ValueError, match="which member is best"):
         run_sweep(make_program(model, steps=1), params, MEMBERS, iter(batches), [])
+    program = make_program(model, steps=2)
     with pytest.raises(ValueError, match="batches ended before step 2"):
-        program = make_program(model, steps=2)
         run_sweep(program, params, MEMBERS, iter(batches[:1]), batches)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from genlora_jax.methods import config_from_json, config_to_json
+from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.step import TrainState
 
 STATE, DATA, SHAPES, ADAPTER, BASE = "state", "data", "shapes", "adapter", "base"
@@ -110,6 +111,7 @@ class Checkpoints:
             ValueError: If the checkpoint is of another adapter or of another base, or none can be
                 read. A damaged one is named on stderr, and the one before it taken.
         """
+        self.wait()
         for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
             try:
                 return self._restore(step, state, data)
@@ -136,8 +138,8 @@ class Checkpoints:
                 "that the run was started with"
             )
         # Settings that change no shape would change what the state means.
-        if difference := _adapter_difference(state, saved.get(ADAPTER)):
-            raise _MisfitError(f"{place} is of another adapter: {difference}")
+        if difference := adapter_difference(state.adapter.config, saved.get(ADAPTER)):
+            raise _MisfitError(f"{place} was trained {difference}")
         for part, digest in self._base(state).items():
             if saved.get(BASE, {}).get(part, digest) not in (digest, None):
                 raise _MisfitError(
@@ -166,14 +168,19 @@ def named_leaves(state: TrainState) -> Mapping[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _adapter_difference(state: TrainState, saved: Mapping[str, Any] | None) -> str | None:
-    """Where the recipe's adapter differs from the one that was saved, in words."""
+def adapter_difference(recipe: AdapterConfig, saved: Mapping[str, Any] | None) -> str | None:
+    """Where an adapter's stored config differs from the recipe's, in words; None if nowhere."""
     if not saved:
         return None
     try:
-        return state.adapter.config.difference(config_from_json(saved))
+        found = config_from_json(saved).first_difference(recipe)
     except ValueError as error:  # a setting that this version no longer has
-        return str(error)
+        return f"with another version: {error}"
+    if found is None:
+        return None
+    field, before, now = found
+    name = "the method" if field == "method" else f"adapter.{field}"
+    return f"with {name} {before!r}, and the recipe has {now!r}"
 
 
 def _shapes(state: TrainState) -> dict[str, str]:

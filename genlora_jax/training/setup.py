@@ -18,7 +18,9 @@ from genlora_jax.factors import by_module
 from genlora_jax.hf.base import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
 from genlora_jax.mesh import MeshConfig, batch_shards, make_mesh, one_device
+from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.recipe import Recipe
 
 Batch = dict[str, np.ndarray]
@@ -103,10 +105,8 @@ def check_start(cfg: AdapterConfig, source: str | None) -> None:
     if source is None:
         return
     if not is_peft(source):
-        if difference := load_config(source).difference(cfg):
-            raise ValueError(
-                f"train.init_from: {source} is not of the recipe's adapter: {difference}"
-            )
+        if difference := adapter_difference(cfg, config_to_json(load_config(source))):
+            raise ValueError(f"train.init_from: {source} was made {difference}")
     elif not cfg.starts_from_peft:
         raise ValueError(
             f"train.init_from: {source} is a PEFT adapter, which goes on as LoRA alone: give "
