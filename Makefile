@@ -37,7 +37,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 # Adapters in a model of transformers 4, the last to have Flax models, in an environment of its own.
 FOREIGN := .venv-foreign
 foreign: $(FOREIGN)/ready
-	$(FOREIGN)/bin/python -m pytest tests/foreign_flax_llama.py
+	$(FOREIGN)/bin/python -m pytest tests/external/foreign_flax_llama.py
 
 $(FOREIGN)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FOREIGN)
@@ -50,7 +50,7 @@ $(FOREIGN)/ready: pyproject.toml constraints.txt
 # for TPUs at every start.
 TPU := .tpu
 tpu: $(VENV)/ready $(TPU)/ready
-	PYTHONPATH=$(TPU) $(BIN)/python -m pytest tests/compiled_for_tpu.py
+	PYTHONPATH=$(TPU) $(BIN)/python -m pytest tests/external/compiled_for_tpu.py
 
 $(TPU)/ready: $(VENV)/ready constraints.txt
 	$(BIN)/pip install --quiet --no-deps --target $(TPU) $$(grep '^libtpu==' constraints.txt)
@@ -59,7 +59,7 @@ $(TPU)/ready: $(VENV)/ready constraints.txt
 # The class for lm-eval under lm-eval itself, in an environment of its own.
 HARNESS := .venv-harness
 harness: $(HARNESS)/ready
-	GENLORA_SHARED=$(SHARED) $(HARNESS)/bin/python -m pytest tests/lm_eval_harness.py
+	GENLORA_SHARED=$(SHARED) $(HARNESS)/bin/python -m pytest tests/external/lm_eval_harness.py
 
 $(HARNESS)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(HARNESS)
@@ -68,7 +68,7 @@ $(HARNESS)/ready: pyproject.toml constraints.txt
 
 # A run killed a hundred times; a quarter of an hour, and so not in `test`.
 soak: $(VENV)/ready
-	$(BIN)/python -m pytest -s tests/soak.py
+	$(BIN)/python -m pytest -s tests/external/soak.py
 
 clean:
 	rm -rf $(VENV) $(FOREIGN) $(HARNESS) $(TPU) out
