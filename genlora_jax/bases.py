@@ -23,14 +23,19 @@ class Family:
     has_bandwidth: bool = False
 
 
+def _with_rank(x: jax.Array, rank: int) -> jax.Array:
+    """The same values with axes of size 1 in front."""
+    return jnp.expand_dims(x, range(rank - x.ndim))
+
+
 def gaussian_rbf(t: jax.Array, centers: jax.Array, width: jax.Array) -> jax.Array:
     """Gaussian RBFs on R^g: `[..., g]`, centres `[K, g]`, widths `[K]` -> `[..., K]`.
 
     `phi_k(t) = exp(-|t - c_k|^2 / (g h_k^2))`, so `0 < phi <= 1` and its gradient is at most
     `sqrt(2 / (e g)) / h_k` (Prop. 3.2).
     """
-    distance = jnp.square(t[..., None, :] - centers).sum(-1)
-    return jnp.exp(-distance / (t.shape[-1] * jnp.square(width)))
+    distance = jnp.square(t[..., None, :] - _with_rank(centers, t.ndim + 1)).sum(-1)
+    return jnp.exp(-distance / _with_rank(t.shape[-1] * jnp.square(width), t.ndim))
 
 
 def _grid(count: int) -> tuple[jax.Array, float]:
@@ -43,13 +48,14 @@ def _grid(count: int) -> tuple[jax.Array, float]:
 def _rbf(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
     """Gaussian RBFs, one on each point of the grid."""
     centers, spacing = _grid(count)
-    return jnp.exp(-jnp.square((t[..., None] - centers) / (bandwidth or spacing)))
+    distance = t[..., None] - _with_rank(centers, t.ndim + 1)
+    return jnp.exp(-jnp.square(distance / (bandwidth or spacing)))
 
 
 def _bspline(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
     """Uniform cubic B-splines, one on each point of the grid, four spacings wide."""
     centers, spacing = _grid(count)
-    u = jnp.abs(t[..., None] - centers) / (bandwidth or spacing)
+    u = jnp.abs(t[..., None] - _with_rank(centers, t.ndim + 1)) / (bandwidth or spacing)
     inner = 2 / 3 - jnp.square(u) + u**3 / 2
     outer = jnp.maximum(2 - u, 0.0) ** 3 / 6
     return jnp.where(u < 1, inner, outer)
@@ -57,7 +63,7 @@ def _bspline(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
 
 def _fourier(t: jax.Array, count: int, bandwidth: float | None) -> jax.Array:
     """sin, cos of one, two, ... half periods on [-GRID, GRID]."""
-    k = jnp.arange(count)
+    k = _with_rank(jnp.arange(count), t.ndim + 1)
     phase = (k // 2 + 1).astype(jnp.float32) * (math.pi / (2 * GRID)) * t[..., None]
     return jnp.where(k % 2 == 0, jnp.sin(phase), jnp.cos(phase))
 

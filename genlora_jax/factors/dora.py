@@ -35,6 +35,11 @@ def column_scale(magnitude: jax.Array, norm: jax.Array) -> jax.Array:
     return jnp.where(magnitude == 0, 1.0, magnitude / jnp.where(norm > 0, norm, 1.0))
 
 
+def _row(values: jax.Array, y: jax.Array) -> jax.Array:
+    """One value a column, in the dtype and with the rank of outputs y."""
+    return jnp.expand_dims(values.astype(y.dtype), range(y.ndim - 1))
+
+
 class DoRA(Kind):
     """As LoRA, with `magnitude` `[..., d_out]`."""
 
@@ -55,13 +60,12 @@ class DoRA(Kind):
         if call.dropped:  # as in PEFT, the dropped inputs' part of the output is rescaled
             base = call.x @ call.kernel()
         else:
-            base = call.y if call.bias is None else call.y - call.bias.astype(call.y.dtype)
+            base = call.y if call.bias is None else call.y - _row(call.bias, call.y)
         # A constant to the gradient, as in the paper's section 4.3.
         norm = jax.lax.stop_gradient(adapted_column_norm(call.stored_kernel(), leaves))
         scale = column_scale(leaves["magnitude"], norm)
         # Not `scale * (base + change)`: in bfloat16 a scale near 1 would be rounded to 1.
-        dtype = call.y.dtype
-        return call.y + (scale - 1).astype(dtype) * base + scale.astype(dtype) * change
+        return call.y + _row(scale - 1, call.y) * base + _row(scale, call.y) * change
 
     def merge(self, kernel: jax.Array, leaves: Leaves) -> jax.Array:
         whole = kernel + exact_matmul(leaves["a"], leaves["b"])

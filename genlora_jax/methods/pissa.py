@@ -57,7 +57,7 @@ class PiSSAConfig(LoRAConfig):
             wide = read_kernel(kernel, jnp.float32)
             left, values, right = jnp.linalg.svd(wide, full_matrices=False)
             root = jnp.sqrt(values[: self.rank] / self.scale)
-            return left[:, : self.rank] * root, root[:, None] * right[: self.rank]
+            return left[:, : self.rank] * root[None], root[:, None] * right[: self.rank]
 
         # A layer at a time: a decomposition needs several times the kernel's memory.
         parts = [jax.lax.map(principal, kernel) for kernel in kernels]

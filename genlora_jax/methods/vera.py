@@ -43,7 +43,7 @@ class VeRAConfig(LowRankConfig):
         vectors = groups["vectors"][target.name]
         return self.scaled(
             jnp.broadcast_to(a[: target.d_in], (target.depth, target.d_in, self.rank)),
-            vectors["d"][:, :, None] * b[:, : target.d_out] * vectors["b"][:, None, :],
+            vectors["d"][:, :, None] * b[None, :, : target.d_out] * vectors["b"][:, None, :],
         )
 
     def projections(self, targets: tuple[Target, ...]) -> tuple[jax.Array, jax.Array]:

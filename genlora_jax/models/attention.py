@@ -181,10 +181,10 @@ def _scores(q: Array, k: Array, mask: Array | None, start: int, stop: int) -> Ar
     """Scaled and masked scores `[groups, repeats, stop - start, stop]`, float32."""
     scores = _product("grtd,gsd->grts", q[:, :, start:stop], k[:, :stop]) * q.shape[-1] ** -0.5
     if mask is None:
-        visible = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+        visible = jnp.arange(stop)[None] <= jnp.arange(start, stop)[:, None]
     else:
         visible = mask[start:stop, :stop]
-    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(visible[None, None], scores, jnp.finfo(jnp.float32).min)
 
 
 @jax.custom_vjp

@@ -161,7 +161,7 @@ class LlamaForCausalLM(nn.Module):
             if segment_ids is not None:
                 mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
             # A query sees itself, so that padding has something to average and never NaN.
-            mask = (mask | jnp.eye(length, dtype=bool))[:, None]
+            mask = (mask | jnp.eye(length, dtype=bool)[None])[:, None]
         if positions is None and attention_mask is not None:
             positions = jnp.maximum(jnp.cumsum(attention_mask != 0, axis=1) - 1, 0)
         elif positions is None:
@@ -183,9 +183,9 @@ class LlamaForCausalLM(nn.Module):
         cfg, sliding_mask, slides = self.config, None, None
         if cfg.sliding_window is not None and cfg.sliding_window < slots:
             segments = None  # they are not all that a token's view depends on
-            own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
+            own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)[None]
             causal = (other <= own)[None, None] if mask is None else mask
-            sliding_mask = causal & (other > own - cfg.sliding_window)
+            sliding_mask = causal & (other > own - cfg.sliding_window)[None, None]
             if cfg.sliding_layers is None:
                 mask, sliding_mask = sliding_mask, None
             else:
@@ -217,8 +217,8 @@ class LlamaForCausalLM(nn.Module):
             Logits `[batch, length, vocab]` and the new cache.
         """
         slots = visible.shape[1]
-        own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
-        mask = ((other <= own) & visible[:, None, :] | (other == own))[:, None]
+        own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)[None]
+        mask = ((other <= own)[None] & visible[:, None, :] | (other == own)[None])[:, None]
         hidden, cache = self._run(input_ids, positions, mask, start, slots, cache, None)
         return self.head(hidden), cache
 

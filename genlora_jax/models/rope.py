@@ -29,7 +29,8 @@ def rope_frequencies(cfg: LlamaConfig) -> Array:
 
 def rotary(cfg: LlamaConfig, positions: Array) -> tuple[Array, Array]:
     """Float32 cosines and sines `[batch, length, 1, rotary_dim / 2]` of positions."""
-    angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(cfg)
+    frequency = rope_frequencies(cfg)[None, None, None]
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
