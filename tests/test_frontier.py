@@ -194,7 +194,7 @@ def test_arms_of_one_rank_stand_together():
 
 def test_the_tables_are_those_of_the_committed_results():
     files = sorted(report.RESULTS.glob("*.json"))
-    assert (report.PAGES / "tables.md").read_text() == report.page(files)
+    assert report.TABLES.read_text() == report.page(files)
 
 
 def test_the_page_tells_no_loss_that_no_arm_has():
