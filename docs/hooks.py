@@ -1,11 +1,11 @@
-"""What mkdocs is to know besides: the README is the site's first page."""
+"""For mkdocs: the README is the site's first page, and CONTRIBUTING and CHANGELOG are pages of it."""
 
 from pathlib import Path
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {"index.md": "README.md"} | {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
 
 
 def on_files(files: Files, config: object) -> Files:
