@@ -29,7 +29,7 @@ notebooks: $(VENV)/ready
 # The site, in `site/`; a broken link fails. It reads docstrings without importing, so it needs no JAX.
 DOCS := .venv-docs
 docs: $(DOCS)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 $(DOCS)/ready: constraints.txt
 	$(PYTHON) -m venv $(DOCS)

@@ -1,4 +1,4 @@
-"""For mkdocs: the README is the site's first page, and CONTRIBUTING and CHANGELOG are pages of it."""
+"""For mkdocs: the README is the first page of the site, CONTRIBUTING and CHANGELOG are pages."""
 
 from pathlib import Path
 

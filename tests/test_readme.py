@@ -174,5 +174,5 @@ def test_the_results_tell_no_figure_that_the_study_has_not():
 
 def test_the_api_page_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text()
-    named = set(re.findall(r"^::: genlora_jax\.(\w+)$", text, flags=re.MULTILINE))
-    assert named | {"fit"} == set(genlora_jax.__all__)
+    named = set(re.findall(r"^::: genlora_jax\.(?:\w+\.)*(\w+)$", text, flags=re.MULTILINE))
+    assert set(genlora_jax.__all__) - named == {"fit"}  # another name of `compress`
