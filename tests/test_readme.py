@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -176,3 +177,28 @@ def test_the_api_page_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text()
     named = set(re.findall(r"^::: genlora_jax\.(?:\w+\.)*(\w+)$", text, flags=re.MULTILINE))
     assert set(genlora_jax.__all__) - named == {"fit"}  # another name of `compress`
+
+
+def test_contributing_names_every_room_and_no_file_that_is_not_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tree,) = blocks("text", text)
+    library = ROOT / "genlora_jax"
+    rooms = {path.stem for path in library.iterdir() if not path.stem.startswith("__")}
+    assert {room for room in rooms if not re.search(rf"\b{room}(\.py|/)", tree)} == set()
+    table = text.partition("## I want to ...")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?!I want|---)(.*?) \| (.*) \|$", table, flags=re.MULTILINE)
+    assert len(rows) == 10
+    for wish, files in rows:
+        named = [name.removeprefix("genlora_jax/") for name in re.findall(r"`([\w/]+\.py)`", files)]
+        assert named, wish
+        assert {n for n in named if "NAME" not in n and not (library / n).is_file()} == set(), wish
+
+
+def test_contributing_gives_a_reason_for_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"]]
+    for extra in ("train", "datasets", "lm-eval", "wandb", "docs", "test"):
+        needed += project["optional-dependencies"][extra]
+    names = {re.match(r"[\w-]+", need)[0] for need in needed} - {"genlora_jax"}
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Why each dependency")[2]
+    assert {name for name in names if not re.search(rf"[| ,]{name}[, |]", table)} == set()
