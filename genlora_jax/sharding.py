@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.factors import by_module
@@ -118,7 +118,7 @@ def lay_out(mesh: Mesh | None, tree: Any, rule: Callable[[Any], Any]) -> Any:
     return jax.lax.with_sharding_constraint(tree, named(mesh, rule(tree)))
 
 
-def check_params(mesh: Mesh, params: Mapping[str, Any]) -> None:
+def check_params(mesh: Mesh | AbstractMesh, params: Mapping[str, Any]) -> None:
     """Checks that a base, arrays or shapes, can be cut as the rules say.
 
     Raises:

@@ -3,10 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-# Axes of a mesh of devices, and those of them that cut a batch; see `genlora_jax.sharding`.
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
-
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
