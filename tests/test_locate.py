@@ -113,8 +113,8 @@ def test_other_refusals_are_one_line_with_the_hubs_reason(find, monkeypatch):
 
 def test_the_command_reports_a_gated_model_in_one_line(recipe_file, monkeypatch, capsys):
     refuse_with(monkeypatch, GATED)
-    gated = ["--model.path", "someone/gated"]
+    recipe_file.write_text(RECIPE.replace("someone/model", "someone/gated"))
     with pytest.raises(SystemExit):
-        main(["plan", "--config", str(recipe_file), *gated, "--topology", "gpu:8x80"])
+        main(["plan", "--config", str(recipe_file), "--topology", "gpu:8x80"])
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: someone/gated is a gated model")
