@@ -3,8 +3,7 @@
     python -m train.benchmarks.import_time
 
 Each statement runs five times, in turn with the others, in a process of its own; an earlier round
-fills the caches of bytecode and files. Wall-clock time also has what else the machine does, CPU time
-does not.
+fills the caches of bytecode and files. CPU time leaves out what else the machine does meanwhile.
 """
 
 import json
