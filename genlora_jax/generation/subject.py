@@ -26,7 +26,7 @@ class Subject:
         factors: An adapter's factors; empty for none.
         tokenizer: The model's tokenizer.
         stop: Ids of the tokens that end a text.
-        batch_size: Rows that are computed together.
+        batch_size: Rows of a batch.
     """
 
     model: LlamaForCausalLM
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def prefix(self) -> int:
-        """The token that stands before a text that follows nothing."""
+        """The token that begins a text without context."""
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *self.stop)
         known = [token for token in ids if token is not None]
         if not known:
@@ -51,15 +51,16 @@ class Subject:
         return known[0]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text that goes on: with what begins it, without what would end it."""
+        """Token ids of a text to be continued: with the token that begins it, none that ends it."""
         begin = self.tokenizer.bos_token
-        special = special and not (begin and text.startswith(begin))  # a chat template's own
+        # A chat template may have written the first token already.
+        special = special and not (begin and text.startswith(begin))
         ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         ends = special and len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
         return list(ids[:-1] if ends else ids)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, a conversation in the tokenizer's chat template.
+        """Token ids of a prompt; a conversation is rendered in the tokenizer's chat template.
 
         Raises:
             ValueError: If it is a conversation and the tokenizer has no chat template.
@@ -89,14 +90,14 @@ def load_subject(
 
     Args:
         path: A base or a merged model: local directory or hub id.
-        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
+        adapter: An adapter's directory, one of `save_adapter` or of PEFT.
         revision: Branch, tag or commit on the hub.
-        batch_size: Rows that are computed together.
+        batch_size: Rows of a batch.
         **options: Passed on to `load_llama`.
 
     Raises:
         FileNotFoundError: If there is no such model or adapter.
-        ValueError: If they do not go together.
+        ValueError: If the adapter does not fit the model.
     """
     source = locate(path, revision=revision)
     tokenizer = load_tokenizer(source)

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 
 
 def locate(path: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a checkpoint: a local one as it is, a hub id downloaded to the cache.
+    """The directory of a checkpoint: a local one itself, a hub id downloaded to the cache.
 
     Raises:
         FileNotFoundError: If it is neither a local directory nor to be had from the hub.
@@ -78,7 +78,7 @@ def _hub_errors(path: str | Path) -> Iterator[None]:
             f"{path} is a gated model: ask for access on its page at huggingface.co, then set "
             "HF_TOKEN to an access token of that account"
         ) from error
-    except Exception as error:  # the client's errors have no base class of their own
+    except Exception as error:  # the client's errors have no common base class
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{path} is no local directory, and the hub did not give it: {reason}"
@@ -109,7 +109,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """The checkpoint's tokenizer.
 
     Raises:
-        ValueError: If there is none, or none that knows where in the text its tokens lie.
+        ValueError: If there is none, or none that knows the position in the text of each token.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -118,7 +118,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} has no usable tokenizer: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{directory}: the tokenizer is no fast one; it needs a tokenizer.json")
+        raise ValueError(f"{directory}: the tokenizer is not a fast one; it needs a tokenizer.json")
     return tokenizer
 
 

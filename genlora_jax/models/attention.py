@@ -56,15 +56,15 @@ def attend(
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, slots, kv_heads, head_dim]`.
         v: As k.
-        mask: Bool `[batch or 1, 1, length, slots]`, True where a query sees a key, and False
-            wherever a key comes after its query; None for just that.
+        mask: Bool `[batch or 1, 1, length, slots]`, True where a query sees a key. A query must
+            see no later key; None for that alone.
         implementation: `"xla"`; `"cudnn"` (GPUs, even lengths, half precision); `"cudnn_vmap"`
             (the same under `vmap`, see `attend_as_one_batch`); `"splash"` (TPUs, lengths in
             multiples of 128; elsewhere interpreted, for tests); `"blocks"` (see
             `attend_in_blocks`); `"auto"`: `"splash"` on TPUs where it can be, `"blocks"` on a
             single CPU device, else `"xla"`.
-        segments: Int `[batch, length]` if the mask says no more than that tokens see what comes
-            before them in their own segment.
+        segments: Int `[batch, length]` if a token sees exactly what comes before it in its
+            segment; None if the mask says anything else.
         mesh: Devices that shard the batch and the heads.
 
     Returns:

@@ -1,6 +1,6 @@
 """Attention of `jax.nn`, and a form of it whose `vmap` makes one larger batch.
 
-JAX's own batching of cuDNN attention takes no mask that is the same for all heads.
+JAX's batching rule of cuDNN attention refuses a mask that is the same for all heads.
 """
 
 import functools

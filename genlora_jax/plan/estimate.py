@@ -1,4 +1,4 @@
-"""What a step needs on a mesh, from shapes alone: memory, traffic and compute put together."""
+"""What a step needs on a mesh, from shapes alone: its memory, traffic and compute."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The training step of a recipe on a mesh, as shapes only: nothing is allocated."""
+"""The training step of a recipe on a mesh, from shapes alone: nothing is allocated."""
 
 from dataclasses import dataclass
 from typing import Any
