@@ -198,8 +198,7 @@ def generate_factors(cfg: AdapterConfig, adapter: Adapter) -> dict[str, Any]:
     Raises:
         ValueError: If the config is not the adapter's; names the first field that differs.
     """
-    if said := cfg.difference(adapter.config):
-        raise ValueError(f"this config is not the one that the adapter was made with: {said}")
+    cfg.check_is(adapter.config)
     flat: dict[tuple[str, ...], jax.Array] = {}
     groups = adapter.trainable | jax.lax.stop_gradient(adapter.frozen)
     for target in adapter.spec.targets:

@@ -62,8 +62,7 @@ def save_adapter(
         FileExistsError: If the directory exists and is not to be overwritten.
         ValueError: If the config is not the adapter's.
     """
-    if said := cfg.difference(adapter.config):
-        raise ValueError(f"this config is not the one that the adapter was made with: {said}")
+    cfg.check_is(adapter.config)
     flat = flatten_dict({"trainable": adapter.trainable, "frozen": adapter.frozen}, sep="/")
     arrays = {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
     settings = {

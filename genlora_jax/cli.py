@@ -1,5 +1,7 @@
-"""The `genlora` command: merge, export, inspect and try an adapter."""
+"""The `genlora` command: fine-tune, evaluate, merge, export, inspect and try an adapter."""
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
 
@@ -153,7 +155,7 @@ def generate(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
             f"model's {subject.positions} positions"
         )
-    ((said,),) = answers(
+    ((answer,),) = answers(
         subject,
         [ids],
         max_new_tokens=max_new_tokens,
@@ -161,7 +163,7 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    print(said if chat else f"{prompt}{said}")
+    print(answer if chat else f"{prompt}{answer}")
 
 
 def plan(config: str, topology: str, compile: bool = True) -> None:
@@ -189,8 +191,21 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+# Commands whose settings are a recipe, and the modules that run them.
+RECIPES = {
+    "finetune": "genlora_jax.training.finetune",
+    "sweep": "genlora_jax.training.sweep.sweep",
+    "evaluate": "genlora_jax.evaluation.run",
+}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the installed `genlora` command."""
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] in RECIPES:
+        # Imported here: they take the extra `train`, which the other commands do without.
+        importlib.import_module(RECIPES[args[0]]).main(args[1:])
+        return
     parser = jsonargparse.ArgumentParser(prog="genlora", description=__doc__, exit_on_error=False)
     subcommands = parser.add_subcommands()
     for name, function in COMMANDS.items():
@@ -200,6 +215,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if "overwrite" in signature(function).parameters:
             command.add_argument("--overwrite", action="store_true", help="replace what is there")
         subcommands.add_subcommand(name, command)
+    for name in RECIPES:  # for `--help` to list them
+        purpose = f"{name} by a recipe: genlora {name} --help"
+        subcommands.add_subcommand(name, jsonargparse.ArgumentParser(), help=purpose)
     with report_errors():
         chosen = parse_arguments(parser, args)
         COMMANDS[chosen.subcommand](**vars(chosen[chosen.subcommand]))

@@ -73,6 +73,11 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def one_device() -> Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH)

@@ -15,9 +15,9 @@ from tiny_base import REPOSITORY, write_base
 from transformers import AutoModelForCausalLM
 
 import genlora_jax as gl
-import train.evaluate as script
 from genlora_jax.data.rows import read_rows
 from genlora_jax.evaluation import harness, scoring
+from genlora_jax.evaluation import run as script
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
 from genlora_jax.evaluation.tasks import choices, match
 from genlora_jax.evaluation.tasks import task as tasks

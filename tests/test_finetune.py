@@ -16,12 +16,12 @@ from safetensors.numpy import load_file
 from tiny_base import SHAPE, write_base
 
 import genlora_jax as gl
-import train.finetune as script
 from genlora_jax.data.config import DataConfig
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.settings import parse
-from genlora_jax.training import processes
+from genlora_jax.training import finetune as script
+from genlora_jax.training import processes, setup
 from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.output import keep_recipe
 from genlora_jax.training.recipe import ModelConfig, Recipe, TrainConfig
@@ -61,7 +61,7 @@ def compilation_cache(tmp_path_factory):
 def one_device():
     """Of the eight that other tests have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
         yield
 
 
@@ -249,7 +249,7 @@ def test_a_run_that_goes_on_otherwise_says_so(workshop, tmp_path, capsys):
 @pytest.mark.parametrize(
     "adapter",
     [
-        gl.GenLoRAConfig(alpha=None, basis=None, layers=[2, 0]),
+        gl.GenLoRAConfig(alpha=None, layers=[2, 0]),
         gl.GenLoRAConfig(kernels=3, bandwidth=0.5, exclude=["v_proj"]),
         gl.LoRAConfig(alpha=None, targets=["q_proj", r".*\.mlp\..*"], hadamard=True),
         gl.DoRAConfig(side_a="seeded"),

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import genlora_jax as gl
 from genlora_jax import sharding
 from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.training.options import StepOptions
 from genlora_jax.training.step import init_state, make_eval_step, make_train_step
 
 MESHES = {
@@ -70,7 +71,9 @@ def start(path, perturb, mesh, *, cfg=CFG, accumulate=1, rows=16, length=16, opt
     model, params = load(path, mesh=mesh, attention="xla")
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
     optimizer = optimizer or optax.sgd(1.0)
-    step = make_train_step(model, cfg, optimizer, accumulate=accumulate, chunk=32, mesh=mesh)
+    step = make_train_step(
+        model, cfg, optimizer, StepOptions(accumulate=accumulate, chunk=32), mesh=mesh
+    )
     state, batch = init_state(adapter, optimizer), batch_of(rows, length)
     if mesh is not None:
         state = jax.device_put(state, sharding.state_shardings(mesh, state))
@@ -178,10 +181,10 @@ def test_evaluation_and_logits_are_those_of_one_device(base, perturb, mesh):
     alone, whole = load(base)
     factors = gl.generate_factors(CFG, perturb(gl.init_adapter(CFG, jax.random.key(0), whole)))
     batch = batch_of()
-    ours = make_eval_step(model, chunk=16, mesh=mesh)(
+    ours = make_eval_step(model, StepOptions(chunk=16), mesh=mesh)(
         params, factors, sharding.place_batch(mesh, batch)
     )
-    theirs = make_eval_step(alone, chunk=16)(whole, factors, batch)
+    theirs = make_eval_step(alone, StepOptions(chunk=16))(whole, factors, batch)
     np.testing.assert_allclose(ours, theirs, rtol=2e-6)
     ids = batch["input_ids"][:3]  # rows that the mesh does not divide
     np.testing.assert_allclose(

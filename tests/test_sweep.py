@@ -14,19 +14,21 @@ from jax.sharding import PartitionSpec as P
 from tiny_base import REPOSITORY, write_base
 
 import genlora_jax as gl
-import train.finetune as finetune_script
-import train.sweep as script
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.attention import attend, attend_as_one_batch
 from genlora_jax.settings import parse
 from genlora_jax.sharding import named, param_specs
+from genlora_jax.training import finetune as finetune_script
+from genlora_jax.training import setup
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
 from genlora_jax.training.sweep import program as sweep_program
+from genlora_jax.training.sweep import sweep as script
+from genlora_jax.training.sweep.loop import initial_states, run_sweep
 from genlora_jax.training.sweep.members import Member
-from genlora_jax.training.sweep.run import initial_states, run_sweep
 
 STEPS, EVERY = 4, 2
+PROGRAM = {"steps", "options", "members_per_pass", "mesh"}
 CFG = gl.GenLoRAConfig(
     rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"], dropout=0.1
 )
@@ -61,15 +63,21 @@ def batches():
     ]
 
 
+def make_program(model, *, cfg=None, steps=STEPS, **settings):
+    cfg = CFG if cfg is None else cfg
+    return sweep_program.SweepProgram(model=model, cfg=cfg, optim=OPTIM, steps=steps, **settings)
+
+
 @pytest.fixture(scope="module")
 def run(base, batches):
     """A function that sweeps members."""
     model, params = base
 
     def call(members, *, params=params, cfg=CFG, **options):
-        options = {"optim": OPTIM, "steps": STEPS, "eval_every": EVERY} | options
+        settings = {name: options.pop(name) for name in PROGRAM & options.keys()}
+        program = make_program(model, cfg=cfg, **settings)
         data = iter(batches[:STEPS]), batches[STEPS:]
-        return run_sweep(model, params, cfg, members, *data, **options)
+        return run_sweep(program, params, members, *data, **({"eval_every": EVERY} | options))
 
     return call
 
@@ -127,9 +135,9 @@ def test_the_best_is_that_of_the_lowest_evaluation(base, batches, result):
     model, params = base
     eval_step = make_eval_step(model)
     for i, member in enumerate(MEMBERS):
-        factors = gl.generate_factors(
-            dataclasses.replace(CFG, alpha=member.alpha), result.adapter(i)
-        )
+        adapter = result.adapter(i)
+        assert adapter.config == dataclasses.replace(CFG, alpha=member.alpha)
+        factors = gl.generate_factors(adapter.config, adapter)
         loss = evaluate(eval_step, params, factors, batches[STEPS:])
         assert_close(result.eval_loss[:, i].min(), np.float64(loss))
     assert result.ranking == np.argsort(result.eval_loss.min(axis=0)).tolist()
@@ -198,7 +206,7 @@ def test_sweeps_of_one_size_share_one_program(run, result):
 
 def lowered(base, batches, members, **settings):
     model, params = base
-    program = sweep_program.SweepProgram(model=model, cfg=CFG, optim=OPTIM, steps=STEPS, **settings)
+    program = make_program(model, **settings)
     states, numbers = initial_states(program, members, params)
     stacked = {name: np.stack([b[name] for b in batches[:EVERY]]) for name in batches[0]}
     traced = sweep_program.train_members.trace(states, numbers, params, stacked, program=program)
@@ -250,7 +258,7 @@ def test_members_lie_over_data_and_change_nothing(base, run, result):
     for name in ("loss", "grad_norm", "eval_loss"):
         assert_close(getattr(cut, name), getattr(result, name))
     assert_close(cut.final.trainable, result.final.trainable, 1e-4)
-    with pytest.raises(ValueError, match=r"3 members cannot be shared out over mesh.data = 4"):
+    with pytest.raises(ValueError, match=r"3 members cannot be sharded over mesh.data = 4"):
         run(MEMBERS[:3], params=params, mesh=mesh)
 
 
@@ -316,12 +324,14 @@ def test_attention_as_one_batch_is_attention(masked):
 
 
 def test_no_members_and_no_evaluation_are_refused(run, base, batches):
+    model, params = base
     with pytest.raises(ValueError, match="at least one member"):
         run([])
     with pytest.raises(ValueError, match="which member is best"):
-        run_sweep(*base, CFG, MEMBERS, iter(batches), [], optim=OPTIM, steps=1)
+        run_sweep(make_program(model, steps=1), params, MEMBERS, iter(batches), [])
+    program = make_program(model, steps=2)
     with pytest.raises(ValueError, match="batches ended before step 2"):
-        run_sweep(*base, CFG, MEMBERS, iter(batches[:1]), batches, optim=OPTIM, steps=2)
+        run_sweep(program, params, MEMBERS, iter(batches[:1]), batches)
 
 
 def test_a_sweep_needs_neither_a_command_line_nor_a_data_library():
@@ -393,7 +403,7 @@ def test_the_script_writes_what_it_found(command, workshop, tmp_path, monkeypatc
 
     # The same as a run of train/finetune.py on its own.
     single = tmp_path / "single"
-    monkeypatch.setattr(finetune_script, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    monkeypatch.setattr(setup, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
     arguments = ["--config", workshop / "recipe.yaml", "--train.output", single]
     arguments += ["--optim.learning_rate", 0.01, "--adapter.alpha", cfg.alpha]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])

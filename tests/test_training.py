@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict
 
 import genlora_jax as gl
 from genlora_jax.training import losses
-from genlora_jax.training.losses import next_token_targets, summed_loss
+from genlora_jax.training.losses import cross_entropy, next_token_targets
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
+from genlora_jax.training.options import StepOptions
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
 
 # No two of these are alike, so that a shape tells what an array is. 4 rows of 12 tokens.
@@ -29,6 +30,11 @@ LORA = gl.LoRAConfig(rank=3, alpha=6.0, targets=["q_proj", "down_proj"])
 GENLORA = gl.GenLoRAConfig(
     rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"]
 )
+
+
+def summed_loss(model, params, factors, batch, **options):
+    """The sum of the cross-entropies, without what it counts."""
+    return cross_entropy(model, params, factors, batch, StepOptions(**options))[0]
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +334,9 @@ def test_accumulation_changes_nothing_but_rounding(base, make_adapter, batch):
     norm = float(optax.global_norm(gradient))
     start = jax.tree.map(np.array, adapter.trainable)
     for accumulate in (1, 2, 4):
-        step = make_train_step(model, cfg, optax.sgd(1.0), accumulate=accumulate, chunk=9)
+        step = make_train_step(
+            model, cfg, optax.sgd(1.0), StepOptions(accumulate=accumulate, chunk=9)
+        )
         own = jax.tree.map(jnp.array, adapter)
         state, metrics = step(init_state(own, optax.sgd(1.0)), params, batch)
         moved = jax.tree.map(lambda old, new: old - new, start, state.adapter.trainable)
@@ -387,7 +395,7 @@ def test_no_gradient_of_the_base_is_formed(random_llama, make_adapter, batch):
     )
     assert products(trained.jaxpr) == kernels  # the search finds them where they are
     # Chunks of 16: all 48 tokens' states would look like q_proj.
-    step = make_train_step(model, cfg, optimizer, chunk=16)
+    step = make_train_step(model, cfg, optimizer, StepOptions(chunk=16))
     ours = jax.make_jaxpr(step)(init_state(adapter, optimizer), params, batch)
     assert products(ours.jaxpr) == set()
 
@@ -427,7 +435,7 @@ def test_parts_of_a_batch_have_their_own_dropout(base, make_adapter, batch):
     twice = jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:1]]), batch)
     values = []
     for rows, accumulate in ((once, 1), (twice, 2)):
-        step = make_train_step(model, cfg, still, accumulate=accumulate)
+        step = make_train_step(model, cfg, still, StepOptions(accumulate=accumulate))
         _, metrics = step(init_state(make_adapter(cfg), still), params, rows)
         values.append(float(metrics["loss"]))
     assert values[0] != pytest.approx(values[1], rel=1e-6)  # equal if both had the first's

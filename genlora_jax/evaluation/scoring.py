@@ -12,7 +12,7 @@ from genlora_jax.generation.answers import padded
 from genlora_jax.generation.subject import Subject
 from genlora_jax.inject import apply
 from genlora_jax.models.llama import LlamaForCausalLM
-from genlora_jax.training.losses import cut_columns, split_head
+from genlora_jax.training.losses import split_columns, split_head
 
 CHUNK = 1024  # tokens whose logits exist at a time
 
@@ -106,6 +106,6 @@ def _score(
         sums = jnp.where(counted, logprobs, 0.0).sum(axis=-1)
         return sums, ((logits.argmax(axis=-1) == target) | ~counted).all(axis=-1)
 
-    chunks = tuple(cut_columns(x, width) for x in (hidden, targets, scored))
+    chunks = tuple(split_columns(x, width) for x in (hidden, targets, scored))
     sums, greedy = jax.lax.map(score, chunks)
     return sums.sum(axis=0), greedy.all(axis=0)

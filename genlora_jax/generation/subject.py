@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from genlora_jax.hf.checkpoint import load_tokenizer, locate, stop_tokens
-from genlora_jax.hf.load import load_llama
+from genlora_jax.hf.base import Base, ModelConfig, find_base, load_base
+from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.hf.peft_import import load_factors
+from genlora_jax.mesh import one_device
 from genlora_jax.models.llama import LlamaForCausalLM
 
 if TYPE_CHECKING:
@@ -78,35 +79,43 @@ class Subject:
         )
 
 
+def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) -> Subject:
+    """A loaded base, alone or with an adapter.
+
+    Args:
+        base: From `load_base`.
+        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
+        batch_size: Rows that are computed together.
+
+    Raises:
+        FileNotFoundError: If there is no such adapter.
+        ValueError: If it was made for another base.
+    """
+    factors = {} if adapter is None else load_factors(adapter, base.params, base.model)
+    return Subject(
+        model=base.model,
+        params=base.params,
+        factors=factors,
+        tokenizer=base.tokenizer,
+        stop=tuple(stop_tokens(base.source)),
+        batch_size=batch_size,
+    )
+
+
 def load_subject(
-    path: str,
-    adapter: str | None = None,
-    *,
-    revision: str | None = None,
-    batch_size: int = 16,
-    **options: Any,
+    path: str, adapter: str | None = None, *, batch_size: int = 16, **options: Any
 ) -> Subject:
-    """Loads what is to be evaluated.
+    """Loads what is to be evaluated onto one device.
 
     Args:
         path: A base or a merged model: local directory or hub id.
         adapter: An adapter's directory, one of `save_adapter` or of PEFT.
-        revision: Branch, tag or commit on the hub.
         batch_size: Rows of a batch.
-        **options: Passed on to `load_llama`.
+        **options: Fields of `ModelConfig`.
 
     Raises:
         FileNotFoundError: If there is no such model or adapter.
         ValueError: If the adapter does not fit the model.
     """
-    source = locate(path, revision=revision)
-    tokenizer = load_tokenizer(source)
-    model, params = load_llama(source, **options)
-    return Subject(
-        model=model,
-        params=params,
-        factors={} if adapter is None else load_factors(adapter, params, model),
-        tokenizer=tokenizer,
-        stop=tuple(stop_tokens(source)),
-        batch_size=batch_size,
-    )
+    cfg = ModelConfig(path=path, **options)
+    return subject_of(load_base(cfg, find_base(cfg), one_device()), adapter, batch_size=batch_size)

@@ -114,15 +114,24 @@ class AdapterConfig(TargetSelection):
         """
         return dict(fields)
 
-    def difference(self, other: "AdapterConfig") -> str | None:
-        """The first setting in which another config differs, in words; dropout may differ."""
+    def first_difference(self, other: "AdapterConfig") -> tuple[str, Any, Any] | None:
+        """The first setting but dropout in which another config differs, and both values."""
         if type(self) is not type(other):
-            return f"the method is {type(self).__name__}, not {type(other).__name__}"
+            return "method", type(self).__name__, type(other).__name__
         for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name != "dropout" and mine != theirs:
-                return f"{field.name} is {mine!r}, not {theirs!r}"
+            values = getattr(self, field.name), getattr(other, field.name)
+            if field.name != "dropout" and values[0] != values[1]:
+                return field.name, *values
         return None
+
+    def check_is(self, other: "AdapterConfig") -> None:
+        """Raises ValueError unless this is the config that an adapter was made with."""
+        if found := self.first_difference(other):
+            field, given, made = found
+            raise ValueError(
+                "this config is not the one that the adapter was made with: "
+                f"{field} is {given!r}, not {made!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

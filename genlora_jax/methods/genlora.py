@@ -183,7 +183,7 @@ class GenLoRAConfig(TwoSidedConfig):
             if self.latents == "seeded":
                 z = self._seeded_latents(target, side)
             else:
-                z = latents[side] = self.latent_std * normals.pop(f"latents/{side}")
+                z = latents[side] = self.latent_std * normals[f"latents/{side}"]
             if side == "a":
                 weights[side] |= self._scaled_weights(target, normals, z, centers)
         groups: Groups = {"generators": {self._generator_name(target): weights}}
@@ -240,7 +240,8 @@ class GenLoRAConfig(TwoSidedConfig):
         else:
             served = jnp.broadcast_to(z, (self._sets(target), z.shape[1]))[:, None]
         scale = functools.partial(generators.init_weights, self, centers=centers)
-        return jax.vmap(lambda noise, z: scale(noise, z))(normals, served)
+        noise = {part: normals[part] for part in normals if not part.startswith("latents/")}
+        return jax.vmap(lambda noise, z: scale(noise, z))(noise, served)
 
     def _normals(self, key: jax.Array, target: Target) -> Leaves:
         """N(0, 1) numbers for all that is random at first, by name.

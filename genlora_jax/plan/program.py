@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from genlora_jax import sharding
 from genlora_jax.adapter import init_adapter
 from genlora_jax.hf.checkpoint import locate_config, model_config
+from genlora_jax.mesh import BATCH
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.training.optim import make_optimizer
@@ -62,21 +63,13 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
     rows = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
     rows["loss_mask"] = jnp.bool_
     size = (recipe.data.batch_size, recipe.data.length)
-    step = make_train_step(
-        model,
-        recipe.adapter,
-        optimizer,
-        accumulate=recipe.train.accumulate,
-        chunk=recipe.train.chunk * sharding.batch_shards(mesh),
-        packed=recipe.data.pack,
-        mesh=mesh,
-    )
+    step = make_train_step(model, recipe.adapter, optimizer, recipe.step_options, mesh=mesh)
     return Program(
         step=step,
         state=jax.tree.map(_on, state, sharding.state_shardings(mesh, state)),
         params=jax.tree.map(_on, shapes, sharding.named(mesh, sharding.param_specs(shapes))),
         batch={
-            name: jax.ShapeDtypeStruct(size, kind, sharding=NamedSharding(mesh, P(sharding.BATCH)))
+            name: jax.ShapeDtypeStruct(size, kind, sharding=NamedSharding(mesh, P(BATCH)))
             for name, kind in rows.items()
         },
     )

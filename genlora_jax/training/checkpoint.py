@@ -10,24 +10,25 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from genlora_jax.methods import config_to_json
+from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.step import TrainState
 
-STATE, DATA, SHAPES, ADAPTER = "state", "data", "shapes", "adapter"
+STATE, DATA, SHAPES, ADAPTER, BASE = "state", "data", "shapes", "adapter", "base"
 
 
 class Checkpoints:
     """The checkpoints of one run: the last k, the best, and those of every so many steps.
 
     A checkpoint is written beside its place and renamed, so that a killed process leaves the
-    last complete one.
+    last complete one. Its arrays bear the names of the state's leaves, and its metadata the
+    adapter's config and the base's fingerprint.
 
     Args:
         directory: Where they lie.
         keep: How many of the latest to keep.
         keep_every: Keep also those of steps that this divides.
-        adapter: The run's adapter; what is restored must have had the same, but for `dropout`.
+        base_config: Digest of the base's config; see `adapter_files.config_fingerprint`.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Checkpoints:
         *,
         keep: int = 2,
         keep_every: int | None = None,
-        adapter: AdapterConfig | None = None,
+        base_config: str | None = None,
     ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -52,7 +53,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
-        self._adapter = {} if adapter is None else config_to_json(adapter)
+        self._base_config = base_config
         self._saving: Any = None
         self._damaged: set[int] = set()
 
@@ -83,13 +84,14 @@ class Checkpoints:
         # The place in the data is the same in all processes, so that any number of them can resume.
         self._saving = self._checkpointer.save_checkpointables_async(
             step,
-            {STATE: _plain(state)},
+            {STATE: named_leaves(state)},
             overwrite=step in self._damaged,
             metrics=metrics,
             custom_metadata={
                 SHAPES: _shapes(state),
                 DATA: data.get_state(),
-                ADAPTER: self._adapter,
+                ADAPTER: config_to_json(state.adapter.config),
+                BASE: self._base(state),
             },
         )
 
@@ -106,13 +108,14 @@ class Checkpoints:
             data: The iterator of the same data set, which is moved.
 
         Raises:
-            ValueError: If the checkpoint is of another adapter, or none can be read. A damaged
-                one is named on stderr, and the one before it taken.
+            ValueError: If the checkpoint is of another adapter or of another base, or none can be
+                read. A damaged one is named on stderr, and the one before it taken.
         """
+        self.wait()
         for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
             try:
                 return self._restore(step, state, data)
-            except _Misfit as error:
+            except _MisfitError as error:
                 raise ValueError(str(error)) from None
             except Exception as error:  # whatever Orbax makes of a damaged file
                 self._damaged.add(step)
@@ -126,43 +129,62 @@ class Checkpoints:
     def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         # Asked beforehand: Orbax would find out halfway, with tasks of its own under way.
         saved = self._checkpointer.metadata(step).custom_metadata or {}
-        if saved[SHAPES] != _shapes(state):
-            raise _Misfit(
-                f"{self._checkpointer.directory}: checkpoint {step} does not fit this recipe's "
-                "adapter and optimizer; resume with the recipe that the run was started with"
+        place = f"{self._checkpointer.directory}: checkpoint {step}"
+        shapes = _shapes(state)
+        numbered = isinstance(saved[SHAPES], list)  # version 0.1 named leaves by their position
+        if saved[SHAPES] != (list(shapes.values()) if numbered else shapes):
+            raise _MisfitError(
+                f"{place} does not fit this recipe's adapter and optimizer; resume with the recipe "
+                "that the run was started with"
             )
         # Settings that change no shape would change what the state means.
-        if said := difference(saved.get(ADAPTER, {}), self._adapter):
-            raise _Misfit(f"{self._checkpointer.directory}: checkpoint {step} was trained {said}")
-        loaded = self._checkpointer.load_checkpointables(
-            step, {STATE: jax.tree.map(_abstract, _plain(state))}
-        )
+        if difference := adapter_difference(state.adapter.config, saved.get(ADAPTER)):
+            raise _MisfitError(f"{place} was trained {difference}")
+        for part, digest in self._base(state).items():
+            if saved.get(BASE, {}).get(part, digest) not in (digest, None):
+                raise _MisfitError(
+                    f"{place} was trained on another base: the {part} of model.path differ"
+                )
+        leaves = named_leaves(state)
+        names = [f"{i:05d}" for i in range(len(leaves))] if numbered else list(leaves)
+        abstract = dict(zip(names, map(_abstract, leaves.values()), strict=True))
+        loaded = self._checkpointer.load_checkpointables(step, {STATE: abstract})[STATE]
         data.set_state(saved[DATA])
-        leaves = jax.tree.leaves(loaded[STATE])
-        return jax.tree.unflatten(jax.tree.structure(state), leaves)
+        return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in names])
+
+    def _base(self, state: TrainState) -> dict[str, str]:
+        """Digests of the base: of its parameters' shapes and, if known, of its config."""
+        digests = {"shapes": state.adapter.spec.fingerprint}
+        return digests if self._base_config is None else digests | {"config": self._base_config}
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that two adapters' configs in JSON do not share; dropout may differ."""
-    shared = before.keys() & now.keys() - {"dropout"}
-    for field in sorted(shared, key=lambda field: (field != "method", field)):
-        if before[field] != now[field]:
-            name = "the method" if field == "method" else f"adapter.{field}"
-            return f"with {name} {before[field]!r}, and the recipe has {now[field]!r}"
-    return None
+class _MisfitError(Exception):
+    """A checkpoint of another adapter or base."""
 
 
-class _Misfit(Exception):
-    """A checkpoint of another adapter."""
+def named_leaves(state: TrainState) -> Mapping[str, Any]:
+    """The state's leaves by their names, such as `adapter.trainable.latents...`, in its order."""
+    leaves, _ = jax.tree.flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
-    """The state as nested containers that Orbax knows, leaves in the same order."""
-    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+def adapter_difference(recipe: AdapterConfig, saved: Mapping[str, Any] | None) -> str | None:
+    """Where an adapter's stored config differs from the recipe's, in words; None if nowhere."""
+    if not saved:
+        return None
+    try:
+        found = config_from_json(saved).first_difference(recipe)
+    except ValueError as error:  # a setting that this version no longer has
+        return f"with another version: {error}"
+    if found is None:
+        return None
+    field, before, now = found
+    name = "the method" if field == "method" else f"adapter.{field}"
+    return f"with {name} {before!r}, and the recipe has {now!r}"
 
 
-def _shapes(state: TrainState) -> list[str]:
-    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state)]
+def _shapes(state: TrainState) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named_leaves(state).items()}
 
 
 def _abstract(leaf: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The loss: cross-entropy of trained tokens, in chunks, so that the logits never exist whole."""
+"""Losses: what a step minimises. Logits are computed in chunks and never exist whole."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from genlora_jax.factors import in_dtype
 from genlora_jax.inject import apply
+from genlora_jax.training.options import StepOptions
 
 HEAD = "lm_head"
 Batch = Mapping[str, jax.Array]
@@ -40,10 +41,10 @@ def split_head(factors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return body, {name: value for name, value in factors.items() if name == HEAD}
 
 
-def cut_columns(x: jax.Array, width: int) -> jax.Array:
+def split_columns(x: jax.Array, width: int) -> jax.Array:
     """`[rows, length, ...]` -> `[chunks, rows, width, ...]`, the last chunk filled with zeros.
 
-    Columns of all rows, so that a batch that is cut over devices stays so.
+    Columns of all rows, so that a batch that is sharded stays so.
     """
     rows, length = x.shape[:2]
     chunks = -(-length // width)
@@ -51,18 +52,53 @@ def cut_columns(x: jax.Array, width: int) -> jax.Array:
     return x.reshape(rows, chunks, width, *x.shape[2:]).swapaxes(0, 1)
 
 
-def summed_loss(
+class Loss(Protocol):
+    """What a step minimises: a function of a batch, summed so that micro-batches add up.
+
+    `cross_entropy` is one; a preference loss is another, over a batch of its own fields. A loss
+    may apply the model several times, with `{}` instead of the factors for the base alone.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Any],
+        factors: Mapping[str, Any],
+        batch: Batch,
+        options: StepOptions,
+        *,
+        dropout: float = 0.0,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes the loss of a batch or of a micro-batch.
+
+        Args:
+            model: The base's model.
+            params: The base's parameters.
+            factors: The adapter's factors.
+            batch: Arrays `[rows, ...]`.
+            options: Those of the step, with `chunk` for all shards of the batch together.
+            dropout: Rate on the adapter's inputs.
+            key: PRNG key of the dropout.
+
+        Returns:
+            The loss summed over what it counts, and how much that is: float32 scalars. The mean
+            over a batch is the sum of the first over that of the second.
+        """
+        ...
+
+
+def cross_entropy(
     model: nn.Module,
     params: Mapping[str, Any],
     factors: Mapping[str, Any],
     batch: Batch,
+    options: StepOptions,
     *,
-    chunk: int = 1024,
-    packed: bool = True,
     dropout: float = 0.0,
     key: jax.Array | None = None,
-) -> jax.Array:
-    """Sum of the cross-entropies (nats) of a batch's trained tokens, float32.
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy (nats) of a batch's trained tokens; see `Loss`.
 
     The model's `hidden_states` are computed whole, its `head` a chunk of tokens at a time, and
     again in the backward pass: the logits of a chunk are all that ever exists.
@@ -72,14 +108,12 @@ def summed_loss(
         params: The base's parameters.
         factors: The adapter's factors.
         batch: `input_ids`, `loss_mask`, `segment_ids`, `positions`: `[rows, length]`.
-        chunk: Tokens a chunk; rounded up to the same number in every row.
-        packed: Whether a row may hold several segments. Where none does, padding comes last, and
-            attention needs no mask but the causal one.
+        options: `chunk` is rounded up to the same number of tokens in every row.
         dropout: Rate on the adapter's inputs.
         key: PRNG key of the dropout.
 
     Returns:
-        The sum; divide by that of the weights of `next_token_targets`.
+        The sum, and the number of trained tokens.
     """
     body, head = split_head(factors)
     # The layers round them so in any case. Here it is done for the whole stack, so that no float32
@@ -93,13 +127,13 @@ def summed_loss(
         batch["input_ids"],
         method="hidden_states",
         positions=batch["positions"],
-        segment_ids=batch["segment_ids"] if packed else None,
+        segment_ids=batch["segment_ids"] if options.packed else None,
         dropout=dropout,
         rngs=None if body_key is None else {"dropout": body_key},
     )
     targets, weights = next_token_targets(batch)
     rows, length = weights.shape
-    width = min(-(-chunk // rows), length)
+    width = min(-(-options.chunk // rows), length)
 
     @jax.checkpoint
     def chunk_loss(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -111,7 +145,7 @@ def summed_loss(
         losses = jax.nn.logsumexp(logits, axis=-1) - picked
         return total + jnp.vdot(losses, weight), None
 
-    columns = [cut_columns(x, width) for x in (hidden, targets, weights)]
+    columns = [split_columns(x, width) for x in (hidden, targets, weights)]
     parts = (jnp.arange(len(columns[0])), *columns)
     total, _ = jax.lax.scan(chunk_loss, jnp.zeros(()), parts)
-    return total
+    return total, weights.sum()

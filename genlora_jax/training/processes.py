@@ -28,12 +28,12 @@ def join(heartbeat: int = 100) -> None:
         ValueError: If some of the variables are missing, or nothing can be found out.
     """
     initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat)
-    said = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
-    missing = [name for name, value in said.items() if not value]
+    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
+    missing = [name for name, value in given.items() if not value]
     try:
         if not missing:
-            initialize(said[ADDRESS], int(said[COUNT] or 0), int(said[INDEX] or 0))
-        elif len(missing) < len(said):
+            initialize(given[ADDRESS], int(given[COUNT] or 0), int(given[INDEX] or 0))
+        elif len(missing) < len(given):
             raise ValueError(f"{', '.join(missing)} must be set as well")
         else:
             initialize()
@@ -49,21 +49,21 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def told_by_primary(value: float) -> float:
-    """What the primary says, to float32; all processes must call it together."""
+def broadcast_from_primary(value: float) -> float:
+    """The primary's value in all processes, to float32; all must call it together."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
-def on_primary(tree: Any) -> Any:
+def gather_to_primary(tree: Any) -> Any:
     """A tree whose arrays the primary can read whole; all processes must call it together.
 
-    What other processes hold parts of passes through all of them a layer, an index of its first
-    axis, at a time, and is None in all but the primary.
+    An array of which other processes hold shards is all-gathered a layer (an index of its first
+    axis) at a time, and is None in all but the primary.
     """
 
-    def own(leaf: jax.Array) -> Any:
+    def gather(leaf: jax.Array) -> Any:
         if leaf.is_fully_addressable or leaf.is_fully_replicated:
             return leaf
         whole = np.empty(leaf.shape, leaf.dtype) if is_primary() else None
@@ -73,7 +73,7 @@ def on_primary(tree: Any) -> Any:
                 whole[i] = layer
         return whole
 
-    return jax.tree.map(own, tree)
+    return jax.tree.map(gather, tree)
 
 
 class Stopping:

@@ -3,38 +3,12 @@
 from dataclasses import dataclass, field
 
 from genlora_jax.data.config import DataConfig
+from genlora_jax.hf.base import ModelConfig
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.methods.genlora import GenLoRAConfig
-from genlora_jax.models.attention import Attention
-from genlora_jax.models.config import LlamaConfig
-from genlora_jax.models.llama import Remat
 from genlora_jax.training.optim import OptimConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The base, and how it is computed.
-
-    Attributes:
-        path: Local directory or hub id.
-        dtype: Of the computation.
-        param_dtype: Of the base's parameters.
-        revision: Branch, tag or commit on the hub.
-        scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
-        remat: `none`, `full` or `dots`: what the backward pass recomputes.
-        attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
-        shape: What the checkpoint's `config.json` says, for planning without it.
-    """
-
-    path: str
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
-    revision: str | None = None
-    scan: bool = True
-    remat: Remat = "none"
-    attention: Attention = "auto"
-    shape: LlamaConfig | None = None
+from genlora_jax.training.options import StepOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +19,12 @@ class TrainConfig:
         output: The run's directory.
         steps: Length of the run; None to go by `epochs`.
         epochs: Passes over the data, if `steps` is None.
-        accumulate: Parts into which a batch is cut to save memory.
+        accumulate: Micro-batches into which a batch is split to save memory.
         eval_every: Steps between evaluations; None for one at the end only.
         save_every: Steps between checkpoints; None for one at the end only.
         keep: Latest checkpoints to keep, beside the best.
         keep_every: Keep also the checkpoints of every so many steps; None for none of them.
-        chunk: Tokens of a chunk of the loss, on each device that has rows of its own.
+        chunk: Tokens whose logits exist at a time, in each shard of the batch.
         seed: Seed of the adapter's initial values and of dropout.
         init_from: An adapter directory to start from: ours, of the recipe's config, or a PEFT
             LoRA adapter, of which a recipe for LoRA of its rank or more takes A and B.
@@ -110,3 +84,10 @@ class Recipe:
                 f"data.batch_size ({self.data.batch_size}) is no multiple of "
                 f"train.accumulate ({self.train.accumulate})"
             )
+
+    @property
+    def step_options(self) -> StepOptions:
+        """The options of the recipe's training and evaluation steps."""
+        return StepOptions(
+            accumulate=self.train.accumulate, chunk=self.train.chunk, packed=self.data.pack
+        )

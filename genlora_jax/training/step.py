@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 from genlora_jax import sharding
 from genlora_jax.adapter import Adapter, generate_factors
 from genlora_jax.methods.config import AdapterConfig
-from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
+from genlora_jax.training.losses import Batch, Loss, cross_entropy
+from genlora_jax.training.options import StepOptions
 
 Metrics = dict[str, jax.Array]
+DEFAULTS = StepOptions()
 
 
 @functools.partial(
@@ -61,24 +63,22 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     generate: Callable[[Adapter], Any],
+    loss: Loss,
+    options: StepOptions,
     dropout: float = 0.0,
-    accumulate: int = 1,
-    chunk: int = 1024,
-    packed: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """One step of one adapter; pure, and `vmap` over states trains several at once.
 
     Args:
         state: What the step changes.
         params: The base's parameters.
-        batch: As `train_batches` makes it.
+        batch: As the loss takes it.
         model: The base's model.
         optimizer: From `make_optimizer`.
         generate: Adapter -> factors.
+        loss: What is minimised.
+        options: With `chunk` for all shards of the batch together.
         dropout: Rate on the adapter's inputs.
-        accumulate: As for `make_train_step`.
-        chunk: Tokens a chunk of the loss.
-        packed: Whether a row may hold several segments.
 
     Returns:
         The next state, and the metrics that `make_train_step` names.
@@ -89,35 +89,27 @@ def train_step(
     def factors_of(trainable: Any) -> Any:
         return generate(replace(state.adapter, trainable=trainable))
 
-    # Once a step; the parts' gradients meet at the factors and go back through here once.
+    # Once a step; the micro-batches' gradients meet at the factors and go back through here once.
     factors, pull_back = jax.vjp(factors_of, state.adapter.trainable)
 
-    def part_loss(factors: Any, part: Batch, index: jax.Array) -> jax.Array:
-        return summed_loss(
-            model,
-            params,
-            factors,
-            part,
-            chunk=chunk,
-            packed=packed,
-            dropout=dropout,
-            key=jax.random.fold_in(key, index) if dropout else None,
-        )
+    def micro_loss(factors: Any, rows: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        micro_key = jax.random.fold_in(key, index) if dropout else None
+        return loss(model, params, factors, rows, options, dropout=dropout, key=micro_key)
 
-    def accumulate_part(carry: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-        value, gradient = jax.value_and_grad(part_loss)(factors, part[1], part[0])
-        return jax.tree.map(jnp.add, carry, (value, gradient)), None
+    compute = jax.value_and_grad(micro_loss, has_aux=True)
 
-    if accumulate == 1:
-        total, gradient = jax.value_and_grad(part_loss)(factors, batch, jnp.int32(0))
+    def add_micro_batch(carry: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, compute(factors, part[1], part[0])), None
+
+    count = options.accumulate
+    if count == 1:
+        (total, weight), gradient = compute(factors, batch, jnp.int32(0))
     else:
-        # Every accumulate-th row, so that devices have their share of every part.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, factors))
-        (total, gradient), _ = jax.lax.scan(accumulate_part, zero, (jnp.arange(accumulate), parts))
-    weight = next_token_targets(batch)[1].sum()
+        # Every count-th row, so that each micro-batch is sharded as the batch is.
+        rows = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, factors))
+        sums, _ = jax.lax.scan(add_micro_batch, zero, (jnp.arange(count), rows))
+        (total, weight), gradient = sums
     (gradient,) = pull_back(jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradient))
     trainable = state.adapter.trainable
     updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
@@ -135,10 +127,9 @@ def make_train_step(
     model: nn.Module,
     cfg: AdapterConfig,
     optimizer: optax.GradientTransformation,
+    options: StepOptions = DEFAULTS,
     *,
-    accumulate: int = 1,
-    chunk: int = 1024,
-    packed: bool = True,
+    loss: Loss = cross_entropy,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]:
     """A jitted step `(state, params, batch) -> (state, metrics)`; it is traced once.
@@ -148,17 +139,16 @@ def make_train_step(
 
     Args:
         model: The base's model.
-        cfg: The adapter's config.
+        cfg: The adapter's config, with the dropout of this run.
         optimizer: From `make_optimizer`.
-        accumulate: Parts into which a batch's rows are cut; a token weighs the same in each.
-        chunk: Tokens a chunk of the loss.
-        packed: Whether a row may hold several segments.
-        mesh: Devices over which base and batch lie; the state lies as `sharding.state_specs`
-            says, and metrics are on all of them.
+        options: How the batch is computed.
+        loss: What is minimised.
+        mesh: Devices over which base and batch are sharded; the state is as
+            `sharding.state_specs` says, and metrics are replicated.
 
     Returns:
-        The step. Its metrics are `loss` (mean over trained tokens, nats), `grad_norm`,
-        `trained_tokens` and `tokens`.
+        The step. Its metrics are `loss` (mean over what the loss counts), `grad_norm`,
+        `trained_tokens` (what the loss counts) and `tokens`.
     """
 
     def generate(adapter: Adapter) -> Any:
@@ -169,10 +159,9 @@ def make_train_step(
         model=model,
         optimizer=optimizer,
         generate=generate,
+        loss=loss,
+        options=options.over(mesh),
         dropout=cfg.dropout,
-        accumulate=accumulate,
-        chunk=chunk,
-        packed=packed,
     )
 
     def step(
@@ -184,18 +173,20 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, *, chunk: int = 1024, packed: bool = True, mesh: Mesh | None = None
+    model: nn.Module,
+    options: StepOptions = DEFAULTS,
+    *,
+    loss: Loss = cross_entropy,
+    mesh: Mesh | None = None,
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any], Batch], tuple[jax.Array, jax.Array]]:
-    """A jitted `(params, factors, batch) -> (summed loss, number of tokens)`; traced once."""
+    """A jitted `(params, factors, batch) -> (summed loss, what it counts)`; traced once."""
 
     def step(
         params: Mapping[str, Any], factors: Mapping[str, Any], batch: Batch
     ) -> tuple[jax.Array, jax.Array]:
-        loss = summed_loss(model, params, factors, batch, chunk=chunk, packed=packed)
-        return loss, next_token_targets(batch)[1].sum()
+        return loss(model, params, factors, batch, options.over(mesh))
 
-    everywhere = None if mesh is None else sharding.replicated(mesh)
-    return jax.jit(step, out_shardings=everywhere)
+    return jax.jit(step, out_shardings=None if mesh is None else sharding.replicated(mesh))
 
 
 def evaluate(

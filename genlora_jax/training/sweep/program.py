@@ -6,7 +6,7 @@ by `vmap` over adapters and optimizer states; the base's products take all rows 
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from genlora_jax.adapter import Adapter, generate_factors
 from genlora_jax.factors import SCALED
 from genlora_jax.methods.config import AdapterConfig
-from genlora_jax.training.losses import Batch, next_token_targets, summed_loss
+from genlora_jax.training.losses import Batch, Loss, cross_entropy
 from genlora_jax.training.optim import OptimConfig, make_optimizer
-from genlora_jax.training.step import TrainState, train_step
+from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step import DEFAULTS, TrainState, train_step
 
 Numbers = dict[str, jax.Array]  # rates, and scales over the config's, float32 [members]
 
@@ -31,49 +32,58 @@ class SweepProgram:
     """What a sweep's compiled programs depend on, beside shapes: one compilation each.
 
     Attributes:
-        model: The base's model, without a mesh of its own.
-        cfg: The adapter's config; members' scales are relative to its own.
-        optim: The optimizer's settings but for what members have of their own.
+        model: The base's model. Its own mesh is not used: it would shard each member's rows over
+            `data`.
+        cfg: The adapters' config; members' scales are relative to its own.
+        optim: The optimizer's settings; members have their own rates.
         steps: Length of the run.
-        accumulate: Parts into which a batch is cut.
-        chunk: Tokens of a chunk of the loss, of all members of a pass together.
-        packed: Whether a row may hold several segments.
-        members_per_pass: Members whose losses and gradients are computed at a time; None, or as
-            many as there are, for all. Their activations are what a sweep's memory goes into.
-        mesh: Members lie over its axis `data`, rows of the batch over `fsdp`.
+        options: Those of a step, with `chunk` for all members of a pass together.
+        loss: What is minimised, and what tells which member is best.
+        members_per_pass: Members whose activations exist at a time; divides their number, and
+            is divided by the mesh's `data`. None, or as many as there are, for all at once.
+        mesh: Members are sharded over its axis `data`, rows of the batch over `fsdp`.
     """
 
     model: nn.Module
     cfg: AdapterConfig
     optim: OptimConfig
     steps: int
-    accumulate: int = 1
-    chunk: int = 1024
-    packed: bool = True
+    options: StepOptions = DEFAULTS
+    loss: Loss = cross_entropy
     members_per_pass: int | None = None
     mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        """Takes the model's mesh off, and gives it an attention that `vmap` can batch."""
+        model = self.model
+        if getattr(model, "mesh", None) is not None:
+            model = model.clone(mesh=None)
+        if getattr(model, "attention", None) == "cudnn":
+            model = model.clone(attention="cudnn_vmap")
+        object.__setattr__(self, "model", model)
 
     def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:
         """One member's factors, as `generate_factors` makes them, with its scale (a scalar)."""
         flat = flatten_dict(generate_factors(self.cfg, adapter))
         return unflatten_dict({k: x * scale if k[-1] in SCALED else x for k, x in flat.items()})
 
-    def optimizer(self, own: Numbers) -> Any:
+    def optimizer(self, numbers: Numbers) -> Any:
         """One member's optimizer; its numbers are scalars."""
-        rates = {name: own[name] for name in ("learning_rate", "generator_ratio")}
+        rates = {name: numbers[name] for name in ("learning_rate", "generator_ratio")}
         return make_optimizer(self.optim, self.steps, **rates)
 
-    def own_chunk(self, numbers: Numbers) -> int:
-        """Tokens of a chunk of one member's loss."""
-        return max(self.chunk // self.pass_size(numbers), 1)
+    def member_options(self, numbers: Numbers) -> StepOptions:
+        """The options of one member's step: its share of a pass's chunk."""
+        options = self.options.over(self.mesh)
+        return replace(options, chunk=max(options.chunk // self.pass_size(numbers), 1))
 
     def pass_size(self, numbers: Numbers) -> int:
         """Members of a pass."""
         count = len(numbers["scale"])
         return count if self.members_per_pass is None else min(self.members_per_pass, count)
 
-    def spread(self, tree: Any, *axes: str) -> Any:
-        """Lays leaves `[members, ...]` out over the mesh's `data`, further dimensions over axes.
+    def shard_members(self, tree: Any, *axes: str) -> Any:
+        """Shards leaves `[members, ...]` over the mesh's `data`, further dimensions over axes.
 
         Without a mesh the tree stays as it is.
         """
@@ -92,7 +102,7 @@ class SweepProgram:
         # A pass takes a share of every device's members, so that none of them moves.
         devices = 1 if self.mesh is None else self.mesh.shape["data"]
 
-        def cut(x: jax.Array) -> jax.Array:
+        def split(x: jax.Array) -> jax.Array:
             shares = x.reshape(devices, count // size, size // devices, *x.shape[1:])
             return shares.swapaxes(0, 1).reshape(count // size, size, *x.shape[1:])
 
@@ -100,14 +110,14 @@ class SweepProgram:
             shares = x.reshape(count // size, devices, size // devices, *x.shape[2:])
             return shares.swapaxes(0, 1).reshape(count, *x.shape[2:])
 
-        parts = jax.tree.map(cut, (tree, numbers))
+        parts = jax.tree.map(split, (tree, numbers))
         return jax.tree.map(join, jax.lax.map(lambda part: compute(*part), parts))
 
-    def everyone(self, batch: Batch, numbers: Numbers) -> Batch:
+    def copy_batch(self, batch: Batch, numbers: Numbers) -> Batch:
         """A batch for each member: attention takes masks and tokens of the same leading size."""
         count = len(numbers["scale"])
         copies = {k: jnp.broadcast_to(x, (count, *x.shape)) for k, x in batch.items()}
-        return self.spread(copies, "fsdp")
+        return self.shard_members(copies, "fsdp")
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="states")
@@ -132,29 +142,30 @@ def train_members(
         The next states, and `loss` and `grad_norm` `[steps, members]`.
     """
 
-    def member_step(state: TrainState, own: Numbers, batch: Batch) -> Any:
+    def member_step(state: TrainState, member: Numbers, batch: Batch) -> Any:
         return train_step(
             state,
             params,
             batch,
             model=program.model,
-            optimizer=program.optimizer(own),
-            generate=lambda adapter: program.factors(adapter, own["scale"]),
+            optimizer=program.optimizer(member),
+            generate=lambda adapter: program.factors(adapter, member["scale"]),
+            loss=program.loss,
+            options=program.member_options(numbers),
             dropout=program.cfg.dropout,
-            accumulate=program.accumulate,
-            chunk=program.own_chunk(numbers),
-            packed=program.packed,
         )
 
     def step(states: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        def one_pass(states: TrainState, own: Numbers) -> Any:
-            copies = program.everyone(batch, own)
-            return jax.vmap(member_step)(program.spread(states), own, copies)
+        def one_pass(states: TrainState, members: Numbers) -> Any:
+            copies = program.copy_batch(batch, members)
+            return jax.vmap(member_step)(program.shard_members(states), members, copies)
 
         states, metrics = program.in_passes(one_pass, states, numbers)
-        return program.spread(states), {name: metrics[name] for name in ("loss", "grad_norm")}
+        return program.shard_members(states), {
+            name: metrics[name] for name in ("loss", "grad_norm")
+        }
 
-    return jax.lax.scan(step, program.spread(states), batches)
+    return jax.lax.scan(step, program.shard_members(states), batches)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -178,33 +189,29 @@ def evaluate_members(
         program: The static part.
 
     Returns:
-        Mean losses (nats) over trained tokens, `[members]`, and `best` brought up to date.
+        Mean losses over what the loss counts, `[members]`, and `best` brought up to date.
     """
+    options = program.member_options(numbers)
 
-    def member_loss(factors: Any, batch: Batch) -> jax.Array:
-        return summed_loss(
-            program.model,
-            params,
-            factors,
-            batch,
-            chunk=program.own_chunk(numbers),
-            packed=program.packed,
-        )
+    def member_loss(factors: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return program.loss(program.model, params, factors, batch, options)
 
-    def one_pass(adapters: Adapter, own: Numbers) -> jax.Array:
-        factors = jax.vmap(program.factors)(program.spread(adapters), own["scale"])
+    def one_pass(adapters: Adapter, members: Numbers) -> Any:
+        factors = jax.vmap(program.factors)(program.shard_members(adapters), members["scale"])
+        zeros = jnp.zeros_like(members["scale"])
 
-        def add(totals: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
-            return totals + jax.vmap(member_loss)(factors, program.everyone(batch, own)), None
+        def add(totals: Any, batch: Batch) -> tuple[Any, None]:
+            sums = jax.vmap(member_loss)(factors, program.copy_batch(batch, members))
+            return jax.tree.map(jnp.add, totals, sums), None
 
-        return jax.lax.scan(add, jnp.zeros_like(own["scale"]), batches)[0]
+        return jax.lax.scan(add, (zeros, zeros), batches)[0]
 
-    totals = program.in_passes(one_pass, adapters, numbers)
-    losses = totals / next_token_targets(batches)[1].sum()
+    totals, weights = program.in_passes(one_pass, adapters, numbers)
+    losses = totals / weights
     better = losses < best[1]  # never so of NaN
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
 
     kept = jax.tree.map(keep, adapters, best[0])
-    return losses, (program.spread(kept), jnp.where(better, losses, best[1]))
+    return losses, (program.shard_members(kept), jnp.where(better, losses, best[1]))

@@ -1,0 +1,143 @@
+"""Evaluates a model or an adapter: `genlora evaluate --config EVALUATION.yaml`.
+
+Any field can be given on the command line (`--match.limit 100`); `--print_config` shows what would
+run. A task runs if it has settings: `perplexity`, `match`, `choices`, `code`. The output directory
+then holds `results.json`, and `TASK.jsonl` with what the model was asked and said.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from genlora_jax.evaluation.sandbox.sandbox import isolation
+from genlora_jax.evaluation.tasks import choices, code, match, perplexity
+from genlora_jax.evaluation.tasks.choices import ChoicesConfig
+from genlora_jax.evaluation.tasks.code import CodeConfig
+from genlora_jax.evaluation.tasks.match import MatchConfig
+from genlora_jax.evaluation.tasks.perplexity import PerplexityConfig
+from genlora_jax.evaluation.tasks.task import PromptConfig, read_examples
+from genlora_jax.files import new_directory, refuse_existing
+from genlora_jax.generation.answers import room
+from genlora_jax.generation.subject import subject_of
+from genlora_jax.hf.base import ModelConfig, find_base, load_base
+from genlora_jax.mesh import MeshConfig
+from genlora_jax.settings import parse, report_errors
+from genlora_jax.training.provenance import digest, provenance
+from genlora_jax.training.setup import evaluation_mesh
+
+TASKS: dict[str, Any] = {
+    "perplexity": perplexity,
+    "match": match,
+    "choices": choices,
+    "code": code,
+}
+
+
+# Of rows with a task's settings, where one can be wrong for the other.
+CHECKS: dict[str, Any] = {"match": match.check, "choices": choices.check}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is evaluated, on what; the fields of the YAML.
+
+    Attributes:
+        model: A base or a merged model.
+        output: The directory to make.
+        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
+        batch_size: Rows that are computed together.
+        overwrite: Replace an existing output.
+        mesh: Devices of this process over which the model is sharded; one device if it is left out.
+        perplexity: Completions to predict.
+        match: Questions to answer.
+        choices: Questions with options.
+        code: Programs to write.
+    """
+
+    model: ModelConfig
+    output: str
+    adapter: str | None = None
+    batch_size: int = 16
+    overwrite: bool = False
+    mesh: MeshConfig | None = None
+    perplexity: PerplexityConfig | None = None
+    match: MatchConfig | None = None
+    choices: ChoicesConfig | None = None
+    code: CodeConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not any(getattr(self, name) for name in TASKS):
+            raise ValueError(f"nothing to evaluate: give settings for one of {', '.join(TASKS)}")
+
+
+def evaluate(cfg: Evaluation) -> dict[str, Any]:
+    """Runs an evaluation; returns what it writes to `results.json`."""
+    refuse_existing(cfg.output, overwrite=cfg.overwrite)
+    asked = {name: getattr(cfg, name) for name in TASKS if getattr(cfg, name)}
+    # Every row is read, and the sandbox tried, before minutes of loading and not after.
+    items = {
+        (name, source): TASKS[name].read(source, task.limit)
+        for name, task in asked.items()
+        for source in task.sources
+    }
+    for (name, _), rows in items.items():
+        if name in CHECKS:
+            CHECKS[name](asked[name], rows)
+    for name, task in asked.items():
+        if isinstance(task, PromptConfig):
+            read_examples(task, TASKS[name].read)
+    walls = check_sandbox(cfg.code) if cfg.code else None
+    mesh = evaluation_mesh(cfg.mesh)
+    base = load_base(cfg.model, find_base(cfg.model), mesh)
+    subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
+    for task in asked.values():
+        if isinstance(task, MatchConfig | CodeConfig):
+            room(subject, task.max_new_tokens)
+    scores: dict[str, dict[str, Any]] = {name: {} for name in asked}
+    lines: dict[str, list[str]] = {name: [] for name in asked}
+    for (name, source), rows in items.items():
+        began = time.monotonic()
+        result = TASKS[name].run(subject, asked[name], rows)
+        scores[name][source] = result.metrics | {
+            "rows": len(rows),
+            "seconds": round(time.monotonic() - began, 2),
+            "sha256": digest(source),
+        }
+        lines[name] += [json.dumps({"data": source} | row) + "\n" for row in result.rows]
+        shown = ", ".join(f"{metric} {value:.6g}" for metric, value in result.metrics.items())
+        print(f"{name}, {source}, {len(rows):,} rows: {shown}")
+    report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
+    report |= provenance()
+    with new_directory(cfg.output, overwrite=cfg.overwrite) as directory:
+        (directory / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+        for name in asked:
+            if lines[name]:
+                (directory / f"{name}.jsonl").write_text("".join(lines[name]), encoding="utf-8")
+    return report
+
+
+def check_sandbox(cfg: CodeConfig) -> dict[str, bool]:
+    """Which walls the sandbox has here, named in a warning where one is missing."""
+    code.check_allowed(cfg)
+    walls = isolation()
+    if open_to := [name for name, closed in walls.items() if not closed]:
+        print(f"warning: on this machine the sandbox does not close off: {', '.join(open_to)}")
+    return walls
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Command line."""
+    with report_errors():
+        cfg = parse(Evaluation, args)
+        evaluate(cfg)
+        print(f"results: {cfg.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The base of a run: which model, how it is computed, and its tokenizer."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import Mesh
+
+from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
+from genlora_jax.hf.load import load_llama
+from genlora_jax.models.attention import Attention
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.llama import LlamaForCausalLM, Remat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base, and how it is computed.
+
+    Attributes:
+        path: Local directory or hub id.
+        dtype: Of the computation.
+        param_dtype: Of the base's parameters.
+        revision: Branch, tag or commit on the hub.
+        scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
+        remat: `none`, `full` or `dots`: what the backward pass recomputes.
+        attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
+        shape: What the checkpoint's `config.json` says, for planning without it.
+    """
+
+    path: str
+    dtype: str = "bfloat16"
+    param_dtype: str = "bfloat16"
+    revision: str | None = None
+    scan: bool = True
+    remat: Remat = "none"
+    attention: Attention = "auto"
+    shape: LlamaConfig | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model as `ModelConfig` describes it.
+
+    Attributes:
+        source: Its directory.
+        tokenizer: Its tokenizer.
+        model: The Linen model.
+        params: Its parameters.
+    """
+
+    source: Path
+    tokenizer: "PreTrainedTokenizerFast"
+    model: LlamaForCausalLM
+    params: Any
+
+
+def find_base(cfg: ModelConfig) -> tuple[Path, "PreTrainedTokenizerFast"]:
+    """A base's directory, downloaded if it is on the hub, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it has no usable tokenizer, or its shape is not the `shape` that is given.
+    """
+    source = locate(cfg.path, revision=cfg.revision)
+    _check_shape(cfg, source)
+    return source, load_tokenizer(source)
+
+
+def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], mesh: Mesh) -> Base:
+    """Loads the base that `find_base` found onto a mesh; raises as `load_llama` does."""
+    source, tokenizer = found
+    options = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    del options["path"], options["shape"]
+    model, params = load_llama(source, **options, mesh=mesh)
+    return Base(source, tokenizer, model, params)
+
+
+def _check_shape(cfg: ModelConfig, source: Path) -> None:
+    """Raises ValueError if the config's shape of the model, where it has one, is another."""
+    if cfg.shape is None:
+        return
+    config = model_config(source)
+    for field in dataclasses.fields(config):
+        given, found = (getattr(shape, field.name) for shape in (cfg.shape, config))
+        if given != found:
+            raise ValueError(f"model.shape: {field.name} is {given}; the checkpoint has {found}")
