@@ -131,7 +131,7 @@ def _read_leaves(
     on_host = transposes_on_host()
 
     def read(tensor: Tensor) -> jax.Array:
-        return _read(checkpoint, tensor, shapes[tensor.path].shape, mesh)
+        return _read(checkpoint, tensor, plan[tensor.path], mesh)
 
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for tensor, value in zip(order, in_threads(read, order), strict=True):
@@ -142,11 +142,9 @@ def _read_leaves(
     return leaves
 
 
-def _read(
-    checkpoint: Checkpoint, tensor: Tensor, leaf_shape: tuple[int, ...], mesh: Mesh | None
-) -> jax.Array:
+def _read(checkpoint: Checkpoint, tensor: Tensor, leaf: _Leaf, mesh: Mesh | None) -> jax.Array:
     """One tensor on the devices, transposed on the way where the host does that."""
-    stored = tensor.shape_in_file(leaf_shape)
+    stored = tensor.shape_in_file(leaf.shape.shape)
     transposed = tensor.transposed and transposes_on_host()
 
     def rows(index: Any) -> np.ndarray:
@@ -157,7 +155,9 @@ def _read(
     if mesh is None:
         return jax.device_put(rows(None))
     shape = stored[::-1] if transposed else stored
-    where = _reading_sharding(mesh, shape, axis=len(shape) - 1 if transposed else 0)
+    where = leaf.where  # no copy is then needed on a single device
+    if mesh.size > 1 or where is None or shape != leaf.shape.shape:
+        where = _reading_sharding(mesh, shape, axis=len(shape) - 1 if transposed else 0)
     return jax.make_array_from_callback(shape, where, rows)
 
 
@@ -180,7 +180,7 @@ def _fill(
         if filled is None:
             filled = jnp.zeros(leaf.shape.shape, dtype, device=where)
         return _place(filled, value, index, transposed, where)
-    if transposed or value.dtype != dtype or where is not None:
+    if transposed or value.dtype != dtype or (where is not None and value.sharding != where):
         return _convert(value, dtype, transposed, where)
     return value
 
