@@ -94,7 +94,7 @@ def subspace_overlap(
 
     Args:
         first: `a` `[..., d_in, r]` and `b` `[..., r, d_out]` of one delta.
-        second: Those of another of the same shape, of any rank.
+        second: The factors of another delta of the same shape, of any rank.
 
     Returns:
         `{"a": phi, "b": phi}` on the side of the inputs and of the outputs, float32 `[..., k, k']`

@@ -36,7 +36,7 @@ def loglikelihood_rolling(subject: Subject, texts: Sequence[str]) -> list[float]
 
     Args:
         subject: The model, and how many rows a batch has.
-        texts: Of any length; the empty text has 0.
+        texts: Texts of any length; the empty text scores 0.
 
     Returns:
         A sum for each text, in order.
@@ -70,7 +70,7 @@ def generate_until(
         subject: The model, and how many rows a batch has.
         requests: Contexts and their settings: lm-eval's `until`, `max_gen_toks`, `do_sample`,
             `temperature` and `top_p`.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
 
     Returns:
         A text for each request, in order.

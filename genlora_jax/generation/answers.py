@@ -31,7 +31,7 @@ def answers(
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         samples: Answers to each prompt.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
 
     Returns:
         Texts, `samples` for each prompt, up to a stop token of the model's.

@@ -84,8 +84,8 @@ def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) 
 
     Args:
         base: From `load_base`.
-        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
-        batch_size: Rows that are computed together.
+        adapter: An adapter's directory, one of `save_adapter` or of PEFT.
+        batch_size: Rows of a batch.
 
     Raises:
         FileNotFoundError: If there is no such adapter.

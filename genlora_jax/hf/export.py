@@ -47,7 +47,7 @@ def export_hf(
         out_dir: The directory to make.
         params: Parameters, merged usually; scanned or unrolled.
         base: The checkpoint (directory or hub id) that they come from.
-        dtype: Of the tensors written; by default that of `params`.
+        dtype: Dtype of the tensors written; by default that of `params`.
         max_shard_bytes: Largest size of one safetensors file.
         overwrite: Replace an existing directory.
 

@@ -37,8 +37,8 @@ def load_llama(
 
     Args:
         path: Local directory in Hugging Face's layout, or a hub id.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
         revision: Branch, tag or commit on the hub.
         token: Access token for the hub.
         scan: Whether layers are stacked and scanned, or unrolled.

@@ -55,7 +55,7 @@ def attend(
     Args:
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, slots, kv_heads, head_dim]`.
-        v: As k.
+        v: Like k.
         mask: Bool `[batch or 1, 1, length, slots]`, True where a query sees a key. A query must
             see no later key; None for that alone.
         implementation: `"xla"`; `"cudnn"` (GPUs, even lengths, half precision); `"cudnn_vmap"`

@@ -23,7 +23,7 @@ def attend_in_blocks(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     Args:
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, length, kv_heads, head_dim]`.
-        v: As k.
+        v: Like k.
         mask: As for `attention.attend`.
 
     Returns:

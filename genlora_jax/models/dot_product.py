@@ -31,7 +31,7 @@ def attend_as_one_batch(
     Args:
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, length, kv_heads, head_dim]`.
-        v: As k.
+        v: Like k.
         mask: As for `attention.attend`.
         implementation: As for `jax.nn.dot_product_attention`.
 

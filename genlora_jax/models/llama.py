@@ -89,8 +89,8 @@ class LlamaForCausalLM(nn.Module):
 
     Attributes:
         config: Shape of the model.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
         remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
             outputs of matrix products (`"dots"`).

@@ -34,7 +34,7 @@ def splash(
     Args:
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, length, kv_heads, head_dim]`.
-        v: As k.
+        v: Like k.
         segments: Int `[batch, length]`.
         mesh: Devices that shard the batch and the heads.
         interpret: Run as plain JAX, on any device.

@@ -24,7 +24,7 @@ class Estimate:
     """A step on one mesh; bytes, FLOP and seconds a chip.
 
     Attributes:
-        mesh: Its sizes.
+        mesh: Sizes of the mesh.
         arguments: Bytes of base, adapter, optimizer and batch.
         temporaries: Bytes of all else that is alive at once.
         flops: FLOP of a step.

@@ -5,9 +5,9 @@ write only to a temporary directory (removed afterwards), can signal nobody, and
 memory and file size. It is Python's `-I` with an empty environment and no stdin. `isolation` tries
 which of these hold, since containers may forbid the namespaces they rest on.
 
-What it is not: a virtual machine. The kernel is the same, a program can read the files that you
-can read and fill the disk until its time is up, and one that searches its interpreter's memory for
-the token can claim success. For models that you distrust, use a machine that you can lose.
+It is no virtual machine. The operating system is shared, a program can read the files that you can
+read and fill the disk until its time is up, and one that searches its interpreter's memory for the
+token can claim success. For models that you distrust, use a machine that you can lose.
 """
 
 import contextlib

@@ -70,7 +70,7 @@ class AnswerConfig(PromptConfig):
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         samples: Answers to each prompt.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
     """
 
     chat: bool = False
@@ -135,7 +135,7 @@ def read_examples(cfg: PromptConfig, read: Callable[[str, int], list[T]]) -> lis
 def with_examples(
     prompt: Prompt, examples: Sequence[tuple[Prompt, str]], *, chat: bool = False
 ) -> Prompt:
-    """A prompt after worked examples; with `chat` as turns of a conversation.
+    """A prompt after worked examples; with `chat` as a conversation.
 
     Raises:
         ValueError: If there are examples and the prompt is a conversation already.
