@@ -179,7 +179,8 @@ def minimise(
     def step(carry: tuple[Groups, Any], _: None) -> tuple[tuple[Groups, Any], jax.Array]:
         tree, state = carry
         value, gradient = jax.value_and_grad(loss)(tree, data)
-        updates, state = optimizer.update(gradient, state, tree)
+        with jax.numpy_dtype_promotion("standard"):  # optax takes floats to an integer power
+            updates, state = optimizer.update(gradient, state, tree)
         return (optax.apply_updates(tree, updates), state), value
 
     (tree, _), values = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)

@@ -112,7 +112,8 @@ def train_step(
         (total, weight), gradient = sums
     (gradient,) = pull_back(jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradient))
     trainable = state.adapter.trainable
-    updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
+    with jax.numpy_dtype_promotion("standard"):  # optax takes floats to an integer power
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
     adapter = replace(state.adapter, trainable=optax.apply_updates(trainable, updates))
     metrics = {
         "loss": total / jnp.maximum(weight, 1.0),
