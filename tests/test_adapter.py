@@ -153,6 +153,32 @@ def test_factors_have_the_shapes_of_their_kernels_and_a_delta_of_zero(cfg):
     assert not np.asarray(factors["b"]).any()
 
 
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (gl.LoRAConfig(rank=3, alpha=2.0), "alpha is 2.0, not 16.0"),
+        (gl.LoRAConfig(rank=2), "rank is 2, not 3"),
+        (gl.LoRAConfig(rank=3, scaling="rslora"), "scaling is 'rslora', not 'lora'"),
+        (gl.LoRAConfig(rank=3, hadamard=True), "hadamard is True, not False"),
+        (gl.DoRAConfig(rank=3), "method is 'DoRAConfig', not 'LoRAConfig'"),
+        (gl.GenLoRAConfig(rank=3), "method is 'GenLoRAConfig', not 'LoRAConfig'"),
+    ],
+)
+def test_a_config_that_is_not_the_adapter_s_is_refused_by_its_field(cfg, message, tmp_path):
+    adapter = gl.init_adapter(gl.LoRAConfig(rank=3), jax.random.key(0), stacked())
+    with pytest.raises(ValueError, match=f"not the one that the adapter.*{message}"):
+        gl.generate_factors(cfg, adapter)
+    with pytest.raises(ValueError, match=f"not the one that the adapter.*{message}"):
+        gl.save_adapter(tmp_path / "adapter", cfg, adapter)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_dropout_may_differ_from_the_adapter_s(perturb):
+    adapter = perturb(gl.init_adapter(gl.LoRAConfig(rank=3), jax.random.key(0), stacked()))
+    ours = gl.generate_factors(gl.LoRAConfig(rank=3, dropout=0.5), adapter)
+    jax.tree.map(np.testing.assert_array_equal, ours, gl.generate_factors(adapter.config, adapter))
+
+
 @every_config
 def test_factors_under_jit_equal_those_without(cfg, perturb):
     adapter = perturb(init(cfg, stacked()))

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 import genlora_jax as gl
 from genlora_jax import generators
-from genlora_jax.bases import FAMILIES, gaussian_rbf
+from genlora_jax.bases import FAMILIES, Family, gaussian_rbf
 from genlora_jax.seeded import seeded_normal
+from genlora_jax.settings import parse
+from genlora_jax.training.recipe import Recipe
 
 few = settings(max_examples=15, deadline=None)
 
@@ -422,3 +424,31 @@ def test_gradients_are_finite_even_where_a_latent_is_constant(form, normalize, b
         for leaf in jax.tree.leaves(grads(latent, generator)):
             assert np.isfinite(leaf).all()
     assert float(jnp.abs(grads(z, generator)[0]).max()) > 0
+
+
+@pytest.mark.parametrize("form", ["groupwise", "elementwise"])
+def test_a_family_that_is_registered_works_from_a_recipe(form, monkeypatch, tmp_path):
+    def powers(t, count, bandwidth):
+        return t[..., None] ** jnp.arange(1, count + 1)
+
+    monkeypatch.setitem(FAMILIES, "powers", Family(powers))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: base}\ndata: {train: rows.jsonl}\ntrain: {output: run}\n"
+        "adapter: {rank: 2, group_size: 4, kernels: 3, basis: powers, residual: false, "
+        f"rbf_init: 1.0, generator: {form}}}\n"
+    )
+    cfg = parse(Recipe, ["--config", str(recipe)]).adapter
+    assert (type(cfg), cfg.basis, cfg.kernels) == (gl.GenLoRAConfig, "powers", 3)
+    z, generator = random_generator(cfg, 12)
+    exact = np.asarray(generator["weights"], np.float64)
+    t = np.stack(reference_groups(cfg, z))
+    phi = t[..., None] ** np.arange(1, 4)
+    if form == "groupwise":
+        expected = np.einsum("jf,rfm->jmr", phi.reshape(3, -1), exact).reshape(-1, 2)
+    else:
+        expected = np.einsum("jmk,rjk->jmr", phi, exact).reshape(-1, 2)
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(
+        generators.generate(cfg, z, generator), expected, atol=1e-5 * largest
+    )
