@@ -178,13 +178,15 @@ def test_an_adapter_is_the_base_at_first(case):
 
 def test_logits_and_gradients_are_those_of_peft(case):
     assert np.abs(case.logits - case.base).max() > 0.1 * np.abs(case.base).max()
-    close(case.logits, case.their_logits)
+    # Rounding errors add up over 22 products of up to 48 terms, one after the other: at worst
+    # 1056, and some root of it if they are random. A gradient goes through them twice.
+    close(case.logits, case.their_logits, terms=256)
     gradient = flatten_dict(case.gradient)
     for path, i, parameter, size in counterparts(case.new.trainable, case.theirs):
         assert np.abs(gradient[path]).max() > 0
         ours, theirs = gradient[path][i].T, size * parameter.grad.numpy()
         np.testing.assert_allclose(
-            ours, theirs, rtol=0, atol=256 * EPS * np.abs(gradient[path]).max(), err_msg=str(path)
+            ours, theirs, rtol=0, atol=512 * EPS * np.abs(gradient[path]).max(), err_msg=str(path)
         )
 
 
