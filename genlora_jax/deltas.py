@@ -119,8 +119,8 @@ def squared_error(a: Array, b: Array, delta: Triple[Array]) -> Array:
     u, s, v = delta
     c, d = u.mT @ a, b @ v
     e, f = a - u @ c, b - d @ v.mT
-    inside = c @ d - s[:, :, None] * np.eye(s.shape[-1], dtype=s.dtype)
+    inside = c @ d - s[:, :, None] * np.eye(s.shape[-1], dtype=s.dtype)[None]
     outside = (c.mT @ c + e.mT @ e) * (f @ f.mT) + (e.mT @ e) * (d @ d.mT)
     size = (s * s).sum(-1)
     total = (inside * inside).sum((-1, -2)) + outside.sum((-1, -2))
-    return total / (size + (size == 0))
+    return total / (size + (size == 0).astype(size.dtype))

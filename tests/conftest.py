@@ -22,6 +22,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 # Devices for the tests of meshes; all others use the first.
 jax.config.update("jax_num_cpu_devices", 8)
+# No dtype and no rank changes unseen: what a user's strict program refuses fails here first.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes

@@ -115,7 +115,8 @@ def test_dropout_drops_all_that_a_magnitude_changes():
     expected = 3 * np.float64(x) @ np.float64(params["kernel"]) + np.float64(params["bias"])
     # Six products, the norm's and the bias's roundings: each is relative to the largest term, not
     # to a sum in which terms cancel.
-    largest = np.abs(3 * np.float64(x)) @ np.abs(np.float64(params["kernel"])) + params["bias"]
+    largest = np.abs(3 * np.float64(x)) @ np.abs(np.float64(params["kernel"]))
+    largest += np.abs(np.float64(params["bias"]))
     assert (np.abs(whole - expected) < 12 * EPS * largest).all()
     assert (np.abs(samples.mean(axis=0) - whole) < 5 * error).all()
 

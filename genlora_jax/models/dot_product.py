@@ -15,9 +15,11 @@ Array = jax.Array
 
 def plain_attention(q: Array, k: Array, v: Array, mask: Array | None, implementation: Any) -> Array:
     """`jax.nn.dot_product_attention`, causal where there is no mask; as `attention.attend`."""
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=mask is None, implementation=implementation
-    )
+    # JAX itself mixes bfloat16 and float32 in there.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=mask is None, implementation=implementation
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
