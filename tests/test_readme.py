@@ -173,6 +173,9 @@ def test_the_results_tell_no_figure_that_the_study_has_not():
     told = set(re.findall(pattern, (ROOT / "docs" / "results.md").read_text()))
     assert len(told) > 60
     assert {figure for figure in told if not re.search(rf"(?<![\d.]){figure}\b", known)} == set()
+    losses = set(re.findall(r"\b[1-9]\.\d{3}\b", TEXT))
+    assert losses
+    assert losses <= set(re.findall(r"\b[1-9]\.\d{3}\b", known))
 
 
 def test_the_api_page_has_every_public_name():
