@@ -318,7 +318,8 @@ def test_loraplus_steps_are_those_of_peft():
             module["default"].weight.copy_(tensor(values[side].T))
             module["default"].weight.grad = tensor(gradients[side].T).float()
     for _ in range(3):
-        updates, state = ours.update(gradient, state, trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax takes floats to an integer power
+            updates, state = ours.update(gradient, state, trainable)
         trainable = jax.tree.map(jnp.add, trainable, updates)
         optimizer.step()
     for side, module in sides.items():

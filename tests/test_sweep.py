@@ -306,7 +306,7 @@ def test_attention_as_one_batch_is_attention(masked):
         jax.random.normal(key, (3, 2, 8, n, 8)) for key, n in zip(keys, (4, 2, 2), strict=True)
     )
     mask = jnp.tril(jnp.ones((8, 8), bool))[None, None] if masked else None
-    weights = jnp.arange(8.0)
+    weights = jnp.arange(8.0)[None, None, None]
 
     def gradients(attention):
         loss = lambda q, k, v: (attention(q, k, v) * weights).sum()  # noqa: E731
