@@ -23,7 +23,7 @@ def test_values_and_gradients_are_those_of_xla(sizes):
     q, k, v = draw((4, 256, 4, 64), 0), draw((4, 256, 2, 64), 1), draw((4, 256, 2, 64), 2)
     weight = draw(q.shape, 3)
     segments = jnp.repeat(jnp.array([[1, 2, 0]] * 4), jnp.array([100, 130, 26]), axis=1)
-    seen = jnp.tril(jnp.ones((256, 256), bool)) & (segments[:, :, None] == segments[:, None])
+    seen = jnp.tril(jnp.ones((256, 256), bool))[None] & (segments[:, :, None] == segments[:, None])
 
     def total(implementation, q, k, v):
         out = attend(q, k, v, seen[:, None], implementation, segments=segments, mesh=mesh)
