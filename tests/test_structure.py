@@ -37,7 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "merge": {"base", "factors", "merge_gpu", "targets"},
     "combine": {"factors"},
     "analysis": {"adapter", "factors", "targets"},
-    "compression": {"adapter", "analysis", "factors", "merge", "methods", "targets"},
+    "compression": {"adapter", "analysis", "deltas", "factors", "merge", "methods"},
+    "deltas": {"adapter", "analysis", "targets"},
     # Models know no adapters.
     "models": {"mesh"},
     # Files.
