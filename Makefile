@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared notebooks foreign harness tpu soak clean
+.PHONY: quickstart test check shared notebooks docs foreign harness tpu soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -25,6 +25,16 @@ shared: $(VENV)/ready
 # Every notebook from a clean kernel; `make notebooks WRITE=--write` keeps the fresh outputs.
 notebooks: $(VENV)/ready
 	$(BIN)/python notebooks/execute.py $(WRITE)
+
+# The site, in `site/`; a broken link fails. It reads docstrings without importing, so it needs no JAX.
+DOCS := .venv-docs
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/ready: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet $$(grep -E '^(mkdocs|ruff)' constraints.txt)
+	touch $@
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -71,4 +81,4 @@ soak: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/soak.py
 
 clean:
-	rm -rf $(VENV) $(FOREIGN) $(HARNESS) $(TPU) out
+	rm -rf $(VENV) $(DOCS) $(FOREIGN) $(HARNESS) $(TPU) out site

@@ -40,7 +40,7 @@ def main() -> None:
     n, cfg = 32, GenLoRAConfig(rank=12, group_size=8, kernels=3, rbf_init=0.5)
     key = jax.random.key(3)
     z = cfg.latent_std * jax.random.normal(key, (n,))
-    centers = fixed_centers(cfg, 0, "picture")
+    centers = fixed_centers(cfg, "picture")
     shapes = weight_shapes(cfg, n)
     normals = {part: jax.random.normal(key, shape) for part, shape in shapes.items()}
     generator = centers | init_weights(cfg, normals, z[None], centers)

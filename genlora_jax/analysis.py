@@ -19,8 +19,8 @@ singular_values = low_rank_singular_values
 def decompose(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Singular value decomposition `U diag(s) V^T` of the delta `A @ B`, without forming it.
 
-    The largest element of each column of U is positive, so that the result depends on the delta
-    alone and not on how it is split into A and B.
+    The largest element of each column of U is positive. The result thus depends on the delta
+    alone, not on how it is split into A and B.
 
     Args:
         a: `[..., d_in, r]`.
@@ -76,7 +76,7 @@ def count_above(values: jax.Array, threshold: float = 0.01) -> jax.Array:
 
     Args:
         values: Singular values `[..., k]`, largest first.
-        threshold: That share.
+        threshold: The share of the largest.
 
     Returns:
         `[...]`, int32.
@@ -87,14 +87,14 @@ def count_above(values: jax.Array, threshold: float = 0.01) -> jax.Array:
 def subspace_overlap(
     first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
 ) -> dict[str, jax.Array]:
-    """How much of one delta's top singular subspace lies in another's (LoRA paper, section 7.2).
+    """How much of one delta's top singular subspace another's contains (LoRA paper, section 7.2).
 
     `phi(i, j) = |U_i^T U'_j|_F^2 / min(i, j)` for the top i and top j singular vectors: 0 where
-    the subspaces are orthogonal, 1 where one holds the other. It depends on the deltas alone.
+    the subspaces are orthogonal, 1 where one contains the other. It depends on the deltas alone.
 
     Args:
         first: `a` `[..., d_in, r]` and `b` `[..., r, d_out]` of one delta.
-        second: Those of another of the same shape, of any rank.
+        second: The factors of another delta of the same shape, of any rank.
 
     Returns:
         `{"a": phi, "b": phi}` on the side of the inputs and of the outputs, float32 `[..., k, k']`
@@ -146,7 +146,7 @@ def target_factors(factors: Mapping[str, Any], target: Target) -> tuple[jax.Arra
 
 
 def parameters_by_target(adapter: Adapter) -> dict[str, int]:
-    """Number of trained values of each target, by its name; those of no one target as `shared`."""
+    """Number of trained values by target; `shared` counts those that serve several targets."""
     counts = {target.name: 0 for target in adapter.spec.targets}
     for path, leaf in flatten_dict(adapter.trainable).items():
         name = next((part for part in path if part in counts), "shared")

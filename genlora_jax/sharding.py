@@ -1,7 +1,7 @@
 """Which axis of a mesh shards which axis of an array.
 
-Adapter and optimizer are replicated, as they are small, but for the whole deltas of full
-fine-tuning: those are sharded like their kernels.
+Adapter and optimizer are small and therefore replicated. The whole deltas of full fine-tuning are
+not: they are sharded like their kernels.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.factors import by_module
@@ -19,8 +19,8 @@ from genlora_jax.mesh import BATCH, batch_shards
 from genlora_jax.targets import module_of
 
 _IN, _OUT = ("fsdp", "tensor"), ("tensor", "fsdp")
-# Pattern on a parameter's last two names -> axes of the mesh over its last dimensions. What no
-# pattern names (norms, biases of outputs) is on every device.
+# Pattern on a parameter's last two names -> axes of the mesh that shard its last dimensions. What
+# no pattern names (norms, biases of outputs) is replicated.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(q|k|v|qkv|gate|up|gate_up)_proj\.kernel", _IN),
     (r"(o|down)_proj\.kernel", _OUT),
@@ -31,18 +31,18 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device."""
+    """A copy on every device of the mesh."""
     return NamedSharding(mesh, P())
 
 
 def param_specs(params: Mapping[str, Any]) -> Any:
-    """How a base's parameters, arrays or shapes, lie on a mesh: a tree of `PartitionSpec`s."""
+    """How a base's parameters, arrays or shapes, are sharded: a tree of `PartitionSpec`s."""
     flat = flatten_dict(dict(params))
     return unflatten_dict({path: _spec(path, len(leaf.shape)) for path, leaf in flat.items()})
 
 
 def factor_specs(factors: Mapping[str, Any]) -> Any:
-    """How factors are sharded: their axes of inputs and outputs like the kernel's, not the rank."""
+    """How factors are sharded: inputs and outputs as in their kernel; the rank is replicated."""
     flat = {}
     for path, (kind, leaves) in by_module(factors).items():
         kernel = _spec((*path, "kernel"), 2)
@@ -55,10 +55,10 @@ def factor_specs(factors: Mapping[str, Any]) -> Any:
 
 
 def state_specs(state: Any) -> Any:
-    """How an adapter, or what is kept for each of its arrays, lies on a mesh.
+    """How an adapter, or what is kept for each of its arrays, is sharded.
 
-    A target's whole deltas `[layers, d_in, d_out]` lie like its kernels; all else is on every
-    device.
+    A target's whole deltas `[layers, d_in, d_out]` are sharded like its kernels. All else is
+    replicated.
 
     Args:
         state: A tree in which adapters' trees occur: an adapter, an optimizer's state, or both.
@@ -88,25 +88,26 @@ def named(mesh: Mesh, specs: Any) -> Any:
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """`state_specs` as shardings of a mesh, written as the compiler writes them.
 
-    Without axes of size 1: a step whose state came back under another name would be traced again.
+    They name no axes of size 1. A step's output else had another sharding than its input, though
+    equal, and the next step would be traced again.
     """
 
-    def name(spec: P) -> NamedSharding:
+    def without_size_1(spec: P) -> NamedSharding:
         axes = [None if axis is None or mesh.shape[axis] == 1 else axis for axis in spec]
         while axes and axes[-1] is None:
             axes.pop()
         return NamedSharding(mesh, P(*axes))
 
-    return jax.tree.map(name, state_specs(state))
+    return jax.tree.map(without_size_1, state_specs(state))
 
 
 def constrain(x: jax.Array, where: NamedSharding | None) -> jax.Array:
-    """Inside a program: x, laid out so; None leaves it to the compiler."""
+    """Inside a program: x with this sharding; None leaves it to the compiler."""
     return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
 def lay_out(mesh: Mesh | None, tree: Any, rule: Callable[[Any], Any]) -> Any:
-    """Inside a program: a tree laid out as its rule says; without a mesh as it is.
+    """Inside a program: a tree sharded as its rule says; without a mesh as it is.
 
     Args:
         mesh: The mesh.
@@ -118,8 +119,8 @@ def lay_out(mesh: Mesh | None, tree: Any, rule: Callable[[Any], Any]) -> Any:
     return jax.lax.with_sharding_constraint(tree, named(mesh, rule(tree)))
 
 
-def check_params(mesh: Mesh, params: Mapping[str, Any]) -> None:
-    """Checks that a base, arrays or shapes, can be cut as the rules say.
+def check_params(mesh: Mesh | AbstractMesh, params: Mapping[str, Any]) -> None:
+    """Checks that a base, arrays or shapes, can be sharded as the rules say.
 
     Raises:
         ValueError: Names the parameter, its shape and the axis of the mesh that does not divide it.
@@ -135,26 +136,27 @@ def check_params(mesh: Mesh, params: Mapping[str, Any]) -> None:
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """A global batch, known to every process, as arrays of which each process puts its rows.
+    """A global batch as sharded arrays, of which each process places its rows.
 
     Args:
         mesh: The mesh.
         batch: `[rows, ...]` arrays, the same in all processes.
 
     Raises:
-        ValueError: If the rows cannot be shared out evenly.
+        ValueError: If the shards would not be of one size.
     """
     rows, shards = len(next(iter(batch.values()))), batch_shards(mesh)
     if rows % shards:
         raise ValueError(
-            f"a batch of {rows} rows cannot be cut into mesh.data x mesh.fsdp = {shards} parts"
+            f"a batch of {rows} rows cannot be split evenly into mesh.data x mesh.fsdp = {shards} "
+            "shards: choose another data.batch_size or mesh"
         )
     where = NamedSharding(mesh, P(BATCH))
     return {name: _place(np.asarray(value), where) for name, value in batch.items()}
 
 
 def place_state(mesh: Mesh, state: Any) -> Any:
-    """A state, known to every process, as arrays that lie as `state_specs` says.
+    """A state as arrays that are sharded as `state_specs` says.
 
     Args:
         mesh: The mesh.

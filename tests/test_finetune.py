@@ -21,7 +21,7 @@ from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.settings import parse
 from genlora_jax.training import finetune as script
-from genlora_jax.training import processes
+from genlora_jax.training import processes, setup
 from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.output import keep_recipe
 from genlora_jax.training.recipe import ModelConfig, Recipe, TrainConfig
@@ -61,7 +61,7 @@ def compilation_cache(tmp_path_factory):
 def one_device():
     """Of the eight that other tests have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
         yield
 
 

@@ -1,4 +1,4 @@
-"""The study: its data's shares, its sweeps, and that its page shows the committed results."""
+"""The study: its data's shares, its sweeps, and that its pages show the committed results."""
 
 import argparse
 import json
@@ -10,7 +10,6 @@ import matplotlib.figure
 import numpy as np
 import pytest
 from flax import linen as nn
-from tiny_base import REPOSITORY
 
 import genlora_jax as gl
 from genlora_jax.methods import config_from_json
@@ -211,10 +210,10 @@ def test_arms_of_one_rank_stand_together():
 
 def test_the_tables_are_those_of_the_committed_results():
     files = sorted(report.RESULTS.glob("*.json"))
-    assert (report.PAGES / "tables.md").read_text() == report.page(files)
+    assert report.TABLES.read_text() == report.page(files)
 
 
-def test_the_page_tells_no_loss_that_no_arm_has():
+def test_the_findings_tell_no_loss_that_no_arm_has():
     runs = [json.loads(file.read_text())["runs"] for file in report.RESULTS.glob("*.json")]
     every = [
         arm
@@ -224,6 +223,6 @@ def test_the_page_tells_no_loss_that_no_arm_has():
     ]
     measured = {f"{arm['best_loss']:.3f}" for arm in every}
     measured |= {f"{np.mean(arm['test_loss']):.3f}" for arm in every if "test_loss" in arm}
-    told = re.findall(r"\b[1-9]\.\d{3}\b", (REPOSITORY / "docs" / "when.md").read_text())
+    told = re.findall(r"\b[1-9]\.\d{3}\b", (report.RESULTS / "findings.md").read_text())
     assert len(told) > 40
     assert set(told) <= measured

@@ -1,4 +1,4 @@
-"""The one place where a frozen kernel is read: from what the base holds to what multiplies."""
+"""The one place where a frozen kernel is read: what the base stores becomes what multiplies."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import jax
 
 
 def read_kernel(stored: Any, dtype: Any) -> jax.Array:
-    """The array that multiplies.
+    """The array that multiplies, from the leaf that the base stores.
 
-    Injection, merging, DoRA and HiRA read kernels here and nowhere else, so that a base which
-    stores its kernels in another form needs to change nothing but this function.
+    Injection, merging, DoRA and HiRA read kernels here and nowhere else. A base that stores its
+    kernels in another form thus changes this function alone.
 
     Args:
-        stored: What the base's tree of parameters holds for the kernel, `[..., d_in, d_out]`.
-        dtype: Of the result.
+        stored: The kernel's leaf in the base's tree of parameters, `[..., d_in, d_out]`.
+        dtype: Dtype of the result.
 
     Returns:
         The kernel `[..., d_in, d_out]`.

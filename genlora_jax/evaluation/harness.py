@@ -1,5 +1,6 @@
-"""What lm-eval asks of a model, without lm-eval; `lm_eval.py` puts its class around it."""
+"""What lm-eval asks of a model, as functions; `lm_eval.py` puts lm-eval's class around them."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,14 +8,14 @@ from genlora_jax.evaluation.scoring import Pair, Score, encode_pair, log_likelih
 from genlora_jax.generation.answers import answers, cut
 from genlora_jax.generation.subject import Subject
 
-MAX_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say
+MAX_NEW_TOKENS = 256  # lm-eval's default
 
 
 def loglikelihood(subject: Subject, requests: Sequence[tuple[str, str]]) -> list[Score]:
     """Scores of continuations.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         requests: Texts (context, continuation); an empty context stands for the beginning of a
             text.
 
@@ -30,12 +31,12 @@ def loglikelihood(subject: Subject, requests: Sequence[tuple[str, str]]) -> list
 def loglikelihood_rolling(subject: Subject, texts: Sequence[str]) -> list[float]:
     """Log-likelihoods (nats) of whole texts, each token predicted once with what context fits.
 
-    One token that begins a text stands before each. (lm-eval's own model for PyTorch predicts a
-    second one where the tokenizer adds it.)
+    The token that begins a text comes before each and is not predicted. (lm-eval's model for
+    PyTorch predicts a second one where the tokenizer adds it.)
 
     Args:
-        subject: The model, and how many rows it takes at once.
-        texts: Of any length; the empty text has 0.
+        subject: The model, and how many rows a batch has.
+        texts: Texts of any length; the empty text scores 0.
 
     Returns:
         A sum for each text, in order.
@@ -47,16 +48,17 @@ def loglikelihood_rolling(subject: Subject, texts: Sequence[str]) -> list[float]
         list(_windows(subject.encode(text, special=False), subject.prefix, subject.positions))
         for text in texts
     ]
-    scores = iter(log_likelihoods(subject, [pair for own in windows for pair in own]))
-    return [sum(next(scores).logprob for _ in own) for own in windows]
+    scores = iter(log_likelihoods(subject, list(itertools.chain.from_iterable(windows))))
+    return [sum(next(scores).logprob for _ in pairs) for pairs in windows]
 
 
-def _windows(ids: list[int], prefix: int, most: int) -> Iterator[Pair]:
+def _windows(ids: list[int], prefix: int, positions: int) -> Iterator[Pair]:
+    """Contexts and continuations that predict each token of a text once."""
     if ids:
-        yield [prefix], ids[:most]
-    for start in range(most, len(ids), most):
-        stop = min(start + most, len(ids))
-        yield ids[stop - most - 1 : start], ids[start:stop]
+        yield [prefix], ids[:positions]
+    for start in range(positions, len(ids), positions):
+        stop = min(start + positions, len(ids))
+        yield ids[stop - positions - 1 : start], ids[start:stop]
 
 
 def generate_until(
@@ -65,10 +67,10 @@ def generate_until(
     """Continuations.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         requests: Contexts and their settings: lm-eval's `until`, `max_gen_toks`, `do_sample`,
             `temperature` and `top_p`.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
 
     Returns:
         A text for each request, in order.
@@ -76,36 +78,38 @@ def generate_until(
     Raises:
         ValueError: If a setting is another that changes what is generated.
     """
-    said: dict[int, str] = {}
+    continuations: dict[int, str] = {}
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, (_, settings) in enumerate(requests):
         groups.setdefault(_settings(settings), []).append(i)
-    for (stop, most, temperature, top_p), chosen in groups.items():
+    for (stop, max_new_tokens, temperature, top_p), chosen in groups.items():
         texts = answers(
             subject,
             [subject.encode(requests[i][0]) or [subject.prefix] for i in chosen],
-            max_new_tokens=most,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
         )
-        said |= {i: cut(text, stop) for i, (text,) in zip(chosen, texts, strict=True)}
-    return [said[i] for i in range(len(requests))]
+        for i, (text,) in zip(chosen, texts, strict=True):
+            continuations[i] = cut(text, stop)
+    return [continuations[i] for i in range(len(requests))]
 
 
-def _settings(said: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float, float]:
-    settings = dict(said)
+def _settings(requested: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float, float]:
+    """Stop strings, most new tokens, temperature and top-p of a request."""
+    settings = dict(requested)
     until = settings.pop("until", None) or ()
     stop = (until,) if isinstance(until, str) else tuple(until)
-    most = int(
+    max_new_tokens = int(
         settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None) or MAX_NEW_TOKENS
     )
     temperature = float(settings.pop("temperature", None) or 0.0)
     if settings.pop("do_sample", temperature > 0) and not temperature > 0:
         temperature = 1.0
-    elif said.get("do_sample") is False:
+    elif requested.get("do_sample") is False:
         temperature = 0.0
     top_p = float(settings.pop("top_p", None) or 1.0)
     if unknown := {name for name, value in settings.items() if value is not None}:
         raise ValueError(f"generation settings that are not supported: {sorted(unknown)}")
-    return stop, most, temperature, top_p
+    return stop, max_new_tokens, temperature, top_p

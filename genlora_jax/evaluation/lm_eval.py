@@ -3,12 +3,12 @@ r"""The model `genlora_jax` of EleutherAI's lm-eval; needs the extra `lm-eval`.
     python -m genlora_jax.evaluation.lm_eval --model genlora_jax \
         --model_args path=BASE,adapter=ADAPTER --tasks arc_easy
 
-is the `lm_eval` command with this model registered; all other arguments are lm-eval's own.
+is the `lm_eval` command with this model registered; all other arguments are lm-eval's.
 """
 
 from typing import Any
 
-import lm_eval.models  # noqa: F401  # lm-eval registers its own only while there is no other
+import lm_eval.models  # noqa: F401  # lm-eval registers its models only while there is no other
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -23,12 +23,12 @@ class GenLoRALM(LM):
 
     Args:
         path: Local directory or hub id.
-        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
-        batch_size: Rows that are computed together.
+        adapter: An adapter's directory, one of `save_adapter` or of PEFT.
+        batch_size: Rows of a batch.
         max_batch_size: Not used.
         device: Not used: JAX's default device is taken.
-        dtype: Of parameters and computation.
-        seed: Of the sampling.
+        dtype: Dtype of parameters and computation.
+        seed: Seed of the sampling.
         **options: Passed on to `load_subject`.
     """
 

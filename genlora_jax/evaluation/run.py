@@ -2,7 +2,7 @@
 
 Any field can be given on the command line (`--match.limit 100`); `--print_config` shows what would
 run. A task runs if it has settings: `perplexity`, `match`, `choices`, `code`. The output directory
-then holds `results.json`, and `TASK.jsonl` with what the model was asked and said.
+then holds `results.json`, and `TASK.jsonl` with prompts and answers.
 """
 
 import dataclasses
@@ -35,8 +35,7 @@ TASKS: dict[str, Any] = {
     "code": code,
 }
 
-
-# Of rows with a task's settings, where one can be wrong for the other.
+# Checks of a task's rows against its settings, for tasks where they may not go together.
 CHECKS: dict[str, Any] = {"match": match.check, "choices": choices.check}
 
 
@@ -47,8 +46,8 @@ class Evaluation:
     Attributes:
         model: A base or a merged model.
         output: The directory to make.
-        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
-        batch_size: Rows that are computed together.
+        adapter: An adapter's directory, one of `save_adapter` or of PEFT.
+        batch_size: Rows of a batch.
         overwrite: Replace an existing output.
         mesh: Devices of this process over which the model is sharded; one device if it is left out.
         perplexity: Completions to predict.

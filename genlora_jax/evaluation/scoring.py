@@ -27,10 +27,10 @@ class Score(NamedTuple):
 
 
 def encode_pair(subject: Subject, context: str, continuation: str) -> Pair:
-    """Token ids of a context and its continuation, cut where the context alone would end.
+    """Token ids of a context and its continuation, split where the context alone would end.
 
-    Spaces at the context's end go to the continuation, of whose first token they are part. This
-    is how lm-eval cuts. An empty context stands for the token that begins a text.
+    Spaces at the context's end go to the continuation, since they belong to its first token;
+    lm-eval splits in the same way. An empty context stands for the token that begins a text.
     """
     kept = context.rstrip(" ")
     if not kept:
@@ -43,7 +43,7 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
     """Scores continuations; a context too long for the model loses its beginning.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         pairs: Contexts of at least one token and their continuations.
 
     Returns:
@@ -56,14 +56,15 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
     for context, continuation in pairs:
         if not context or not 0 < len(continuation) <= subject.positions:
             raise ValueError(
-                f"cannot score {len(continuation)} tokens after {len(context)}: there must be one "
-                f"and one before it, and the model has {subject.positions} positions. (Text that "
-                "merges with its context's last token has none of its own.)"
+                f"cannot score {len(continuation)} tokens after {len(context)}: both must be at "
+                f"least 1, and the model has {subject.positions} positions. (A continuation that "
+                "merges with the context's last token has no tokens.)"
             )
         # The last token is predicted, not seen.
         rows.append(([*context, *continuation][-subject.positions - 1 :], len(continuation)))
     scores: dict[int, Score] = {}
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # what is too large fails now
+    # The longest first: a batch that is too large for the device fails at once.
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for start in range(0, len(order), subject.batch_size):
         chosen = order[start : start + subject.batch_size]
         shape = (subject.batch_size, padded(len(rows[chosen[0]][0]) - 1))
@@ -71,7 +72,7 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
         for row, i in enumerate(chosen):
             tokens, count = rows[i]
             length = len(tokens) - 1
-            # Padding comes last, where causal attention never looks from a real token.
+            # Padding comes last, where causal attention does not see it from a real token.
             ids[row, :length], targets[row, :length] = tokens[:-1], tokens[1:]
             scored[row, length - count : length] = True
         sums, greedy = jax.device_get(
@@ -97,14 +98,14 @@ def _score(
     rows, length = ids.shape
     width = min(max(CHUNK // rows, 1), length)
 
-    def score(part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        states, target, counted = part
+    def score(columns: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        states, target, counted = columns
         logits = apply(model, params, head, states, method="head").astype(jnp.float32)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         logprobs = picked - jax.nn.logsumexp(logits, axis=-1)
         sums = jnp.where(counted, logprobs, 0.0).sum(axis=-1)
         return sums, ((logits.argmax(axis=-1) == target) | ~counted).all(axis=-1)
 
-    columns = tuple(split_columns(x, width) for x in (hidden, targets, scored))
-    sums, greedy = jax.lax.map(score, columns)
+    chunks = tuple(split_columns(x, width) for x in (hidden, targets, scored))
+    sums, greedy = jax.lax.map(score, chunks)
     return sums.sum(axis=0), greedy.all(axis=0)

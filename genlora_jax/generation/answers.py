@@ -7,7 +7,7 @@ import jax
 from genlora_jax.generation.decoding import decode
 from genlora_jax.generation.subject import Subject
 
-SHORTEST = 32  # tokens to which a prompt is padded at least
+SHORTEST = 32  # prompts are padded to this many tokens or more
 
 
 def answers(
@@ -20,18 +20,18 @@ def answers(
     samples: int = 1,
     seed: int = 0,
 ) -> list[list[str]]:
-    """What the model says to prompts.
+    """The model's answers to prompts.
 
     A prompt that leaves no room for `max_new_tokens` loses its beginning.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         prompts: Token ids, at least one a prompt.
         max_new_tokens: Longest answer.
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         samples: Answers to each prompt.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
 
     Returns:
         Texts, `samples` for each prompt, up to a stop token of the model's.
@@ -39,9 +39,10 @@ def answers(
     Raises:
         ValueError: If `max_new_tokens` leaves no position for a prompt.
     """
-    most = room(subject, max_new_tokens)
-    kept = [list(prompt)[-most:] for prompt in prompts for _ in range(samples)]
-    order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))  # what is too large fails now
+    longest = room(subject, max_new_tokens)
+    kept = [list(prompt)[-longest:] for prompt in prompts for _ in range(samples)]
+    # The longest first: a batch that is too large for the device fails at once.
+    order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))
     key, texts = jax.random.key(seed), [""] * len(kept)
     for start in range(0, len(order), subject.batch_size):
         chosen = order[start : start + subject.batch_size]
@@ -65,27 +66,31 @@ def answers(
 
 
 def padded(length: int) -> int:
-    """The next power of two, so that few lengths are compiled."""
+    """The length to pad to: the next power of two, so that few lengths are compiled."""
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 def room(subject: Subject, max_new_tokens: int) -> int:
-    """Positions that an answer leaves for its prompt; ValueError if there are none."""
+    """Positions that an answer leaves for its prompt.
+
+    Raises:
+        ValueError: If there are none.
+    """
     if not 0 < max_new_tokens < subject.positions:
         raise ValueError(
-            f"max_new_tokens ({max_new_tokens}) must lie between 1 and the model's positions "
+            f"max_new_tokens ({max_new_tokens}) must be at least 1 and below the model's positions "
             f"({subject.positions})"
         )
     return subject.positions - max_new_tokens
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first of some strings in it."""
+    """A text up to the first occurrence of any of some strings."""
     return text[: min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
 
 
 def _text(subject: Subject, prompt: list[int], new: list[int]) -> str:
-    """New tokens as the text that they add: some tokenizers drop a space where a text begins."""
+    """New tokens as text, decoded after their prompt: some tokenizers drop a text's first space."""
     whole, before = (
         str(
             subject.tokenizer.decode(

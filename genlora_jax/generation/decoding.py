@@ -55,7 +55,7 @@ def decode(
     width = max(width, -(-max(map(len, prompts)) // WIDTH) * WIDTH)
     ids = np.zeros((len(prompts), width), np.int32)
     real = np.zeros((len(prompts), width), bool)
-    for row, prompt in enumerate(prompts):  # on the left, so that all end at the same slot
+    for row, prompt in enumerate(prompts):  # padded on the left, so that all end at one slot
         ids[row, width - len(prompt) :] = prompt
         real[row, width - len(prompt) :] = True
     new = np.asarray(
@@ -77,6 +77,7 @@ def decode(
 
 
 def _until(ids: list[int], stop: set[int]) -> list[int]:
+    """Token ids up to the first stop token."""
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
     return ids[:end]
 
@@ -90,7 +91,7 @@ def _pick(
     logits = logits.astype(jnp.float32) / temperature
     order = jnp.argsort(-logits, axis=-1)
     probability = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
-    outside = probability.cumsum(axis=-1) - probability >= top_p  # the first one always stays
+    outside = probability.cumsum(axis=-1) - probability >= top_p  # never the most likely token
     ranked = jnp.where(outside, -jnp.inf, jnp.take_along_axis(logits, order, axis=-1))
     chosen = jax.random.categorical(key, ranked)
     return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
@@ -138,8 +139,8 @@ def _decode(
 
     def advance(carry: Any) -> Any:
         index, token, done, out, cache = carry
-        place = (lengths + index - 1)[:, None]
-        logits, cache = forward(token[:, None], place, width + index - 1, cache)
+        position = (lengths + index - 1)[:, None]
+        logits, cache = forward(token[:, None], position, width + index - 1, cache)
         token = jnp.where(done, stop[0], choose(logits, index))
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], index, axis=1)
         return index + 1, token, done | jnp.isin(token, stop), out, cache

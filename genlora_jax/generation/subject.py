@@ -27,7 +27,7 @@ class Subject:
         factors: An adapter's factors; empty for none.
         tokenizer: The model's tokenizer.
         stop: Ids of the tokens that end a text.
-        batch_size: Rows that are computed together.
+        batch_size: Rows of a batch.
     """
 
     model: LlamaForCausalLM
@@ -44,7 +44,7 @@ class Subject:
 
     @property
     def prefix(self) -> int:
-        """The token that stands before a text that follows nothing."""
+        """The token that begins a text without context."""
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *self.stop)
         known = [token for token in ids if token is not None]
         if not known:
@@ -52,15 +52,16 @@ class Subject:
         return known[0]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text that goes on: with what begins it, without what would end it."""
+        """Token ids of a text to be continued: with the token that begins it, none that ends it."""
         begin = self.tokenizer.bos_token
-        special = special and not (begin and text.startswith(begin))  # a chat template's own
+        # A chat template may have written the first token already.
+        special = special and not (begin and text.startswith(begin))
         ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         ends = special and len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id
         return list(ids[:-1] if ends else ids)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, a conversation in the tokenizer's chat template.
+        """Token ids of a prompt; a conversation is rendered in the tokenizer's chat template.
 
         Raises:
             ValueError: If it is a conversation and the tokenizer has no chat template.
@@ -83,8 +84,8 @@ def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) 
 
     Args:
         base: From `load_base`.
-        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
-        batch_size: Rows that are computed together.
+        adapter: An adapter's directory, one of `save_adapter` or of PEFT.
+        batch_size: Rows of a batch.
 
     Raises:
         FileNotFoundError: If there is no such adapter.
@@ -108,13 +109,13 @@ def load_subject(
 
     Args:
         path: A base or a merged model: local directory or hub id.
-        adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
-        batch_size: Rows that are computed together.
+        adapter: An adapter's directory, one of `save_adapter` or of PEFT.
+        batch_size: Rows of a batch.
         **options: Fields of `ModelConfig`.
 
     Raises:
         FileNotFoundError: If there is no such model or adapter.
-        ValueError: If they do not go together.
+        ValueError: If the adapter does not fit the model.
     """
     cfg = ModelConfig(path=path, **options)
     return subject_of(load_base(cfg, find_base(cfg), one_device()), adapter, batch_size=batch_size)

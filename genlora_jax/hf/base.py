@@ -23,13 +23,13 @@ class ModelConfig:
 
     Attributes:
         path: Local directory or hub id.
-        dtype: Of the computation.
-        param_dtype: Of the base's parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the base's parameters.
         revision: Branch, tag or commit on the hub.
         scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
         remat: `none`, `full` or `dots`: what the backward pass recomputes.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
-        shape: What the checkpoint's `config.json` says, for planning without it.
+        shape: The fields of the checkpoint's `config.json`, for planning without it.
     """
 
     path: str
@@ -60,7 +60,7 @@ class Base:
 
 
 def find_base(cfg: ModelConfig) -> tuple[Path, "PreTrainedTokenizerFast"]:
-    """A base's directory, downloaded if it is on the hub, and its tokenizer.
+    """A base's directory, downloaded if `path` is a hub id, and its tokenizer.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.

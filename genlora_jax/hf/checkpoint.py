@@ -1,11 +1,12 @@
 """A Hugging Face checkpoint as a directory: its config and its safetensors, one file or sharded."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from huggingface_hub import snapshot_download
 
 from genlora_jax.hf.families import parse_config
 from genlora_jax.hf.tensorfile import TensorFile
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,14 +30,16 @@ TOKENIZER_FILES = (
 
 
 def locate(path: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a checkpoint: a local one as it is, a hub id downloaded to the cache.
+    """The directory of a checkpoint: a local one itself, a hub id downloaded to the cache.
 
     Raises:
         FileNotFoundError: If it is neither a local directory nor to be had from the hub.
     """
     if Path(path).is_dir():
         return Path(path)
-    try:
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(path):
         return Path(
             snapshot_download(
                 str(path),
@@ -44,9 +48,40 @@ def locate(path: str | Path, *, revision: str | None = None, token: str | None =
                 allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
             )
         )
-    except Exception as error:  # whatever the hub's client raises, the user named no checkpoint
+
+
+def locate_config(
+    path: str | Path, *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The directory of a checkpoint's `config.json`; from the hub, no other file is downloaded.
+
+    Raises:
+        FileNotFoundError: If it is neither a local directory nor to be had from the hub.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(path):
+        return Path(hf_hub_download(str(path), CONFIG, revision=revision, token=token)).parent
+
+
+@contextlib.contextmanager
+def _hub_errors(path: str | Path) -> Iterator[None]:
+    """Turns what the hub's client raises into one line that says what to do."""
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        yield
+    except GatedRepoError as error:
         raise FileNotFoundError(
-            f"{path} is no local directory, and the hub did not give it: {error}"
+            f"{path} is a gated model: ask for access on its page at huggingface.co, then set "
+            "HF_TOKEN to an access token of that account"
+        ) from error
+    except Exception as error:  # the client's errors have no common base class
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{path} is no local directory, and the hub did not give it: {reason}"
         ) from error
 
 
@@ -66,7 +101,7 @@ def model_config(directory: Path) -> LlamaConfig:
     Raises:
         ValueError: If the architecture, or an option of it, is not supported; names the field.
     """
-    file = directory / "config.json"
+    file = directory / CONFIG
     return parse_config(file, read_json(file))
 
 
@@ -74,7 +109,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """The checkpoint's tokenizer.
 
     Raises:
-        ValueError: If there is none, or none that knows where in the text its tokens lie.
+        ValueError: If there is none, or none that knows the position in the text of each token.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -83,19 +118,19 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} has no usable tokenizer: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{directory}: the tokenizer is no fast one; it needs a tokenizer.json")
+        raise ValueError(f"{directory}: the tokenizer is not a fast one; it needs a tokenizer.json")
     return tokenizer
 
 
 def checkpoint_dtype(directory: Path) -> str:
     """The dtype that `config.json` names, such as `bfloat16`; `float32` if it names none."""
-    config = read_json(directory / "config.json")
+    config = read_json(directory / CONFIG)
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def stop_tokens(directory: Path) -> list[int]:
     """Ids of the tokens that end a text, as generation config or else config has them."""
-    for name in ("generation_config.json", "config.json"):
+    for name in ("generation_config.json", CONFIG):
         if (directory / name).is_file():
             ids = read_json(directory / name).get("eos_token_id")
             if ids is not None:

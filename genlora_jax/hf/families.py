@@ -1,7 +1,7 @@
-"""The families of models that are read: what each one's `config.json` means for our one module.
+"""The families of models that are read: what the `config.json` of each means for `LlamaConfig`.
 
 A family is one entry of `FAMILIES`. Names of tensors need no entry: the modules of
-`genlora_jax.models` bear Hugging Face's, and `names.py` holds the rest.
+`genlora_jax.models` have Hugging Face's, and `names.py` holds the rest.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,8 +31,8 @@ def _windows(config: Any) -> Fields:
     }
 
 
-# By `model_type`: what a family's config says beyond the fields that all have. The argument is
-# the config of `transformers`, so that a field left out of a file has the family's own default.
+# By `model_type`: fields of `LlamaConfig` beyond those that all families have. The argument is the
+# config of `transformers`, where a field that the file leaves out has the family's default.
 FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "llama": lambda config: _biases(config) | {"mlp_bias": config.mlp_bias},
     "mistral": lambda config: {"sliding_window": config.sliding_window},
@@ -70,7 +70,7 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
     if "quantization_config" in data:
         raise ValueError(f"{file}: quantized checkpoints are not supported; take the original")
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        if field not in data:  # `transformers` would put in those of some size of the family
+        if field not in data:  # `transformers` would fill in the default size of the family
             raise ValueError(f"{file}: field {field!r} is missing")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     try:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from genlora_jax import sharding
 from genlora_jax.hf.checkpoint import Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
-from genlora_jax.hf.tensorfile import in_threads, transpose
+from genlora_jax.hf.tensorfile import in_threads, transpose, transposes_on_host
 from genlora_jax.mesh import AXES
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
@@ -36,18 +37,18 @@ def load_llama(
 
     Args:
         path: Local directory in Hugging Face's layout, or a hub id.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
         revision: Branch, tag or commit on the hub.
         token: Access token for the hub.
         scan: Whether layers are stacked and scanned, or unrolled.
         remat: See `LlamaForCausalLM`.
         attention: See `LlamaForCausalLM`.
-        mesh: Devices over which the parameters lie as `genlora_jax.sharding` says. Each process
-            reads its share of every tensor; none ever holds the whole model.
+        mesh: Devices that shard the parameters as `genlora_jax.sharding` says. Each process reads
+            its shard of every tensor; none ever holds the whole model.
 
     Returns:
-        The model and its parameters. Beyond these, a handful of tensors is held in memory.
+        The model and its parameters. Memory holds a handful of tensors beside them at a time.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint, or a file of it is missing.
@@ -90,8 +91,8 @@ def parse_dtype(dtype: Any) -> Any:
 
 
 def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:
-    """A tensor with no place in the model means that this is another model."""
-    # Some files carry what is derived, or repeat the tied head.
+    """Raises ValueError if some tensors have no place: this is then another model."""
+    # Some files hold what can be derived: the frequencies of RoPE, or the tied head once more.
     derived = {"lm_head.weight"} if config.tie_word_embeddings else set()
     unknown = sorted(n for n in names - derived if not n.endswith("rotary_emb.inv_freq"))
     if unknown:
@@ -101,6 +102,19 @@ def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Leaf:
+    """A leaf of the tree of parameters that is to be filled.
+
+    Attributes:
+        shape: Its shape and dtype.
+        where: Its sharding; None for JAX's default device.
+    """
+
+    shape: jax.ShapeDtypeStruct
+    where: NamedSharding | None
+
+
 def _read_leaves(
     checkpoint: Checkpoint,
     order: list[Tensor],
@@ -108,61 +122,79 @@ def _read_leaves(
     mesh: Mesh | None,
 ) -> dict[tuple[str, ...], jax.Array]:
     """Every leaf, filled in place on the devices, a tensor at a time."""
-    on_host = jax.default_backend() == "cpu"  # its own transposes are slow; see `transpose`
-    homes: dict[tuple[str, ...], NamedSharding | None] = dict.fromkeys(shapes)
+    plan = {path: _Leaf(shape, None) for path, shape in shapes.items()}
     if mesh is not None:
         specs = flatten_dict(sharding.param_specs(unflatten_dict(dict(shapes))))
-        homes = {path: NamedSharding(mesh, specs[path]) for path in shapes}
+        plan = {
+            path: _Leaf(shape, NamedSharding(mesh, specs[path])) for path, shape in shapes.items()
+        }
+    on_host = transposes_on_host()
 
-    def read(tensor: Tensor) -> Any:
-        stored = tensor.shape_in_file(shapes[tensor.path].shape)
-        turn = tensor.transposed and on_host
-
-        def rows(index: Any) -> np.ndarray:
-            own = index[-1 if turn else 0] if index else slice(None)
-            part = checkpoint.read(tensor.name, stored, own)
-            return transpose(part) if turn else part
-
-        if mesh is None:
-            return jax.device_put(rows(None))
-        shape = stored[::-1] if turn else stored
-        home = _reading(mesh, shape, axis=len(shape) - 1 if turn else 0)
-        return jax.make_array_from_callback(shape, home, rows)
+    def read(tensor: Tensor) -> jax.Array:
+        return _read(checkpoint, tensor, plan[tensor.path], mesh)
 
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for tensor, value in zip(order, in_threads(read, order), strict=True):
-        path, leaf, home = tensor.path, shapes[tensor.path], homes[tensor.path]
-        turn = tensor.transposed and not on_host
-        if tensor.index is not None:
-            if path not in leaves:
-                leaves[path] = jnp.zeros(leaf.shape, leaf.dtype, device=home)
-            leaves[path] = _place(leaves[path], value, tensor.index, turn, home)
-        elif turn or value.dtype != leaf.dtype or home is not None:
-            leaves[path] = _convert(value, leaf.dtype, turn, home)
-        else:
-            leaves[path] = value
-        leaves[path].block_until_ready()  # or tensors would pile up before the device
+        leaf = plan[tensor.path]
+        transposed = tensor.transposed and not on_host
+        leaves[tensor.path] = _fill(leaves.get(tensor.path), value, tensor.index, leaf, transposed)
+        leaves[tensor.path].block_until_ready()  # or tensors would pile up before the device
     return leaves
 
 
-def _reading(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:
-    """Rows of the file shared out over all devices, so that each is read once in all.
+def _read(checkpoint: Checkpoint, tensor: Tensor, leaf: _Leaf, mesh: Mesh | None) -> jax.Array:
+    """One tensor on the devices, transposed on the way where the host does that."""
+    stored = tensor.shape_in_file(leaf.shape.shape)
+    transposed = tensor.transposed and transposes_on_host()
 
-    From there the devices pass them on to where they belong, faster than any disk.
+    def rows(index: Any) -> np.ndarray:
+        axis = -1 if transposed else 0  # the file's rows, as the array has them
+        part = checkpoint.read(tensor.name, stored, index[axis] if index else slice(None))
+        return transpose(part) if transposed else part
+
+    if mesh is None:
+        return jax.device_put(rows(None))
+    shape = stored[::-1] if transposed else stored
+    where = leaf.where  # no copy is then needed on a single device
+    if mesh.size > 1 or where is None or shape != leaf.shape.shape:
+        where = _reading_sharding(mesh, shape, axis=len(shape) - 1 if transposed else 0)
+    return jax.make_array_from_callback(shape, where, rows)
+
+
+def _reading_sharding(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:
+    """The file's rows sharded over all devices, so that each row is read once in all.
+
+    From there the devices send them to where they belong, faster than any disk.
     """
     if shape[axis] % mesh.size:
         return sharding.replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES))
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "turn", "home"))
-def _convert(value: jax.Array, dtype: Any, turn: bool, home: Any) -> jax.Array:
-    value = (value.T if turn else value).astype(dtype)
-    return sharding.constrain(value, home)
+def _fill(
+    filled: jax.Array | None, value: jax.Array, index: int | None, leaf: _Leaf, transposed: bool
+) -> jax.Array:
+    """A leaf with one more tensor in it; `filled` is None before the first, and is donated."""
+    dtype, where = leaf.shape.dtype, leaf.where
+    if index is not None:
+        if filled is None:
+            filled = jnp.zeros(leaf.shape.shape, dtype, device=where)
+        return _place(filled, value, index, transposed, where)
+    if transposed or value.dtype != dtype or (where is not None and value.sharding != where):
+        return _convert(value, dtype, transposed, where)
+    return value
 
 
-@functools.partial(jax.jit, static_argnames=("turn", "home"), donate_argnums=0)
-def _place(leaf: jax.Array, value: jax.Array, index: int, turn: bool, home: Any) -> jax.Array:
-    value = (value.T if turn else value).astype(leaf.dtype)
-    whole = jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0)
-    return sharding.constrain(whole, home)
+@functools.partial(jax.jit, static_argnames=("dtype", "transposed", "where"))
+def _convert(value: jax.Array, dtype: Any, transposed: bool, where: Any) -> jax.Array:
+    value = (value.T if transposed else value).astype(dtype)
+    return sharding.constrain(value, where)
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "where"), donate_argnums=0)
+def _place(
+    leaf: jax.Array, value: jax.Array, index: int, transposed: bool, where: Any
+) -> jax.Array:
+    value = (value.T if transposed else value).astype(leaf.dtype)
+    updated = jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0)
+    return sharding.constrain(updated, where)

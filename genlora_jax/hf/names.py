@@ -1,6 +1,6 @@
 """Names of Hugging Face's tensors, as data used in both directions.
 
-Modules of `genlora_jax.models` bear Hugging Face's names, so a table of leaves is all it takes.
+Modules of `genlora_jax.models` have Hugging Face's names, so a table of leaves is enough.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-# Our leaf -> (their leaf, whether theirs is the transpose of ours).
+# Leaf in Linen -> (leaf in PyTorch, whether that is the transpose).
 LEAVES = {
     "kernel": ("weight", True),  # Linen: [in, out]; PyTorch: [out, in]
     "embedding": ("weight", False),
@@ -38,21 +38,21 @@ class Tensor:
 
     def shape_in_file(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the tensor whose place is in a leaf of this shape."""
-        own = leaf if self.index is None else leaf[1:]
-        return own[::-1] if self.transposed else own
+        shape = leaf if self.index is None else leaf[1:]
+        return shape[::-1] if self.transposed else shape
 
 
 def tensors(params: Mapping[str, Any]) -> Iterator[Tensor]:
     """Every tensor of a tree of parameters, scanned or unrolled, in the tree's order."""
     for path, leaf in flatten_dict(dict(params)).items():
-        *modules, kind = path
-        their_kind, transposed = LEAVES[kind]
+        *modules, name_here = path
+        name_there, transposed = LEAVES[name_here]
         if LAYERS not in modules or modules[modules.index(LAYERS) + 1].isdecimal():
-            yield Tensor(".".join([*modules, their_kind]), path, None, transposed)
+            yield Tensor(".".join([*modules, name_there]), path, None, transposed)
             continue
         at = modules.index(LAYERS) + 1
         for i in range(leaf.shape[0]):
-            name = ".".join([*modules[:at], str(i), *modules[at:], their_kind])
+            name = ".".join([*modules[:at], str(i), *modules[at:], name_there])
             yield Tensor(name, path, i, transposed)
 
 

@@ -1,4 +1,4 @@
-"""PEFT: LoRA, DoRA and HiRA adapters as `peft` and vLLM load them, out of factors."""
+"""To PEFT: factors as LoRA, DoRA and HiRA adapters, which `peft` and vLLM load."""
 
 import json
 import warnings
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from genlora_jax.factors import by_module
@@ -31,8 +30,8 @@ def export_peft(
 ) -> None:
     """Writes factors as a PEFT adapter: LoRA; DoRA or HiRA if the factors are of that kind.
 
-    The scale is folded into B and `lora_alpha` set to the rank, so that a consumer which ignores
-    rslora is right as well. Factors of several ranks are padded with zeros to the largest.
+    The scale is folded into B, and `lora_alpha` is the rank: consumers that ignore `use_rslora` are
+    then right as well. Factors of several ranks are padded with zeros to the largest.
 
     Args:
         out_dir: The directory to make.
@@ -47,7 +46,7 @@ def export_peft(
     """
     kind, modules = _modules(factors)
     names = list(modules)
-    if _everywhere(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
+    if _in_every_layer(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
         names = sorted({name.rsplit(".", 1)[-1] for name in modules})
     rank = max(kind.rank(leaves) or 0 for leaves in modules.values())
     if kind.peft_type == "LORA" and not kind.peft_dora and rank > SERVED_RANK:
@@ -59,9 +58,9 @@ def export_peft(
     for name, leaves in modules.items():
         # One rank for all: servers know no `rank_pattern`.
         for leaf, value in kind.padded(leaves, rank, np.pad).items():
-            theirs, transposed = kind.peft[leaf]
+            suffix, transposed = kind.peft[leaf]
             value = value.T if transposed else value
-            arrays[f"{PREFIX}{name}.{theirs}"] = np.ascontiguousarray(value)
+            arrays[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(value)
     config = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
@@ -117,10 +116,9 @@ def _modules(factors: Mapping[str, Any]) -> tuple[Kind, dict[str, Leaves]]:
     return next(iter(kinds)), dict(ordered)
 
 
-def _everywhere(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: int) -> bool:
+def _in_every_layer(cfg: AdapterConfig | None, factors: Mapping[str, Any], count: int) -> bool:
     """Whether each target is adapted in every layer of the base, as far as can be told."""
     if cfg is not None:
         return cfg.layers is None
-    flat = flatten_dict(dict(factors))
-    sides = ("a", "gain_a")
-    return count == sum(leaf.shape[0] for path, leaf in flat.items() if path[-1] in sides)
+    modules = by_module(factors).values()
+    return count == sum(leaves[next(iter(kind.axes))].shape[0] for kind, leaves in modules)

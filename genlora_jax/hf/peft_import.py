@@ -1,4 +1,4 @@
-"""PEFT: LoRA, DoRA and HiRA adapters, as `peft` saves them, into factors."""
+"""From PEFT: LoRA, DoRA and HiRA adapters, as `peft` saves them, to factors."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from genlora_jax.hf.checkpoint import read_json
 from genlora_jax.hf.names import natural_order, tensors
 from genlora_jax.hf.peft_export import PREFIX, SETTINGS, TENSORS
 
-# Settings under which an adapter is more than these on the base's own kernels.
+# Settings under which an adapter is more than factors on the base's kernels as they are.
 REFUSED = (
     "lora_bias",
     "use_qalora",
@@ -109,34 +109,35 @@ def _refuse_other_than_lora(file: Path, settings: Mapping[str, Any]) -> None:
     init = settings.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING):
         raise ValueError(
-            f"{file}: init_lora_weights = {init!r} changes the base's own kernels: convert the "
+            f"{file}: init_lora_weights = {init!r} changes the base's kernels: convert the "
             "adapter to plain LoRA with peft first"
         )
 
 
 def _read_modules(file: Path, kind: Kind) -> dict[str, Leaves]:
-    """The factors of every module in float32, by its name, in our layout."""
+    """The float32 factors of every module by its name, `[d_in, r]` and `[r, d_out]`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters are not read")
     try:
         arrays = load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    ours = {theirs: (leaf, transposed) for leaf, (theirs, transposed) in kind.peft.items()}
-    known = "|".join(map(re.escape, ours))
+    by_suffix = {suffix: (leaf, transposed) for leaf, (suffix, transposed) in kind.peft.items()}
+    known = "|".join(map(re.escape, by_suffix))
     modules: dict[str, Leaves] = {}
     for name, value in arrays.items():
         parts = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({known})", name)
-        if parts is None or value.ndim != (2 if ours[parts[2]][1] else 1):
+        if parts is None or value.ndim != (2 if by_suffix[parts[2]][1] else 1):
             plain = "plain LoRA" if kind is LOW_RANK else kind.name
             raise ValueError(f"{file}: tensor {name} is none of {plain} on a linear layer")
-        modules.setdefault(parts[1], {})[ours[parts[2]][0]] = value.astype(np.float32).T
+        leaf, _ = by_suffix[parts[2]]
+        modules.setdefault(parts[1], {})[leaf] = value.astype(np.float32).T
     if not modules:
         raise ValueError(f"{file} holds no factors")
     for name, leaves in modules.items():
-        for leaf, (theirs, _) in kind.peft.items():
+        for leaf, (suffix, _) in kind.peft.items():
             if leaf not in leaves:
-                raise ValueError(f"{file}: {name} has no {theirs}")
+                raise ValueError(f"{file}: {name} has no {suffix}")
     return modules
 
 
@@ -177,7 +178,7 @@ def is_peft(path: str | Path) -> bool:
 
 
 def load_factors(path: str | Path, params: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
-    """The factors of an adapter's directory, ours (see `load_adapter`) or a PEFT LoRA adapter's."""
+    """The factors of an adapter's directory, one of `save_adapter` or of PEFT."""
     if is_peft(path):
         return import_peft(path, params)
     cfg, adapter = load_adapter(path, params, model=model)

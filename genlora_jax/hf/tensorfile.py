@@ -1,6 +1,6 @@
-"""Safetensors files a tensor at a time: read and written at its place, without mapping the file.
+"""Safetensors files, read and written a tensor at a time, without mapping the file.
 
-A mapped file counts as memory of the process and is read page by page; a tensor read into a buffer
+A mapped file counts as memory of the process and is read page by page. A tensor read into a buffer
 is faster by half, and several threads can work on one file. The library checks every header.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -35,7 +36,7 @@ STRIP = 32  # rows transposed at a time: their columns' cache lines fit the cach
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its dtype's name, its shape, and its first byte in the file."""
+    """A tensor in a file: its dtype's name, its shape, and the position of its first byte."""
 
     kind: str
     shape: tuple[int, ...]
@@ -60,8 +61,10 @@ class TensorFile:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
         self.entries = {
-            name: Entry(said["dtype"], tuple(said["shape"]), 8 + length + said["data_offsets"][0])
-            for name, said in header.items()
+            name: Entry(
+                field["dtype"], tuple(field["shape"]), 8 + length + field["data_offsets"][0]
+            )
+            for name, field in header.items()
             if name != "__metadata__"
         }
 
@@ -118,8 +121,8 @@ class TensorWriter:
         os.truncate(self._file, 8 + len(text) + end)
         self._put(struct.pack("<Q", len(text)) + text, 0)
         self._places = {
-            name: [8 + len(text) + offset for offset in said["data_offsets"]]
-            for name, said in header.items()
+            name: [8 + len(text) + offset for offset in field["data_offsets"]]
+            for name, field in header.items()
             if name != "__metadata__"
         }
 
@@ -148,21 +151,26 @@ class TensorWriter:
 
 
 def _empty(shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
-    """An array that begins at a multiple of 64 bytes: JAX takes such a one on CPUs as it is."""
+    """An array that begins at a multiple of 64 bytes: on CPUs, JAX takes it without a copy."""
     size = int(np.prod(shape)) * kind.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(kind).reshape(shape)
 
 
+def transposes_on_host() -> bool:
+    """Whether NumPy transposes tensors, by `transpose`: on CPUs, where XLA is slow at it."""
+    return jax.default_backend() == "cpu"
+
+
 def transpose(value: np.ndarray) -> np.ndarray:
-    """A contiguous copy of the transpose, a strip at a time: whole columns would miss the cache."""
-    whole = _empty(value.shape[::-1], value.dtype)
+    """A contiguous copy of the transpose, a strip at a time: full columns would miss the cache."""
+    result = _empty(value.shape[::-1], value.dtype)
     # As plain integers, which NumPy copies without holding up other threads.
-    source, target = (x.view(f"u{value.dtype.itemsize}") for x in (value, whole))
+    source, target = (x.view(f"u{value.dtype.itemsize}") for x in (value, result))
     for start in range(0, len(source), STRIP):
         target[:, start : start + STRIP] = source[start : start + STRIP].T
-    return whole
+    return result
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -1,11 +1,7 @@
-"""The shape of a model of the LLaMA family: options of one module rather than copies of it."""
+"""The shape of a model of the LLaMA family. Families differ in options of one module."""
 
 from dataclasses import dataclass
 from typing import Literal
-
-# Axes of a mesh of devices, and those of them that cut a batch; see `genlora_jax.sharding`.
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +23,7 @@ class LlamaConfig:
         attention_output_bias: Bias of the projection from the heads.
         mlp_bias: Biases of the feed-forward network.
         partial_rotary_factor: Share of a head's size that is rotated.
-        sliding_window: Number of positions, its own the last, that a query sees; None for all.
+        sliding_window: Number of positions up to and with a query's that it sees; None for all.
         sliding_layers: Layers that have the window; None for all of them.
         qk_norm: Norm of queries and keys before rotation: none, one over each `"head"`, or one
             over the `"whole"` projection.
@@ -74,5 +70,5 @@ class LlamaConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How much of a head is rotated."""
+        """Number of values of a head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)

@@ -44,25 +44,26 @@ class Blueprint:
     mesh: Mesh | None
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Activations `[batch, ...]` cut over the mesh: the batch, and the last axes as named.
+        """Activations `[batch, ...]` sharded over the mesh: the batch, and the last axes as named.
 
-        An axis that the mesh does not divide is left whole.
+        An axis whose size the mesh does not divide is replicated.
         """
         if self.mesh is None:
             return x
-        mesh, spec = self.mesh, []
-        whole = (None,) * (x.ndim - 1 - len(axes))
-        for size, names in zip(x.shape, (BATCH, *whole, *axes), strict=True):
-            parts = [names] if isinstance(names, str) else list(names or ())
-            count = math.prod(mesh.shape[name] for name in parts)
-            spec.append(names if size % count == 0 else None)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        spec = []
+        replicated = (None,) * (x.ndim - 1 - len(axes))
+        for size, names in zip(x.shape, (BATCH, *replicated, *axes), strict=True):
+            names_of_axis = (names,) if isinstance(names, str) else names or ()
+            shards = math.prod(self.mesh.shape[name] for name in names_of_axis)
+            spec.append(names if size % shards == 0 else None)
+        where = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.lax.with_sharding_constraint(x, where)
 
     def residual(self, x: Array) -> Array:
-        """What passes from layer to layer, `[batch, length, hidden]`.
+        """The residual stream `[batch, length, hidden]`, sharded between layers.
 
-        `tensor` cuts its length (arXiv 2205.05198): it costs no more communication than to have
-        it whole everywhere, and the backward pass keeps a part instead of a copy.
+        `tensor` shards its length (arXiv 2205.05198). That costs no more communication than a
+        replicated one, and each device keeps a shard for the backward pass instead of a copy.
         """
         return self.constrain(x, "tensor", None)
 
@@ -92,8 +93,8 @@ class Context:
         mask: Bool `[batch, 1, length, slots]`, True where a query sees a key; None: causal.
         sliding_mask: The mask of layers with a sliding window, where not all layers are alike.
         start: The first slot of the cache that is written.
-        segments: Int `[batch, length]`, if tokens see all that comes before them in their own, and
-            nothing else.
+        segments: Int `[batch, length]` if each token sees all that comes before it in its
+            segment and nothing else; None otherwise.
     """
 
     rope: tuple[Array, Array]
@@ -112,14 +113,14 @@ class LlamaAttention(nn.Module):
     def __call__(
         self, x: Array, context: Context, mask: Array | None, cache: Cache
     ) -> tuple[Array, Cache]:
-        """Returns the output and, if there is a cache, the cache with these positions in it."""
+        """Returns the output, and the cache with these positions in it if there is one."""
         cfg, dense, norm = self.blueprint.cfg, self.blueprint.dense, self.blueprint.norm
         heads, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         widths = {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size}
         if cfg.fused_projections:
             fused = dense(sum(widths.values()), cfg.attention_bias, "qkv_proj")(x)
-            cuts = (heads * size, (heads + groups) * size)
-            q, k, v = jnp.split(fused, cuts, axis=-1)
+            boundaries = (heads * size, (heads + groups) * size)
+            q, k, v = jnp.split(fused, boundaries, axis=-1)
         else:
             q, k, v = (dense(n, cfg.attention_bias, name)(x) for name, n in widths.items())
         if cfg.qk_norm == "whole":
@@ -172,16 +173,17 @@ class LlamaDecoderLayer(nn.Module):
     ) -> tuple[Array, Cache]:
         """Returns hidden states and cache, as `nn.scan` wants a carry and an output."""
         norm, residual = self.blueprint.norm, self.blueprint.residual
-        whole = self.blueprint.constrain  # said of all that a product takes: XLA would else guess
+        # What a product takes is all-gathered explicitly. XLA would guess otherwise.
+        gather = self.blueprint.constrain
         mask: Any = context.mask
         if slides is not None:
             mask = jnp.where(slides, context.sliding_mask, mask)
         attention = LlamaAttention(self.blueprint, name="self_attn")
         mlp = LlamaMLP(self.blueprint, name="mlp")
         if self.blueprint.cfg.post_norm:
-            h, cache = attention(whole(x), context, mask, cache)
+            h, cache = attention(gather(x), context, mask, cache)
             x = residual(x + norm("post_attention_layernorm")(h))
-            return residual(x + norm("post_feedforward_layernorm")(mlp(whole(x)))), cache
-        h, cache = attention(whole(norm("input_layernorm")(x)), context, mask, cache)
+            return residual(x + norm("post_feedforward_layernorm")(mlp(gather(x)))), cache
+        h, cache = attention(gather(norm("input_layernorm")(x)), context, mask, cache)
         x = residual(x + h)
-        return residual(x + mlp(whole(norm("post_attention_layernorm")(x)))), cache
+        return residual(x + mlp(gather(norm("post_attention_layernorm")(x)))), cache

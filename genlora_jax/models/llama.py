@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 class _UnrolledLayers(nn.Module):
-    """Layers one after another, named `0`, `1`, ...; used as the scanned ones are."""
+    """Layers one after another, named `0`, `1`, ..., called as the scanned ones are."""
 
     make: Callable[..., nn.Module]
     count: int
@@ -29,8 +29,8 @@ class _UnrolledLayers(nn.Module):
     ) -> tuple[Array, Cache]:
         caches = []
         for i in range(self.count):
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], (slides, cache))
-            x, new = self.make(name=str(i))(x, context, *own)
+            of_layer = jax.tree.map(lambda leaf, i=i: leaf[i], (slides, cache))
+            x, new = self.make(name=str(i))(x, context, *of_layer)
             caches.append(new)
         stacked = (
             None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
@@ -63,7 +63,7 @@ class LlamaModel(nn.Module):
         if self.scan:
             self.layers = nn.scan(
                 block,
-                # "genlora" is any collection that mirrors params; see `gl.apply`.
+                # The collection "genlora" mirrors params; see `gl.apply`.
                 variable_axes={"params": 0, "genlora": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
@@ -89,13 +89,13 @@ class LlamaForCausalLM(nn.Module):
 
     Attributes:
         config: Shape of the model.
-        dtype: Of the computation.
-        param_dtype: Of the parameters.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
         remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
             outputs of matrix products (`"dots"`).
         attention: `"auto"`, `"xla"`, `"cudnn"`, `"splash"` or `"blocks"`; see `attend`.
-        mesh: Devices, with axes `data`, `fsdp` and `tensor`, over which activations are cut.
+        mesh: Devices, with axes `data`, `fsdp` and `tensor`, that shard activations.
     """
 
     config: LlamaConfig
@@ -126,8 +126,8 @@ class LlamaForCausalLM(nn.Module):
             input_ids: Int `[batch, length]`.
             attention_mask: `[batch, length]`, zero at padding, on either side.
             positions: Int `[batch, length]`; by default counted from a row's first token that
-                is not padding. Packed rows give their own.
-            segment_ids: Int `[batch, length]`; tokens see only their own segment.
+                is not padding. Packed rows must give them.
+            segment_ids: Int `[batch, length]`; a token sees its segment alone.
 
         Returns:
             Logits `[batch, length, vocab]` in `dtype`.
@@ -160,7 +160,7 @@ class LlamaForCausalLM(nn.Module):
                 mask = mask & (attention_mask[:, None, :] != 0)
             if segment_ids is not None:
                 mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-            # A query sees itself, so that padding has something to average and never NaN.
+            # A query sees itself: a row of the mask without any key would give NaN.
             mask = (mask | jnp.eye(length, dtype=bool))[:, None]
         if positions is None and attention_mask is not None:
             positions = jnp.maximum(jnp.cumsum(attention_mask != 0, axis=1) - 1, 0)
@@ -179,13 +179,13 @@ class LlamaForCausalLM(nn.Module):
         cache: Cache,
         segments: Array | None,
     ) -> tuple[Array, Cache]:
-        """Hidden states and cache; sees to the layers' sliding windows."""
+        """Hidden states and cache, with the masks of sliding windows."""
         cfg, sliding_mask, slides = self.config, None, None
         if cfg.sliding_window is not None and cfg.sliding_window < slots:
-            segments = None  # they are not all that a token's view depends on
-            own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
-            causal = (other <= own)[None, None] if mask is None else mask
-            sliding_mask = causal & (other > own - cfg.sliding_window)
+            segments = None  # a token's view now depends on its window as well
+            query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
+            causal = (key <= query)[None, None] if mask is None else mask
+            sliding_mask = causal & (key > query - cfg.sliding_window)
             if cfg.sliding_layers is None:
                 mask, sliding_mask = sliding_mask, None
             else:
@@ -217,8 +217,8 @@ class LlamaForCausalLM(nn.Module):
             Logits `[batch, length, vocab]` and the new cache.
         """
         slots = visible.shape[1]
-        own, other = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
-        mask = ((other <= own) & visible[:, None, :] | (other == own))[:, None]
+        query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
+        mask = ((key <= query) & visible[:, None, :] | (key == query))[:, None]
         hidden, cache = self._run(input_ids, positions, mask, start, slots, cache, None)
         return self.head(hidden), cache
 

@@ -14,7 +14,8 @@ def rope_frequencies(cfg: LlamaConfig) -> Array:
     """Float32 rotary frequencies in radians a position, `[rotary_dim / 2]`.
 
     With `rope_scaling`, wavelengths longer than `original / low_freq_factor` are stretched by
-    `factor`, those shorter than `original / high_freq_factor` kept, those between interpolated.
+    `factor`, and those shorter than `original / high_freq_factor` are kept. Those between are
+    interpolated.
     """
     half = jnp.arange(0, cfg.rotary_dim, 2, dtype=jnp.float32) / cfg.rotary_dim
     frequency = 1.0 / cfg.rope_theta**half
@@ -34,12 +35,13 @@ def rotary(cfg: LlamaConfig, positions: Array) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates `[batch, length, heads, head_dim]`, the halves of its first part being two axes.
+    """Rotates the first `rotary_dim` values of each head, `[batch, length, heads, head_dim]`.
 
-    What lies beyond `rotary_dim` stays as it is.
+    Value i and value i + rotary_dim / 2 are the two coordinates of one rotation. The values beyond
+    `rotary_dim` stay as they are.
     """
     cos, sin = rope
     size = 2 * cos.shape[-1]
     first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., size:]], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., size:]], axis=-1)

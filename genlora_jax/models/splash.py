@@ -1,11 +1,10 @@
-"""Splash attention: the TPU's kernel, which never writes scores to memory, over a mesh."""
+"""Splash attention, a Pallas program for TPUs that never writes scores to memory, on a mesh."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -16,7 +15,7 @@ Array = jax.Array
 
 
 def suits(q: Array, k: Array, mesh: Mesh | None) -> bool:
-    """Whether the kernel takes these: no cache, whole blocks, heads that the mesh divides."""
+    """Whether splash attention takes these: no cache, whole blocks, heads that the mesh divides."""
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     rows = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
     return (
@@ -35,21 +34,23 @@ def splash(
     Args:
         q: `[batch, length, heads, head_dim]`.
         k: `[batch, length, kv_heads, head_dim]`.
-        v: As k.
+        v: Like k.
         segments: Int `[batch, length]`.
-        mesh: Devices over which batch and heads are cut.
+        mesh: Devices that shard the batch and the heads.
         interpret: Run as plain JAX, on any device.
 
     Returns:
         `[batch, length, heads, head_dim]`.
     """
+    # Imported where it runs: Pallas is slow to import.
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
         batch, length, heads, size = q.shape
         groups = k.shape[2]
-        mask = kernels.MultiHeadMask([kernels.CausalMask((length, length))] * (heads // groups))
+        mask = pallas.MultiHeadMask([pallas.CausalMask((length, length))] * (heads // groups))
         block = next(b for b in (BLOCK, 256, LANES) if length % b == 0)
-        sizes = kernels.BlockSizes(
+        sizes = pallas.BlockSizes(
             block_q=block,
             block_kv=block,
             block_q_dkv=block,
@@ -57,24 +58,24 @@ def splash(
             block_q_dq=block,
             block_kv_dq=block,
         )
-        one: Any = kernels.make_splash_mqa_single_device(
+        attend_one_group: Any = pallas.make_splash_mqa_single_device(
             mask, block_sizes=sizes, interpret=interpret
         )
         scaled = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
         scaled = scaled.reshape(batch, length, groups, heads // groups, size)
-        out = jax.vmap(jax.vmap(one, in_axes=(0, 0, 0, None)))(
+        out = jax.vmap(jax.vmap(attend_one_group, in_axes=(0, 0, 0, None)))(
             scaled.transpose(0, 2, 3, 1, 4),
             k.swapaxes(1, 2),
             v.swapaxes(1, 2),
-            kernels.SegmentIds(segments, segments),
+            pallas.SegmentIds(segments, segments),
         )
         return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
     if mesh is None:
         return local(q, k, v, segments)
-    own = P(BATCH, None, "tensor", None)
-    # Whether values differ between devices is not followed through the kernel.
-    spread = jax.shard_map(
-        local, mesh=mesh, in_specs=(own, own, own, P(BATCH)), out_specs=own, check_vma=False
+    heads = P(BATCH, None, "tensor", None)
+    # JAX cannot tell through a Pallas program which values differ between devices.
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(heads, heads, heads, P(BATCH)), out_specs=heads, check_vma=False
     )
-    return spread(q, k, v, segments)
+    return sharded(q, k, v, segments)

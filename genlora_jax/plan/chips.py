@@ -9,15 +9,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip can do, by its maker's data sheet.
+    """What a chip can do, by the data sheet of its maker.
 
     Attributes:
         memory: Bytes of device memory that a program can have.
         flops: Bfloat16 FLOP a second.
         bandwidth: Bytes a second from and to device memory.
-        link: Bytes a second out of the chip, to all of its neighbours together.
+        link: Bytes a second out of the chip, summed over its links.
         tpu: Whether libtpu can compile for it.
-        dimensions: Those of the torus that its links make; 0 for a switch.
+        dimensions: Dimensions of the torus of its links; 0 for a switch.
     """
 
     memory: float
@@ -34,13 +34,13 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, True, 3),
     "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 448e9, True, 2),
 }
-# For GPUs the memory is the user's to say; the rest is that of an H100 with NVLink.
+# A GPU's memory is part of the topology's name. The rest is that of an H100 with NVLink.
 GPU = Chip(0, 989e12, 3350e9, 450e9, False, 0)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind, under the name that the user gave."""
+    """A number of chips of one kind, and the name that the user gave."""
 
     name: str
     chip: Chip
@@ -51,7 +51,7 @@ def parse_topology(name: str) -> Topology:
     """A topology from its name: `v5e:4x4`, or `gpu:8x80` for 8 GPUs of 80 GiB.
 
     Raises:
-        ValueError: If the name is none.
+        ValueError: If it is no topology's name.
     """
     kind, _, sizes = name.partition(":")
     if kind == "gpu" and (gpus := re.fullmatch(r"(\d+)x(\d+)", sizes)):

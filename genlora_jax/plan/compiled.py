@@ -21,7 +21,7 @@ class Compiled:
 
     Attributes:
         arguments: Base, adapter, optimizer and batch.
-        temporaries: All else that is alive at once.
+        temporaries: All else that is alive at its peak.
         collectives: Results of each kind of collective over a whole step, loops counted.
     """
 
@@ -63,8 +63,8 @@ def compile_step(recipe: Recipe, topology: Topology, mesh: MeshConfig) -> Compil
     except Exception as error:
         raise ValueError(f"{topology.name}: the compiler gives up: {error}") from error
     memory = compiled.memory_analysis()
-    # The peak is, within 4 %, what the compiler sets aside and holds against the chip's memory. For
-    # TPUs `temp_size_in_bytes` is a third to a half more than that.
+    # The compiler compares the memory that it reserves with the chip's. The peak is within 4 % of
+    # that. For TPUs `temp_size_in_bytes` is a third to a half more.
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
@@ -75,8 +75,8 @@ def compile_step(recipe: Recipe, topology: Topology, mesh: MeshConfig) -> Compil
 def collective_bytes(text: str) -> dict[str, int]:
     """Bytes of the results of a program's collectives, by kind.
 
-    A collective in a loop counts as often as the loop runs. One that the compiler has taken apart,
-    to overlap it with other work, is there several times under one channel and counts once.
+    A collective in a loop counts as often as the loop runs. One that the compiler has split, to
+    overlap it with other work, appears several times under one channel and counts once.
 
     Args:
         text: The program, as XLA prints it.
@@ -92,29 +92,39 @@ def collective_bytes(text: str) -> dict[str, int]:
             continue
         times[name] = count
         for line in computations[name]:
-            if match := re.search(r"= (.*?) ([a-z-]+?)(-start)?\(", line):
-                kind, result = match[2], match[1]
-                channel = re.search(r"channel_id=(\d+)", line)
-                if kind in COLLECTIVES and channel:
-                    parts = re.findall(r"(\w+)\[([\d,]*)\]", result)
-                    # What is started yields its operand, its result and some flags.
-                    size = max(map(_size, parts)) if match[3] else sum(map(_size, parts))
-                    key = (kind, channel[1])
-                    found[key] = max(found.get(key, 0), size * count)
-            loop = re.search(r"condition=%([\w.-]+), body=%([\w.-]+)", line)
-            if loop:
-                pending.append((loop[2], count * _trips(computations[loop[1]])))
-            for called in re.findall(r"(?:calls|to_apply)=%([\w.-]+)", line):
-                pending.append((called, count))
-            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                pending += [(b.strip(" %"), count) for b in branches.split(",")]
+            if (collective := _collective(line)) is not None:
+                kind, channel, size = collective
+                found[kind, channel] = max(found.get((kind, channel), 0), size * count)
+            pending += [(called, count * runs) for called, runs in _calls(line, computations)]
     totals: dict[str, int] = defaultdict(int)
     for (kind, _), size in found.items():
         totals[kind] += size
     return dict(totals)
 
 
+def _collective(line: str) -> tuple[str, str, int] | None:
+    """Kind, channel and bytes of the result of the collective in a line; None if it has none."""
+    operation = re.search(r"= (.*?) ([a-z-]+?)(-start)?\(", line)
+    channel = re.search(r"channel_id=(\d+)", line)
+    if operation is None or channel is None or operation[2] not in COLLECTIVES:
+        return None
+    sizes = [_size(shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", operation[1])]
+    # An asynchronous start yields its operand, its result and some flags.
+    return operation[2], channel[1], max(sizes) if operation[3] else sum(sizes)
+
+
+def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int]]:
+    """The computations that a line calls, and how often."""
+    calls = [(called, 1) for called in re.findall(r"(?:calls|to_apply)=%([\w.-]+)", line)]
+    if loop := re.search(r"condition=%([\w.-]+), body=%([\w.-]+)", line):
+        calls.append((loop[2], _trips(computations[loop[1]])))
+    for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+        calls += [(branch.strip(" %"), 1) for branch in branches.split(",")]
+    return calls
+
+
 def _computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation, by its name; the entry's begins with `ENTRY `."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -132,6 +142,7 @@ def _trips(condition: list[str]) -> int:
 
 
 def _size(shape: tuple[str, str]) -> int:
+    """Bytes of an array, from its dtype and its dimensions as XLA prints them."""
     kind, dimensions = shape
     size = BYTES.get(kind, 4)
     for n in dimensions.split(","):

@@ -1,4 +1,4 @@
-"""The training step of a recipe on a mesh, as shapes only: nothing is allocated."""
+"""The training step of a recipe on a mesh, from shapes alone: nothing is allocated."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from genlora_jax import sharding
 from genlora_jax.adapter import init_adapter
-from genlora_jax.hf.checkpoint import locate, model_config
+from genlora_jax.hf.checkpoint import locate_config, model_config
 from genlora_jax.mesh import BATCH
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
@@ -32,7 +32,7 @@ class Program:
 def model_shape(recipe: Recipe) -> LlamaConfig:
     """The shape of a recipe's model: its `model.shape`, or else the checkpoint's."""
     return recipe.model.shape or model_config(
-        locate(recipe.model.path, revision=recipe.model.revision)
+        locate_config(recipe.model.path, revision=recipe.model.revision)
     )
 
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from genlora_jax.mesh import resolve
+from genlora_jax.mesh import MeshConfig, resolve
 from genlora_jax.plan.chips import GIB, Topology
 from genlora_jax.plan.compiled import Compiled, compile_step
 from genlora_jax.plan.estimate import Estimate, rank_meshes
@@ -24,9 +24,9 @@ def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None
         ValueError: If the recipe's mesh does not fit the topology, or no mesh has the memory.
     """
     console = Console()
-    own = resolve(recipe.mesh, topology.count)
+    asked = resolve(recipe.mesh, topology.count)
     ranked = rank_meshes(recipe, topology)
-    console.print(_meshes(ranked, own, topology))
+    console.print(_meshes(ranked, asked, topology))
     chosen = ranked[0]
     if not chosen.fits:
         raise ValueError(
@@ -40,7 +40,8 @@ def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None
     console.print(_details(chosen, result, topology))
 
 
-def _meshes(ranked: list[Estimate], own: object, topology: Topology) -> Table:
+def _meshes(ranked: list[Estimate], asked: MeshConfig, topology: Topology) -> Table:
+    """The best meshes, and the recipe's wherever it ranks."""
     table = Table(
         "data x fsdp x tensor",
         "GiB a chip",
@@ -49,9 +50,9 @@ def _meshes(ranked: list[Estimate], own: object, topology: Topology) -> Table:
         "",
         title=f"{topology.name}: estimates, best first",
     )
-    for found in [e for i, e in enumerate(ranked) if i < SHOWN or e.mesh == own]:
+    for found in [e for i, e in enumerate(ranked) if i < SHOWN or e.mesh == asked]:
         notes = [] if found.fits else ["too large"]
-        notes += ["the recipe's"] if found.mesh == own else []
+        notes += ["the recipe's"] if found.mesh == asked else []
         table.add_row(
             f"{found.mesh.data} x {found.mesh.fsdp} x {found.mesh.tensor}",
             f"{(found.arguments + found.temporaries) / GIB:.2f}",
@@ -63,6 +64,7 @@ def _meshes(ranked: list[Estimate], own: object, topology: Topology) -> Table:
 
 
 def _details(chosen: Estimate, compiled: Compiled | None, topology: Topology) -> Table:
+    """One mesh's estimate, beside the compiler's figures where there are some."""
     mesh = chosen.mesh
     title = f"mesh: {{data: {mesh.data}, fsdp: {mesh.fsdp}, tensor: {mesh.tensor}}}"
     table = Table("a chip", "estimate", "compiled", title=title)

@@ -1,4 +1,4 @@
-"""Inside a sandbox: a program of its own, which gives up what it may do and runs a candidate.
+"""The program inside a sandbox: it gives up its rights, then runs a candidate.
 
 It runs as `python -I jail.py`, reads `{"program", "token", "seconds", "mib"}` as JSON from stdin,
 and writes to stdout the token if the program ran to its end, or else what it raised. It imports
@@ -25,9 +25,9 @@ FILE_MIB = 16
 
 
 def seclude(libc: Any) -> None:
-    """Other mounts, processes and network than the machine's, as far as it lets us.
+    """Enters new namespaces of mounts, processes and network, as far as the machine allows.
 
-    All files become read-only but those of the working directory.
+    All files become read-only except those of the working directory.
     """
     root = os.geteuid() == 0
     if libc.unshare(NEW_PLACES | (0 if root else NEW_USER)) != 0:
@@ -42,7 +42,7 @@ def seclude(libc: Any) -> None:
 
 
 def drop_rights(libc: Any) -> None:
-    """Root becomes nobody, who can read but not write; all others lose what `seclude` gave them."""
+    """Root becomes nobody, who can read but not write; others lose what `seclude` gave them."""
     root = os.geteuid() == 0
     if root:
         os.chown(".", NOBODY, NOBODY)
@@ -52,7 +52,7 @@ def drop_rights(libc: Any) -> None:
         os.setuid(NOBODY)
     words = ctypes.c_uint32 * 6
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    kept = READ_ANY_FILE if root else 0  # Python itself may lie where only root can read
+    kept = READ_ANY_FILE if root else 0  # Python may be installed where only root can read
     if libc.capset(header, words(kept, kept)) != 0:
         libc.capset(header, words())
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -70,7 +70,7 @@ def limit(seconds: float, mib: int) -> None:
         resource.RLIMIT_NPROC: 0,
     }
     for kind, bound in bounds.items():
-        with contextlib.suppress(ValueError, OSError):  # macOS knows not all of them
+        with contextlib.suppress(ValueError, OSError):  # macOS lacks some of them
             resource.setrlimit(kind, (bound, bound))
 
 
@@ -86,7 +86,7 @@ def run(program: str, token: str) -> str:
 
 
 def main() -> None:
-    """Splits in two: one that waits and kills, and one, without rights, that runs the program."""
+    """Forks: the parent waits and kills; the child, without rights, runs the program."""
     request = json.load(sys.stdin)
     result, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -105,8 +105,8 @@ def main() -> None:
     if sys.platform == "linux":
         drop_rights(libc)
     limit(request["seconds"], request["mib"])
-    said = run(request["program"], request["token"])
-    os.write(result, said.encode(errors="replace"))
+    report = run(request["program"], request["token"])
+    os.write(result, report.encode(errors="replace"))
     os._exit(0)
 
 

@@ -1,13 +1,13 @@
-"""Runs programs that nobody has read, in processes of their own that can do little harm.
+"""Runs programs that nobody has read, each in a process that can do little harm.
 
 On Linux, as an ordinary user or root, a program sees no network, starts no process or thread, can
 write only to a temporary directory (removed afterwards), can signal nobody, and has bounds on time,
 memory and file size. It is Python's `-I` with an empty environment and no stdin. `isolation` tries
 which of these hold, since containers may forbid the namespaces they rest on.
 
-What it is not: a virtual machine. The kernel is the same, a program can read the files that you
-can read and fill the disk until its time is up, and one that searches its interpreter's memory for
-the token can claim success. For models that you distrust, use a machine that you can lose.
+It is no virtual machine. The operating system is shared, a program can read the files that you can
+read and fill the disk until its time is up, and one that searches its interpreter's memory for the
+token can claim success. For models that you distrust, use a machine that you can lose.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from pathlib import Path
 
 JAIL = Path(__file__).with_name("jail.py")
 GRACE = 5.0  # seconds for Python itself to start and end
-# Number libraries would start threads, which they cannot.
+# Numerical libraries would otherwise try to start threads, which is forbidden.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# Each ends well if the sandbox does not hold.
+# Attempts to break out; each reaches its end only if the sandbox does not hold.
 ESCAPES = {
     "network": (
         "import socket\n"
@@ -61,8 +61,8 @@ def run(program: str, *, seconds: float = 5.0, mib: int = 1024) -> Outcome:
 
     Args:
         program: Source text.
-        seconds: Of wall-clock time.
-        mib: Of address space, MiB.
+        seconds: Limit of wall-clock time.
+        mib: Limit of address space, MiB.
     """
     token = secrets.token_hex(16)
     request = {"program": program, "token": token, "seconds": seconds, "mib": mib}
@@ -85,12 +85,12 @@ def run(program: str, *, seconds: float = 5.0, mib: int = 1024) -> Outcome:
         finally:
             _kill_group(process)
         result.seek(0)
-        said = result.read(1000).decode(errors="replace")
-    if said == token:
+        report = result.read(1000).decode(errors="replace")
+    if report == token:
         return Outcome(True)
-    if not said and process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    if not report and process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return Outcome(False, "timed out")
-    return Outcome(False, said or f"ended early, with status {process.returncode}")
+    return Outcome(False, report or f"ended early, with status {process.returncode}")
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -106,7 +106,7 @@ def run_all(programs: Sequence[str], *, seconds: float = 5.0, mib: int = 1024) -
 
 
 def isolation() -> dict[str, bool]:
-    """Which walls stand on this machine, found by trying to get through each.
+    """Which walls hold on this machine, found by trying to break through each.
 
     Raises:
         OSError: If not even a harmless program runs.

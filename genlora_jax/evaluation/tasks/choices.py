@@ -39,7 +39,7 @@ class ChoicesConfig(PromptConfig):
     Attributes:
         style: Score each option's `text` after the question alone, or each option's `letter`
             after the question and the lettered options.
-        delimiter: What stands between prompt and option.
+        delimiter: Text between prompt and option.
     """
 
     style: Style = "text"
@@ -47,7 +47,7 @@ class ChoicesConfig(PromptConfig):
 
 
 class Item(NamedTuple):
-    """A question, its options and the index of the right one; `plain` prompts are not reworded."""
+    """A question, its options and the index of the right one; a `plain` one is shown as it is."""
 
     question: str
     options: list[str]
@@ -107,7 +107,7 @@ def formatted(item: Item, style: Style) -> tuple[str, list[str]]:
         return f"Question: {item.question}\nAnswer:", item.options
     if len(item.options) > len(string.ascii_uppercase):
         raise ValueError(
-            f"choices.style letter has 26 letters, {len(item.options)} options have no room there: "
+            f"choices.style letter has 26 letters, {len(item.options)} options are too many: "
             f"{item.question!r}"
         )
     letters = list(string.ascii_uppercase[: len(item.options)])
@@ -125,7 +125,7 @@ def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
     """Scores every option of every question.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         cfg: How it is asked.
         items: From `read`.
 
@@ -151,10 +151,10 @@ def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
     scored = zip(pairs, log_likelihoods(subject, pairs), strict=True)
     rows, too_long = [], 0
     for item, prompt, (_, options) in zip(items, prompts, asked, strict=True):
-        own = list(islice(scored, len(options)))
-        logprobs = [score.logprob for _, score in own]
+        of_item = list(islice(scored, len(options)))
+        logprobs = [score.logprob for _, score in of_item]
         # The last token is predicted, not seen.
-        too_long += any(len(a) + len(b) > subject.positions + 1 for (a, b), _ in own)
+        too_long += any(len(a) + len(b) > subject.positions + 1 for (a, b), _ in of_item)
         by_length = [x / len(option) for x, option in zip(logprobs, options, strict=True)]
         rows.append(
             {

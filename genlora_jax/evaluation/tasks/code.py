@@ -1,4 +1,4 @@
-"""Code: the model writes programs, and tests say whether they are right."""
+"""Code: the model writes programs, and tests decide whether they are right."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from genlora_jax.evaluation.tasks.task import (
 )
 from genlora_jax.generation.subject import Subject
 
-# What follows a finished answer of a model that was never taught to stop.
+# What follows an answer of a model that was never trained to stop.
 AFTER_FUNCTION = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]
 AFTER_PROGRAM = ["\nassert ", '\n"""', "\nprint(", "\nif __name__", "\n```"]
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
@@ -38,8 +38,8 @@ class CodeConfig(AnswerConfig):
             guards against them and what does not.
         k: The k of pass@k; `samples` must reach the largest.
         max_new_tokens: Longest program.
-        seconds: Wall-clock time of each program.
-        mib: Its memory, MiB.
+        seconds: Limit of each program's wall-clock time.
+        mib: Limit of its memory, MiB.
     """
 
     allow_code: bool = False
@@ -68,7 +68,7 @@ class Exercise(NamedTuple):
         before: What the answer continues; it stays when a fenced block repeats it.
         after: The tests.
         stop: Strings before which an answer ends.
-        solution: The row's own answer, for worked examples.
+        solution: The row's answer, for worked examples.
     """
 
     prompt: str
@@ -133,7 +133,7 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     """Has the model write programs, and runs them.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         cfg: How it is asked.
         exercises: From `read`.
 
@@ -142,7 +142,7 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
         beginning.
 
     Raises:
-        ValueError: If that was not allowed, a worked example has no solution, or as `ask` does.
+        ValueError: If programs may not be run, a worked example has no solution, or as `ask` does.
     """
     check_allowed(cfg)
     examples = read_examples(cfg, read)
@@ -156,20 +156,20 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
         with_examples(e.request if cfg.chat else e.prompt, shown, chat=cfg.chat) for e in exercises
     ]
     stop = [[] if cfg.chat else exercise.stop for exercise in exercises]
-    said, too_long = ask(subject, cfg, prompts, stop)
+    answers, too_long = ask(subject, cfg, prompts, stop)
     programs = [
-        program(e, text) for e, texts in zip(exercises, said, strict=True) for text in texts
+        program(e, text) for e, texts in zip(exercises, answers, strict=True) for text in texts
     ]
     outcomes = iter(sandbox.run_all(programs, seconds=cfg.seconds, mib=cfg.mib))
     rows: list[dict[str, Any]] = []
-    for prompt, texts in zip(prompts, said, strict=True):
-        own = [next(outcomes) for _ in texts]
+    for prompt, texts in zip(prompts, answers, strict=True):
+        of_prompt = [next(outcomes) for _ in texts]
         rows.append(
             {
                 "prompt": prompt,
                 "answers": texts,
-                "passed": [outcome.passed for outcome in own],
-                "details": [outcome.detail for outcome in own],
+                "passed": [outcome.passed for outcome in of_prompt],
+                "details": [outcome.detail for outcome in of_prompt],
             }
         )
     metrics: dict[str, Any] = {

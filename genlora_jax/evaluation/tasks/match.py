@@ -1,4 +1,4 @@
-"""Exact match: the model answers, and the answer is the row's or is not."""
+"""Exact match: the model answers, and its answer equals the row's or does not."""
 
 import re
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from genlora_jax.evaluation.tasks.task import (
 )
 from genlora_jax.generation.subject import Prompt, Subject
 
-MARK = "####"  # stands before the final answer in GSM8K
-# What follows a finished answer of a model that was never taught to stop.
+MARK = "####"  # precedes the final answer in GSM8K
+# What follows an answer of a model that was never trained to stop.
 AFTER_ANSWER = ("\nQuestion:", "\n\n")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
@@ -89,14 +89,14 @@ def _without_marks(text: str) -> str:
     return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.replace("$", ""))
 
 
-def matches(said: str, expected: str, answer: Literal["auto", "text", "number"] = "auto") -> bool:
+def matches(given: str, expected: str, answer: Literal["auto", "text", "number"] = "auto") -> bool:
     """Whether an answer is the expected one; see `MatchConfig.answer`."""
     if answer == "auto":
         numeric = MARK in expected or NUMBER.fullmatch(_without_marks(expected).strip(" \n."))
         answer = "number" if numeric else "text"
     if answer == "text":
-        return said.strip() == expected.strip()
-    number = final_number(said)
+        return given.strip() == expected.strip()
+    number = final_number(given)
     return number is not None and number == final_number(expected)
 
 
@@ -108,10 +108,10 @@ def check(cfg: MatchConfig, problems: list[Problem]) -> None:
 
 
 def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
-    """Has the model answer, and counts what is right.
+    """Has the model answer, and counts the right answers.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         cfg: How it is asked, and what must agree.
         problems: From `read`.
 
@@ -124,7 +124,7 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     """
     shown = read_examples(cfg, read)
     prompts = [with_examples(p.prompt, shown, chat=cfg.chat) for p in problems]
-    said, too_long = ask(subject, cfg, prompts, [_stop(cfg, prompt) for prompt in prompts])
+    answers, too_long = ask(subject, cfg, prompts, [_stop(cfg, prompt) for prompt in prompts])
     rows = [
         {
             "prompt": prompt,
@@ -132,7 +132,7 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
             "answers": texts,
             "right": [matches(text, problem.expected, cfg.answer) for text in texts],
         }
-        for prompt, problem, texts in zip(prompts, problems, said, strict=True)
+        for prompt, problem, texts in zip(prompts, problems, answers, strict=True)
     ]
     exact_match = float(np.mean([row["right"] for row in rows]))
     return Result({"exact_match": exact_match, "cut_prompts": too_long}, rows)

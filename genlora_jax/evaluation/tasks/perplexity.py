@@ -16,12 +16,12 @@ from genlora_jax.training.step import evaluate, make_eval_step
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityConfig(TaskConfig):
-    """Completions to predict; rows are those of training.
+    """Completions to predict; rows have the forms of training data.
 
     Attributes:
         length: Tokens in a row of a batch.
-        overlong: What becomes of longer rows; as `data.overlong` of a recipe, whose evaluation
-            loss this is then. `split` suits long texts.
+        overlong: What becomes of longer rows, as `data.overlong` of a recipe; with the recipe's
+            value the loss is that of its evaluations. `split` suits long texts.
     """
 
     length: int = 1024
@@ -37,7 +37,7 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
     """Loss over the completions of rows.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         cfg: The shape of the batches.
         rows: From `read`.
 

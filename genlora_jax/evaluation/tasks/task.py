@@ -18,8 +18,8 @@ class TaskConfig:
     """The rows of a task.
 
     Attributes:
-        data: A source of rows or several, each with results of its own; as `data.train` of a
-            recipe, or a `.json` file with an array.
+        data: A source of rows, or several with separate results; as `data.train` of a recipe, or
+            a `.json` file with an array.
         limit: Rows to take from the beginning of each source; None for all.
     """
 
@@ -41,7 +41,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig(TaskConfig):
-    """The rows of a task, and what stands before each.
+    """The rows of a task, and what comes before each.
 
     Attributes:
         shots: Worked examples before each row's prompt.
@@ -70,7 +70,7 @@ class AnswerConfig(PromptConfig):
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         samples: Answers to each prompt.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
     """
 
     chat: bool = False
@@ -89,18 +89,18 @@ class AnswerConfig(PromptConfig):
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie above 0 and at most at 1, got {self.top_p}")
+            raise ValueError(f"top_p must lie above 0 and be at most 1, got {self.top_p}")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples of greedy decoding are one: set temperature")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a source.
+    """The results of one source.
 
     Attributes:
         metrics: By name.
-        rows: One entry a row: what the model was asked, what it said, how that was judged.
+        rows: One entry a row: what the model was asked, what it answered, how that was judged.
     """
 
     metrics: dict[str, Any]
@@ -121,7 +121,7 @@ def read_items(source: str, limit: int | None, read: Callable[[str, dict[str, An
 
 
 def read_examples(cfg: PromptConfig, read: Callable[[str, int], list[T]]) -> list[T]:
-    """The worked examples of a task, read by its own `read`; none if it takes none.
+    """The worked examples of a task, read by the task's `read`; none if it takes none.
 
     Raises:
         ValueError: If there are too few.
@@ -135,10 +135,10 @@ def read_examples(cfg: PromptConfig, read: Callable[[str, int], list[T]]) -> lis
 def with_examples(
     prompt: Prompt, examples: Sequence[tuple[Prompt, str]], *, chat: bool = False
 ) -> Prompt:
-    """A prompt after worked examples; with `chat` as turns of a conversation.
+    """A prompt after worked examples; with `chat` as a conversation.
 
     Raises:
-        ValueError: If examples are to go before a conversation of the row's own.
+        ValueError: If there are examples and the prompt is a conversation already.
     """
     if not isinstance(prompt, str):
         if examples:
@@ -146,24 +146,24 @@ def with_examples(
         return prompt
     if not chat:
         return "\n\n".join([*(f"{asked}{answer}" for asked, answer in examples), prompt])
-    turns: list[dict[str, str]] = []
+    messages: list[dict[str, str]] = []
     for asked, answer in examples:
-        turns.append({"role": "user", "content": str(asked)})
-        turns.append({"role": "assistant", "content": answer.strip()})
-    return [*turns, {"role": "user", "content": prompt}]
+        messages.append({"role": "user", "content": str(asked)})
+        messages.append({"role": "assistant", "content": answer.strip()})
+    return [*messages, {"role": "user", "content": prompt}]
 
 
 def ask(
     subject: Subject, cfg: AnswerConfig, prompts: Sequence[Prompt], stop: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], int]:
-    """What the model says to the prompts of a task.
+    """The model's answers to the prompts of a task.
 
     Args:
-        subject: The model, and how many rows it takes at once.
+        subject: The model, and how many rows a batch has.
         cfg: How it answers.
         prompts: Texts or conversations.
-        stop: Strings before which the answers to each prompt end, beside the model's own stop
-            tokens. They are looked for in finished answers: they spare no time.
+        stop: Strings before which the answers to each prompt end, in addition to the model's
+            stop tokens. They are applied to finished answers and save no time.
 
     Returns:
         Texts, `cfg.samples` for each prompt, and how many prompts were too long: those lost their
@@ -174,7 +174,7 @@ def ask(
             chat template for a conversation.
     """
     encoded = [subject.encode_prompt(prompt) for prompt in prompts]
-    said = answers(
+    continuations = answers(
         subject,
         encoded,
         max_new_tokens=cfg.max_new_tokens,
@@ -183,6 +183,9 @@ def ask(
         samples=cfg.samples,
         seed=cfg.seed,
     )
-    most = room(subject, cfg.max_new_tokens)
-    texts = [[cut(text, own) for text in texts] for texts, own in zip(said, stop, strict=True)]
-    return texts, sum(len(ids) > most for ids in encoded)
+    texts = [
+        [cut(text, strings) for text in samples]
+        for samples, strings in zip(continuations, stop, strict=True)
+    ]
+    longest = room(subject, cfg.max_new_tokens)
+    return texts, sum(len(ids) > longest for ids in encoded)

@@ -1,8 +1,11 @@
-"""Tables and pictures of the study's runs, from results/frontier/*.json to docs/frontier.
+"""Tables and pictures of the study's runs, from results/frontier/*.json.
 
-python -m train.benchmarks.frontier.report
+The tables go to results/frontier/tables.md, and the pictures that docs/results.md shows to docs.
+
+    python -m train.benchmarks.frontier.report [--pictures FOLDER]  # all pictures, to the folder
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -17,11 +20,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent.parent / "results" / "frontier"
-PAGES = Path(__file__).parents[3] / "docs" / "frontier"
+TABLES = RESULTS / "tables.md"
+DOCS = Path(__file__).parents[3] / "docs"
+SHOWN = ("wide_final.png", "wide_final_hard2.png")  # by docs/results.md
 HEAD = """# The study's tables
 
-Written by `python -m train.benchmarks.frontier.report` from `train/benchmarks/results/frontier`;
-[When GenLoRA wins](../when.md) says what they mean and what the arms' names stand for.
+Written by `python -m train.benchmarks.frontier.report`; [the findings](findings.md) say what they
+mean and what the arms' names stand for.
 """
 FAMILIES = {  # by how an arm's name begins
     "lora r=": "LoRA",
@@ -188,7 +193,7 @@ def pictures(file: Path, runs: dict[str, Arms]) -> dict[str, Callable[[Any, Arms
 
 
 def page(files: list[Path]) -> str:
-    """All tables, and the pictures of each file after its own, in Markdown."""
+    """All tables, in Markdown."""
     parts = [HEAD]
     for file in files:
         found = json.loads(file.read_text())
@@ -202,18 +207,22 @@ def page(files: list[Path]) -> str:
             tested = any("test_loss" in arm for arm in arms.values())
             if tested and (by_rank := table_by_rank(arms)):
                 parts.append(f"By rank:\n\n{by_rank}\n")
-        shown = [f"![{name}]({name})" for name in pictures(file, found["runs"])]
-        parts.append("\n".join(shown) + "\n")
     return "\n".join(parts)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path, help="folder for all pictures")
+    folder = parser.parse_args().pictures
     files = sorted(RESULTS.glob("*.json"))
     for file in files:
         runs = json.loads(file.read_text())["runs"]
         for name, plot in pictures(file, runs).items():
-            draw(runs, plot, PAGES / name)
-    (PAGES / "tables.md").write_text(page(files))
+            if name in SHOWN:
+                draw(runs, plot, DOCS / name)
+            if folder is not None:
+                draw(runs, plot, folder / name)
+    TABLES.write_text(page(files))
 
 
 if __name__ == "__main__":

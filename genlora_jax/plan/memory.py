@@ -1,0 +1,141 @@
+"""Bytes that a step holds on a chip: its arguments, and all else that is alive at once.
+
+Arguments are exact but for padding. Temporaries are the largest terms. Where a comment says
+"measured", the compilers' figures are in the results of the benchmarks `plan` and `two_gpus`.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from genlora_jax.models.attention import choose, keeps_scores
+from genlora_jax.plan.sizes import FLOAT32, Step, shard_values
+from genlora_jax.sharding import factor_specs, param_specs, state_specs
+
+# Derived: three int32 (ids, segments, positions) and one bool (the loss's mask).
+BATCH_BYTES_PER_TOKEN = 3 * 4 + 1
+# Derived: a trained value and Adam's two moments of it.
+COPIES_OF_TRAINED = 3
+# Derived, per token of a layer, for its backward pass: the residual before attention and before
+# the feed-forward network, and what goes into and comes out of each; queries and the heads'
+# output; keys and values; gate, up, silu(gate), and their product.
+HIDDEN_ACTIVATIONS = 6
+HEAD_ACTIVATIONS = 2
+KV_ACTIVATIONS = 2
+FEED_FORWARD_ACTIVATIONS = 4
+# Derived, without remat: SwiGLU's parts that are no product's input or output, and two float32
+# arrays in each of the two norms.
+SWIGLU_ACTIVATIONS = 2
+NORM_ACTIVATIONS = 4
+# Measured on v5p: from this many chips of a 3D torus on, the compiler all-gathers by an all-reduce
+# of zeros with the chip's shard among them. What goes in is then as large as what comes out.
+CHIPS_OF_TWO_COPIES = 64
+# Measured: kernels of which the compiler keeps a transposed copy while it loops over the layers.
+# On TPUs they are those whose products attention takes. On GPUs they are those that `fsdp` shards
+# by the last axis, since NCCL all-gathers by the first.
+TRANSPOSED_ON_TPU = re.compile(r"(q|k|v|qkv)_proj\.kernel")
+TRANSPOSED_ON_GPU = re.compile(r"(o|down)_proj\.kernel")
+
+
+def argument_bytes(step: Step) -> int:
+    """Bytes of base, adapter, optimizer and batch."""
+    adapter, mesh = step.shapes.adapter, step.mesh
+    trained = shard_values(mesh, adapter.trainable, state_specs(adapter.trainable))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen))
+    base = shard_values(mesh, step.shapes.params, param_specs(step.shapes.params))
+    batch = step.tokens * step.recipe.train.accumulate
+    return (
+        base * _stored_bytes(step)
+        + FLOAT32 * (COPIES_OF_TRAINED * trained + frozen)
+        + BATCH_BYTES_PER_TOKEN * batch
+    )
+
+
+def temporary_bytes(step: Step) -> int:
+    """Bytes of all that a step computes and holds at once, at its peak."""
+    factors = shard_values(step.mesh, step.shapes.factors, factor_specs(step.shapes.factors))
+    kept = _kept_bytes(step)
+    # Factors have a copy in the dtype of the computation, and so have their gradients during the
+    # layers' backward pass.
+    in_a_layer = _layer_bytes(step) + factors * step.width
+    peak = kept + factors * step.width + max(in_a_layer, _head_bytes(step))
+    if step.recipe.train.accumulate > 1:
+        peak += FLOAT32 * factors  # the sum of the micro-batches' gradients
+    return peak + _transposed_values(step) * _stored_bytes(step)
+
+
+def _stored_bytes(step: Step) -> int:
+    """Bytes of a value of the base."""
+    return jnp.dtype(step.recipe.model.param_dtype).itemsize
+
+
+def _kept_bytes(step: Step) -> int:
+    """Bytes of what the layers keep for their backward pass."""
+    cfg, tensor = step.config, step.mesh.tensor
+    remat = step.recipe.model.remat
+    if remat == "full":  # what passes from layer to layer
+        return cfg.num_hidden_layers * (step.tokens * cfg.hidden_size * step.width // tensor)
+    kept = _activation_bytes(step)
+    if remat == "none":
+        swiglu = SWIGLU_ACTIVATIONS * cfg.intermediate_size * step.width
+        norms = NORM_ACTIVATIONS * cfg.hidden_size * FLOAT32
+        kept += step.tokens * (swiglu + norms) // tensor
+    return cfg.num_hidden_layers * kept
+
+
+def _activation_bytes(step: Step) -> int:
+    """Bytes of one layer's activations, and of its attention scores if they exist."""
+    cfg, tensor = step.config, step.mesh.tensor
+    heads = HEAD_ACTIVATIONS * cfg.num_attention_heads + KV_ACTIVATIONS * cfg.num_key_value_heads
+    values = HIDDEN_ACTIVATIONS * cfg.hidden_size + heads * cfg.head_dim // tensor
+    values += FEED_FORWARD_ACTIVATIONS * cfg.intermediate_size // tensor
+    return step.tokens * values * step.width + _score_bytes(step)
+
+
+def _score_bytes(step: Step) -> int:
+    """Bytes of attention's scores in float32, their softmax, and their gradient in float32."""
+    platform = "tpu" if step.chip.tpu else "gpu"
+    if not keeps_scores(choose(step.recipe.model.attention, platform)):
+        return 0
+    heads = step.rows * step.config.num_attention_heads // step.mesh.tensor
+    return heads * step.recipe.data.length**2 * (FLOAT32 + step.width + FLOAT32)
+
+
+def _layer_bytes(step: Step) -> int:
+    """Bytes that exist only during one layer's backward pass."""
+    # Kernel-sized factors, and what factors of other kinds form, exist for a layer at a time.
+    deltas = step.formed_values + step.stored_values
+    deltas = deltas // step.config.num_hidden_layers * step.width // step.mesh.tensor
+    recomputed = _activation_bytes(step) if step.recipe.model.remat == "full" else 0
+    return _gathered_copies(step) * step.layer_bytes + recomputed + deltas
+
+
+def _head_bytes(step: Step) -> int:
+    """Bytes that exist only during the backward pass of the head, for one chunk of the loss."""
+    chunk = max(1, -(-step.recipe.train.chunk // step.rows)) * step.rows
+    # Measured: TPUs keep no logits in float32.
+    per_logit = step.width if step.chip.tpu else FLOAT32 + step.width
+    logits = chunk * step.config.vocab_size * per_logit // step.mesh.tensor
+    return _gathered_copies(step) * step.head_values * step.width // step.mesh.tensor + logits
+
+
+def _gathered_copies(step: Step) -> int:
+    """Copies of an all-gathered layer, or of the head's kernel, that exist at once."""
+    if step.mesh.fsdp == 1:
+        return 0
+    return 2 if step.chip.dimensions == 3 and step.mesh.fsdp >= CHIPS_OF_TWO_COPIES else 1
+
+
+def _transposed_values(step: Step) -> int:
+    """Values of the kernels that the compiler keeps a second time, transposed."""
+    if not step.recipe.model.scan or (step.mesh.fsdp == 1 and not step.chip.tpu):
+        return 0
+    pattern = TRANSPOSED_ON_TPU if step.chip.tpu else TRANSPOSED_ON_GPU
+    layers: dict[tuple[str, ...], Any] = flatten_dict(step.shapes.params["model"]["layers"])
+    kernels = {
+        path: leaf for path, leaf in layers.items() if pattern.fullmatch(".".join(path[-2:]))
+    }
+    return shard_values(step.mesh, kernels, flatten_dict(param_specs(unflatten_dict(kernels))))

@@ -1,0 +1,125 @@
+"""The sizes of a recipe's step on one mesh, from which memory, traffic and compute follow."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from genlora_jax.adapter import Adapter, generate_factors, init_adapter
+from genlora_jax.factors import by_module
+from genlora_jax.mesh import MeshConfig
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from genlora_jax.plan.chips import Chip
+from genlora_jax.plan.program import model_shape
+from genlora_jax.training.recipe import Recipe
+
+# Derived, by `model.remat`: a forward and a backward pass over the layers, and a second forward
+# pass where nothing was kept.
+PASSES = {"none": 2, "dots": 2, "full": 3}
+FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Trees of shapes, which are the same on every mesh."""
+
+    config: LlamaConfig
+    params: Any
+    adapter: Adapter
+    factors: Any
+
+
+@functools.cache
+def shapes_of(recipe: Recipe) -> Shapes:
+    """The shapes of a recipe's base, adapter and factors."""
+    config = model_shape(recipe)
+    params = parameter_shapes(LlamaForCausalLM(config))
+    init = functools.partial(init_adapter, recipe.adapter, jax.random.key(0))
+    adapter = jax.eval_shape(init, params)
+    generate = functools.partial(generate_factors, recipe.adapter)
+    return Shapes(config, params, adapter, jax.eval_shape(generate, adapter))
+
+
+def shard_values(mesh: MeshConfig, tree: Any, specs: Any) -> int:
+    """Values that one chip holds of a tree that is sharded as its specs say."""
+
+    def count(leaf: Any, spec: Any) -> int:
+        return leaf.size // math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
+
+    return sum(jax.tree.leaves(jax.tree.map(count, tree, specs)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recipe's step on one mesh of one kind of chip.
+
+    Counts of values are those of whole arrays, before any sharding, unless their name says shard.
+    """
+
+    recipe: Recipe
+    chip: Chip
+    mesh: MeshConfig
+    shapes: Shapes
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's shape."""
+        return self.shapes.config
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch in one shard of the batch."""
+        shards = self.mesh.data * self.mesh.fsdp * self.recipe.train.accumulate
+        return self.recipe.data.batch_size // shards
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch in one shard of the batch."""
+        return self.rows * self.recipe.data.length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value in the dtype of the computation."""
+        return jnp.dtype(self.recipe.model.dtype).itemsize
+
+    @property
+    def passes(self) -> int:
+        """Passes over the layers."""
+        return PASSES[self.recipe.model.remat]
+
+    @property
+    def layers_values(self) -> int:
+        """Parameters of all layers."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params["model"]["layers"]))
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's parameters once `fsdp` has all-gathered them."""
+        layers = self.config.num_hidden_layers
+        return self.layers_values // layers * self.width // self.mesh.tensor
+
+    @property
+    def head_values(self) -> int:
+        """Parameters of the head, or of the embedding that it is tied to."""
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def factor_values(self) -> int:
+        """Values of all factors."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.factors))
+
+    @property
+    def formed_values(self) -> int:
+        """Values of the kernel-sized arrays that a step forms out of factors."""
+        modules = by_module(self.shapes.factors).values()
+        return sum(kind.formed_values(leaves) for kind, leaves in modules)
+
+    @property
+    def stored_values(self) -> int:
+        """Values of kernel-sized factors, which are sharded and all-gathered as kernels are."""
+        modules = by_module(self.shapes.factors).values()
+        return sum(kind.stored_values(leaves) for kind, leaves in modules)
