@@ -88,8 +88,8 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
 def program_memory(tree: Any, factors: Any) -> int:
     """Most memory of merging a kernel beyond its arguments; the result takes the kernel's."""
     extra = 0
-    for pair in merge_module.pair_kernels(flatten_dict(tree), factors).values():
-        lowered = merge_module._change_donating.lower(*pair, "merge", True)
+    for kernel, kind, leaves in merge_module.pair_kernels(flatten_dict(tree), factors).values():
+        lowered = merge_module._change_donating.lower(kernel, leaves, kind, "merge", True)
         memory = lowered.compile().memory_analysis()
         used = memory.temp_size_in_bytes + memory.output_size_in_bytes
         extra = max(extra, used - memory.alias_size_in_bytes)
