@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from genlora_jax.methods.config import AdapterConfig, Groups, Kernels
 from genlora_jax.sharding import lay_out, state_specs
-from genlora_jax.targets import Target, find_targets, split_layer
+from genlora_jax.targets import Target, find_targets, kernel_path, split_layer
 
 SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
 
@@ -150,7 +150,7 @@ def _kernels(spec: AdapterSpec, params: Mapping[str, Any]) -> dict[str, Kernels]
     found: dict[str, list[jax.Array]] = {}
     for target in spec.targets:
         for kernel in target.kernels:
-            value = flat[(*kernel.path, "kernel")]
+            value = flat[kernel_path(kernel.path)]
             if isinstance(value, jax.ShapeDtypeStruct):
                 raise ValueError(
                     "this method starts at values of the base: init_adapter needs the parameters "

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from genlora_jax.base.kernel import read_kernel
 from genlora_jax.factors import LOW_RANK, by_module
 from genlora_jax.factors.kind import Kind, Leaves
-from genlora_jax.targets import refuse_other_than_dense
+from genlora_jax.targets import kernel_path, refuse_other_than_dense
 
 
 def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
@@ -88,7 +88,7 @@ def pair_kernels(
     """
     pairs = {}
     for module, (kind, leaves) in by_module(factors).items():
-        path, name = (*module, "kernel"), ".".join(module)
+        path, name = kernel_path(module), ".".join(module)
         if path not in flat:
             raise ValueError(f"factors for {name}, which has no kernel in these parameters")
         if not kind.fits(leaves, flat[path].shape):

@@ -122,6 +122,11 @@ def matches(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or bool(re.fullmatch(pattern, name))
 
 
+def kernel_path(module: tuple[str, ...]) -> tuple[str, ...]:
+    """Path of the parameter that an adapter of a module changes."""
+    return (*module, "kernel")
+
+
 def is_scanned(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> bool:
     """Whether a module's leaves are stacked by an `nn.scan` around it.
 
@@ -135,7 +140,7 @@ def is_scanned(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> 
         module: Path of the module.
         flat: Flattened parameters, arrays or shapes.
     """
-    layers = flat[(*module, "kernel")].shape[0]
+    layers = flat[kernel_path(module)].shape[0]
     if _SCANNED.fullmatch(module[-1]):
         return True
     for depth in range(len(module) - 1, -1, -1):
@@ -154,7 +159,7 @@ def is_scanned(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> 
 
 def refuse_other_than_dense(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> None:
     """Raises ValueError unless a module's kernel is a Dense's, or a stack of them by `nn.scan`."""
-    shape = flat[(*module, "kernel")].shape
+    shape = flat[kernel_path(module)].shape
     if len(shape) != 2 and not (len(shape) == 3 and is_scanned(module, flat)):
         raise ValueError(
             f"{'.'.join(module)} is no Dense: its kernel has shape {tuple(shape)}, as those of "
@@ -190,7 +195,7 @@ def find_targets(selection: TargetSelection, params: Mapping[str, Any]) -> tuple
         shapes: dict[tuple[int, int], list[KernelLocation]] = {}
         for module in found[name]:
             refuse_other_than_dense(module, flat)
-            shape = flat[(*module, "kernel")].shape
+            shape = flat[kernel_path(module)].shape
             stack = shape[0] if len(shape) == 3 else None
             layers = tuple(range(stack)) if stack else (split_layer(module)[1] or 0,)
             location = KernelLocation(path=module, stack=stack, layers=layers)

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import genlora_jax as gl
 from genlora_jax.analysis import parameters_by_target
+from genlora_jax.generators import generate as generate_basis
 from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
@@ -71,9 +72,9 @@ def test_seeded_latents_are_not_parameters():
 
 
 def test_shared_latents_are_one_row_a_side():
-    own = gl.GenLoRAConfig(**SMALL, share_generators=False)
-    shared = dataclasses.replace(own, share_latents=True)
-    assert count(own) - count(shared) == (L - 1) * (D_IN + D_OUT)
+    one_each = gl.GenLoRAConfig(**SMALL, share_generators=False)
+    shared = dataclasses.replace(one_each, share_latents=True)
+    assert count(one_each) - count(shared) == (L - 1) * (D_IN + D_OUT)
 
 
 def test_lora_stores_both_factors_or_b_alone():
@@ -129,9 +130,9 @@ CONFIGS = {
     "unshared": gl.GenLoRAConfig(**SMALL, share_generators=False),
     "shared_latents": gl.GenLoRAConfig(**SMALL, share_generators=False, share_latents=True),
     "seeded": gl.GenLoRAConfig(**SMALL, latents="seeded", trainable_centers=False),
-    "several_latents": gl.GenLoRAConfig(**SMALL, latents_per_side=2, rbf_init=0.5),
+    "linear": gl.GenLoRAConfig(**SMALL | {"kernels": 0}),
+    "fourier": gl.GenLoRAConfig(**SMALL, basis="fourier", rbf_init=0.5),
     "across_targets": gl.GenLoRAConfig(**SMALL, share_across_targets=True, rbf_init=0.5),
-    "inputs": gl.GenLoRAConfig(**SMALL, share_inputs=True),
     "gates": gl.GenLoRAConfig(**SMALL, share_across_targets=True, gates=True),
     "lora": gl.LoRAConfig(rank=3),
     "random_a": gl.GenLoRAConfig(**SMALL, share_across_targets=True, side_a="seeded"),
@@ -150,6 +151,32 @@ def test_factors_have_the_shapes_of_their_kernels_and_a_delta_of_zero(cfg):
     assert {leaf.dtype for leaf in jax.tree.leaves((adapter, factors))} == {jnp.dtype("float32")}
     assert np.abs(factors["a"]).max() > 0
     assert not np.asarray(factors["b"]).any()
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (gl.LoRAConfig(rank=3, alpha=2.0), "alpha is 2.0, not 16.0"),
+        (gl.LoRAConfig(rank=2), "rank is 2, not 3"),
+        (gl.LoRAConfig(rank=3, scaling="rslora"), "scaling is 'rslora', not 'lora'"),
+        (gl.LoRAConfig(rank=3, hadamard=True), "hadamard is True, not False"),
+        (gl.DoRAConfig(rank=3), "method is 'DoRAConfig', not 'LoRAConfig'"),
+        (gl.GenLoRAConfig(rank=3), "method is 'GenLoRAConfig', not 'LoRAConfig'"),
+    ],
+)
+def test_a_config_that_is_not_the_adapter_s_is_refused_by_its_field(cfg, message, tmp_path):
+    adapter = gl.init_adapter(gl.LoRAConfig(rank=3), jax.random.key(0), stacked())
+    with pytest.raises(ValueError, match=f"not the one that the adapter.*{message}"):
+        gl.generate_factors(cfg, adapter)
+    with pytest.raises(ValueError, match=f"not the one that the adapter.*{message}"):
+        gl.save_adapter(tmp_path / "adapter", cfg, adapter)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_dropout_may_differ_from_the_adapter_s(perturb):
+    adapter = perturb(gl.init_adapter(gl.LoRAConfig(rank=3), jax.random.key(0), stacked()))
+    ours = gl.generate_factors(gl.LoRAConfig(rank=3, dropout=0.5), adapter)
+    jax.tree.map(np.testing.assert_array_equal, ours, gl.generate_factors(adapter.config, adapter))
 
 
 @every_config
@@ -208,7 +235,9 @@ def test_the_scale_is_folded_into_b(perturb):
     plain = dataclasses.replace(cfg, alpha=4.0)
     rslora = dataclasses.replace(cfg, scaling="rslora")
     adapter = perturb(init(cfg, stacked()))
-    unit, ours, theirs = (generate(c, adapter)["layers"]["proj"] for c in (plain, cfg, rslora))
+    unit, ours, theirs = (
+        generate(c, adapter.with_config(c))["layers"]["proj"] for c in (plain, cfg, rslora)
+    )
     np.testing.assert_allclose(ours["b"], 6 / 4 * unit["b"], rtol=1e-6)
     np.testing.assert_allclose(theirs["b"], 6 / 2 * unit["b"], rtol=1e-6)
     for factors in (ours, theirs):
@@ -219,9 +248,8 @@ def test_the_scale_is_folded_into_b(perturb):
 def test_the_seed_alone_decides_what_is_rebuilt(name):
     cfg = CONFIGS[name]
     adapter = init(cfg, stacked())
-    other = init(dataclasses.replace(cfg, seed=1), stacked())
-    same = dataclasses.replace(adapter, spec=other.spec)
-    first, second = (generate(cfg, a)["layers"]["proj"]["a"] for a in (adapter, same))
+    same = adapter.with_config(dataclasses.replace(cfg, seed=1))
+    first, second = (generate(a.config, a)["layers"]["proj"]["a"] for a in (adapter, same))
     assert not np.allclose(first, second)
 
 
@@ -236,7 +264,7 @@ def test_a_random_side_a_has_the_variance_of_a_trained_one():
         assert a.mean() == pytest.approx(0, abs=5 * np.sqrt(expected / a.size))
         assert a.var() == pytest.approx(expected, rel=0.1)
         layers = a.reshape(4, -1)
-        assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.1  # each layer has its own
+        assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.1  # no two layers share one
 
 
 def test_gates_weight_the_basis_vectors_of_their_kernel(perturb):
@@ -244,7 +272,7 @@ def test_gates_weight_the_basis_vectors_of_their_kernel(perturb):
     adapter = perturb(init(cfg, stacked()))
     open_gates = jax.tree.map(jnp.ones_like, adapter.trainable["gates"])
     plain = adapter.replace(trainable=adapter.trainable | {"gates": open_gates})
-    ours, theirs = (generate(cfg, own)["layers"]["proj"] for own in (adapter, plain))
+    ours, theirs = (generate(cfg, gated)["layers"]["proj"] for gated in (adapter, plain))
     (gates,) = adapter.trainable["gates"].values()
     np.testing.assert_array_equal(ours["a"], theirs["a"])
     np.testing.assert_allclose(
@@ -288,78 +316,37 @@ def test_unrolled_layers_share_their_generators(random_llama):
     assert {leaf.shape[0] for leaf in jax.tree.leaves(adapter.trainable["latents"])} == {3}
 
 
-def test_latents_and_generators_that_targets_share_are_counted_once(random_llama):
+def test_generators_that_targets_share_are_counted_once(random_llama):
     _, params = random_llama()
-    r, g, k, m = 3, 4, 2, 2
-    cfg = gl.GenLoRAConfig(**SMALL, latents_per_side=m, share_across_targets=True)
-    targets = find_targets(cfg, params)
-    sides = sum(target.depth * (target.d_in + target.d_out) for target in targets)
-    generators = 2 * (r * (g * k + m * g * g) + k * (m * g + 1))
-    assert count(cfg, params) == m * sides + generators
-    shared = dataclasses.replace(cfg, share_inputs=True)
-    hidden = next(target for target in targets if target.name.endswith("q_proj"))
-    # k, v and up do without a latent of their own for what q and gate read.
-    assert count(cfg, params) - count(shared, params) == 3 * m * hidden.depth * hidden.d_in
+    r, g, k = 3, 4, 2
+    cfg = gl.GenLoRAConfig(**SMALL, share_across_targets=True)
+    sides = sum(t.depth * (t.d_in + t.d_out) for t in find_targets(cfg, params))
+    assert count(cfg, params) == sides + 2 * (r * (g * k + g * g) + k * (g + 1))
 
 
-def test_targets_that_share_generators_or_latents_make_the_factors_of_their_owners(
-    random_llama, perturb
-):
+def test_targets_that_share_generators_make_their_factors_with_them(random_llama, perturb):
     _, params = random_llama()
-    names = ["q_proj", "k_proj", "gate_proj", "down_proj"]
-    cfg = gl.GenLoRAConfig(**SMALL, targets=names, share_across_targets=True, share_inputs=True)
+    names = ["q_proj", "gate_proj", "down_proj"]
+    cfg = gl.GenLoRAConfig(**SMALL, targets=names, share_across_targets=True)
     adapter = perturb(init(cfg, params))
     factors = {
         path[-2]: leaf
         for path, leaf in flatten_dict(generate(cfg, adapter)).items()
         if path[-1] == "a"
     }
-    np.testing.assert_array_equal(factors["q_proj"], factors["k_proj"])
-    assert not np.allclose(factors["q_proj"], factors["gate_proj"])
     generators, latents = adapter.trainable["generators"], adapter.trainable["latents"]
     assert list(generators) == ["shared"]
-    assert sorted(name.rsplit(".", 1)[1] for name, own in latents.items() if "a" in own) == [
-        "down_proj",
-        "gate_proj",
-        "k_proj+q_proj",
-    ]
     counts = parameters_by_target(adapter)
     assert sum(counts.values()) == gl.count_parameters(adapter)
-    assert counts["shared"] == sum(
-        leaf.size
-        for leaf in jax.tree.leaves((generators, latents["model.layers.self_attn.k_proj+q_proj"]))
-    )
-    (own,) = (jax.tree.map(lambda x: x[0], sides["a"]) for sides in generators.values())
+    assert counts["shared"] == sum(leaf.size for leaf in jax.tree.leaves(generators))
+    shared = jax.tree.map(lambda leaf: leaf[0], generators["shared"]["a"])
     for name, leaves in latents.items():
-        if "a" not in leaves:
-            continue
         # The generators are scaled for the first target by name.
         scale = np.sqrt(factors["down_proj"].shape[1] / leaves["a"].shape[1])
-        basis = jax.vmap(lambda z: gl.generators.generate(cfg, z, own))(leaves["a"])
+        basis = jax.vmap(lambda z: generate_basis(cfg, z, shared))(leaves["a"])
         np.testing.assert_allclose(
-            factors[name.rsplit(".", 1)[1].partition("+")[0]], scale * basis, rtol=1e-5, atol=1e-6
+            factors[name.rsplit(".", 1)[1]], scale * basis, rtol=1e-5, atol=1e-6
         )
-
-
-def test_kernels_of_one_input_share_its_latent_whatever_their_shapes():
-    params = {
-        f"layers_{i}": {
-            name: {"kernel": jax.ShapeDtypeStruct((d_in, d_in), np.float32)}
-            for name in ("q_proj", "k_proj")
-        }
-        for i, d_in in enumerate((8, 12))
-    }
-    cfg = gl.GenLoRAConfig(**SMALL, share_inputs=True)
-    own = count(dataclasses.replace(cfg, share_inputs=False), params)
-    assert own - count(cfg, params) == 8 + 12
-
-
-def test_targets_of_layers_that_differ_share_no_latent():
-    kernel = jax.ShapeDtypeStruct((8, 8), np.float32)
-    params = {"layers_0": {"q_proj": {"kernel": kernel}, "k_proj": {"kernel": kernel}}}
-    params["layers_1"] = {"q_proj": {"kernel": kernel}}
-    cfg = gl.GenLoRAConfig(**SMALL, share_inputs=True)
-    assert count(cfg, params) == count(dataclasses.replace(cfg, share_inputs=False), params)
 
 
 # The attainable rank.
@@ -369,8 +356,8 @@ def test_targets_of_layers_that_differ_share_no_latent():
     ("cfg", "limit"),
     [
         (gl.GenLoRAConfig(rank=25, group_size=4, kernels=2, targets="proj"), 4 * (4 + 2)),
-        (gl.GenLoRAConfig(rank=17, group_size=4, kernels=2, basis=None), 4 * 4),
-        (gl.GenLoRAConfig(rank=33, group_size=4, basis=None, latents_per_side=2), 4 * 8),
+        (gl.GenLoRAConfig(rank=17, group_size=4), 4 * 4),
+        (gl.GenLoRAConfig(rank=49, group_size=4, kernels=2, basis="fourier"), 4 * (4 * 2 + 4)),
         (gl.GenLoRAConfig(rank=9, group_size=4, kernels=2, residual=False), 4 * 2),
         (gl.GenLoRAConfig(rank=13, group_size=16, kernels=2, generator="elementwise"), 4 * 3),
         (gl.LoRAConfig(rank=65), 64),
@@ -419,26 +406,28 @@ def test_only_its_length_limits_the_rank_of_a_random_side_a():
         ("dropout", {"dropout": -0.1}),
         ("seed", {"seed": -1}),
         ("group_size", {"group_size": 0}),
-        ("kernels", {"kernels": 0}),
+        ("kernels", {"kernels": -1}),
+        ("kernels", {"kernels": None}),
+        ("kernels", {"kernels": 2.0}),
         ("generator", {"generator": "rowwise"}),
         ("basis", {"basis": "wavelet"}),
-        ("basis", {"basis": None, "residual": False}),
+        ("basis", {"basis": None}),
+        ("basis", {"basis": "auto"}),
+        ("basis", {"basis": "fourier"}),
+        ("residual", {"residual": False}),
         ("normalize", {"normalize": "batch"}),
         ("normalize", {"normalize": "group", "group_size": 1}),
         ("latents", {"latents": "frozen"}),
         ("share_latents", {"share_latents": True, "share_generators": True}),
         ("latent_std", {"latent_std": 0.0}),
-        ("rbf_init", {"rbf_init": 1.5}),
+        ("rbf_init", {"rbf_init": 1.5, "kernels": 2}),
+        ("rbf_init", {"rbf_init": 0.5}),
         ("rbf_init", {"rbf_init": -0.5}),
         ("eps", {"eps": -1e-6}),
         ("eps", {"eps": "small"}),
-        ("bandwidth", {"bandwidth": 0.0}),
-        ("bandwidth", {"bandwidth": 1.0, "basis": "fourier"}),
-        ("latents_per_side", {"latents_per_side": 0}),
-        ("latents_per_side", {"latents_per_side": 3, "rank": 2}),
-        ("latents_per_side", {"latents_per_side": 2, "generator": "elementwise"}),
-        ("share_inputs", {"share_inputs": True, "latents": "seeded"}),
-        ("share_inputs", {"share_inputs": True, "side_a": "seeded"}),
+        ("bandwidth", {"bandwidth": 0.0, "kernels": 2}),
+        ("bandwidth", {"bandwidth": 1.0}),
+        ("bandwidth", {"bandwidth": 1.0, "basis": "fourier", "kernels": 2}),
         ("side_a", {"side_a": "frozen"}),
         ("share_across_targets", {"share_across_targets": True, "share_generators": False}),
         ("share_across_targets", {"share_across_targets": True, "generator": "elementwise"}),
@@ -450,25 +439,27 @@ def test_a_value_that_a_field_does_not_take_raises_and_names_the_field(field, ch
 
 
 @pytest.mark.parametrize(
-    ("fields", "family", "size"),
+    "fields",
     [
-        ({}, None, 0),
-        ({"kernels": 4}, "rbf", 4),
-        ({"residual": False}, "rbf", 8),
-        ({"rbf_init": 0.5}, "rbf", 8),
-        ({"bandwidth": 1.0}, "rbf", 8),
-        ({"basis": "fourier"}, "fourier", 8),
-        ({"basis": None, "kernels": 4}, None, 0),
+        {},
+        {"kernels": 4},
+        {"kernels": 4, "rbf_init": 0.5},
+        {"kernels": 4, "residual": False},
+        {"kernels": 4, "basis": "fourier"},
     ],
 )
-def test_there_are_basis_functions_where_a_field_asks_for_them(fields, family, size):
-    own = {"rank": 3, "group_size": 4}
-    cfg = gl.GenLoRAConfig(**own, **fields)
-    assert (cfg.family, cfg.basis_size) == (family, size)
-    later = dataclasses.replace(gl.GenLoRAConfig(**own), **fields)
-    assert later == cfg == config_from_json(config_to_json(cfg))
+def test_there_are_basis_functions_where_kernels_asks_for_them(fields):
+    cfg = gl.GenLoRAConfig(rank=3, group_size=4, **fields)
     weights = init(cfg, stacked()).trainable["generators"]["layers.proj"]["a"]
-    assert ("weights" in weights) == (size > 0)
+    assert ("weights" in weights) == ("kernels" in fields)
+    assert ("residual" in weights) == cfg.residual
+
+
+def test_replacing_a_field_keeps_nothing_that_was_guessed():
+    cfg = gl.GenLoRAConfig(kernels=4)
+    assert dataclasses.replace(cfg, kernels=0) == gl.GenLoRAConfig()
+    assert dataclasses.replace(gl.GenLoRAConfig(), kernels=4) == cfg
+    assert (gl.GenLoRAConfig().kernels, gl.GenLoRAConfig().basis) == (0, "rbf")
 
 
 @pytest.mark.parametrize(
@@ -483,7 +474,8 @@ def test_there_are_basis_functions_where_a_field_asks_for_them(fields, family, s
             exclude=["up_proj"],
             layers=[2, 0, 2],
             dropout=0.25,
-            basis=None,
+            kernels=4,
+            basis="chebyshev",
             share_generators=False,
             share_latents=True,
             bandwidth=None,

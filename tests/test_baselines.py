@@ -15,11 +15,10 @@ from flax.traverse_util import flatten_dict
 from tiny_base import write_base
 
 import genlora_jax as gl
-import train.finetune as script
 from genlora_jax.cli import main
 from genlora_jax.mesh import make_mesh
-from genlora_jax.methods import vera
 from genlora_jax.settings import parse
+from genlora_jax.training import finetune, setup
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.recipe import Recipe
 
@@ -68,9 +67,9 @@ def torch_with(name, cfg, adapter, path):
     if name == "full":
         return model
     if name == "vera":
-        own = peft.VeraConfig(r=cfg.rank, target_modules=TARGETS, projection_prng_key=1)
-        model = peft.get_peft_model(model, own)
-        for ours, theirs in zip(vera.projections(cfg, adapter.spec), "AB", strict=True):
+        settings = peft.VeraConfig(r=cfg.rank, target_modules=TARGETS, projection_prng_key=1)
+        model = peft.get_peft_model(model, settings)
+        for ours, theirs in zip(cfg.projections(adapter.spec.targets), "AB", strict=True):
             shared = getattr(model.base_model, f"vera_{theirs}")["default"]
             assert shared.T.shape == ours.shape
             # Of the same distribution, from another generator.
@@ -82,8 +81,8 @@ def torch_with(name, cfg, adapter, path):
     settings = {"use_rslora": name == "rslora", "use_dora": name == "dora"}
     if name == "pissa":
         settings["init_lora_weights"] = "pissa"
-    own = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=TARGETS, **settings)
-    model = peft.get_peft_model(model, own)
+    lora = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=TARGETS, **settings)
+    model = peft.get_peft_model(model, lora)
     if name == "lora_fa":
         factors = flatten_dict(gl.generate_factors(cfg, adapter))
         sides = {".".join(p[:-1]): {"a": leaf} for p, leaf in factors.items() if p[-1] == "a"}
@@ -243,8 +242,8 @@ def test_a_recipe_trains_and_its_adapter_is_merged_and_exported(
             base=base, here=tmp_path, kind=type(cfg).__name__, settings=json.dumps(settings)
         )
     )
-    monkeypatch.setattr(script, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
-    assert command(monkeypatch, script.main, "--config", recipe) == 0, capsys.readouterr().err
+    monkeypatch.setattr(setup, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    assert command(monkeypatch, finetune.main, "--config", recipe) == 0, capsys.readouterr().err
 
     model, params = load(base)
     found, adapter = gl.load_adapter(tmp_path / "run" / "adapter", params, model=model)
@@ -278,7 +277,7 @@ def test_a_recipe_trains_and_its_adapter_is_merged_and_exported(
     assert f"{gl.count_parameters(adapter):,} parameters" in capsys.readouterr().out
 
 
-def test_a_method_named_on_the_command_line_has_its_own_defaults_and_what_the_recipe_gives(
+def test_a_method_named_on_the_command_line_has_its_defaults_and_what_the_recipe_gives(
     tmp_path,
 ):
     recipe = tmp_path / "recipe.yaml"

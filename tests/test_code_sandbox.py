@@ -99,9 +99,9 @@ def test_files_outside_cannot_be_changed_and_the_directory_is_removed(tmp_path):
     assert kept.read_text() == "mine"
     assert not place.exists()
     # Where it ran: a name that it can only tell by failing.
-    said = sandbox.run("import os\nraise ValueError(os.getcwd())").detail
-    assert "candidate-" in said
-    assert not os.path.exists(said.removeprefix("ValueError: "))
+    message = sandbox.run("import os\nraise ValueError(os.getcwd())").detail
+    assert "candidate-" in message
+    assert not os.path.exists(message.removeprefix("ValueError: "))
 
 
 def test_programs_run_side_by_side_keep_their_order():
@@ -142,14 +142,14 @@ def test_an_answer_passes_if_the_tests_do(row, answer, passes):
 
 
 def test_bad_exercises_are_named():
-    for row, said in (
+    for row, message in (
         ({"prompt": "a", "test_list": []}, "test_list is missing or empty"),
         ({"prompt": "a", "entry_point": "f"}, "'test' is missing"),
         ({"test_list": ["x"]}, "'prompt' is missing"),
         (MBPP | {"test_setup_code": 3}, "'test_setup_code' is missing or no text"),
         (MBPP | {"test_imports": "math"}, "test_imports must be a list"),
     ):
-        with pytest.raises(ValueError, match=f"here: .*{said}"):
+        with pytest.raises(ValueError, match=f"here: .*{message}"):
             code._exercise("here", row)
 
 

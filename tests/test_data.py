@@ -19,7 +19,8 @@ from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import load_examples
 from genlora_jax.data.packing import eval_batches, train_batches
 from genlora_jax.evaluation.tasks import match
-from genlora_jax.training.losses import next_token_targets, summed_loss
+from genlora_jax.training.losses import cross_entropy, next_token_targets
+from genlora_jax.training.options import StepOptions
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
@@ -446,7 +447,7 @@ def test_packed_examples_lose_what_they_lose_alone(random_llama, perturb):
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
     factors = gl.generate_factors(cfg, adapter)
     examples = random_examples(11, 16, vocab=61)
-    loss = jax.jit(lambda batch: summed_loss(model, params, factors, batch))
+    loss = jax.jit(lambda batch: cross_entropy(model, params, factors, batch, StepOptions())[0])
     shape = {"train": "-", "length": 24, "batch_size": 3}
     packed = eval_batches(examples, DataConfig(**shape))
     alone = [eval_batches([e], DataConfig(**shape, pack=False))[0] for e in examples]

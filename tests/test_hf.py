@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import genlora_jax as gl
-from genlora_jax.hf import peft
+from genlora_jax.hf import peft_export
 
 CFG = gl.GenLoRAConfig(rank=4, alpha=4.0, group_size=4, kernels=2, rbf_init=0.5)
 IDS = np.random.default_rng(0).integers(3, 61, (2, 11)).astype(np.int32)
@@ -146,8 +146,8 @@ def test_what_was_loaded_is_exported_byte_for_byte(torch_twin, tmp_path, scan, c
     for name, value in before.items():
         assert after[name].dtype == value.dtype
         assert after[name].tobytes() == value.tobytes()
-    own = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert own == json.loads((path / "config.json").read_text())
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported == json.loads((path / "config.json").read_text())
 
 
 def test_a_sharded_export_of_a_merged_model_loads_in_transformers(
@@ -277,7 +277,7 @@ def test_a_peft_export_that_fails_leaves_nothing(torch_twin, make_adapter, tmp_p
     def full(*args, **options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(peft, "save_file", full)
+    monkeypatch.setattr(peft_export, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         gl.export_peft(tmp_path / "peft", None, factors, base=path)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -299,11 +299,11 @@ def test_an_adapter_comes_back_bit_for_bit(random_llama, make_adapter, tmp_path,
     adapter = make_adapter(params, cfg)
     gl.save_adapter(tmp_path / "adapter", cfg, adapter, model=model)
     for options in ({}, {"params": params, "model": model}):
-        own_cfg, own = gl.load_adapter(tmp_path / "adapter", **options)
-        assert own_cfg == cfg
-        assert own.spec == adapter.spec
-        assert jax.tree.structure(own) == jax.tree.structure(adapter)
-        for ours, theirs in zip(jax.tree.leaves(own), jax.tree.leaves(adapter), strict=True):
+        found, loaded = gl.load_adapter(tmp_path / "adapter", **options)
+        assert found == loaded.config == cfg
+        assert loaded.spec == adapter.spec
+        assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
+        for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(adapter), strict=True):
             assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
@@ -325,8 +325,8 @@ def test_an_adapter_of_a_scanned_base_serves_an_unrolled_one(random_llama, make_
     (scanned, stacked), (unrolled, single) = random_llama(scan=True), random_llama(scan=False)
     adapter = make_adapter(stacked, cfg)
     gl.save_adapter(tmp_path / "adapter", cfg, adapter, model=scanned)
-    _, own = gl.load_adapter(tmp_path / "adapter", single, model=unrolled)
-    ours = run(unrolled, single, generate(cfg, own))
+    _, loaded = gl.load_adapter(tmp_path / "adapter", single, model=unrolled)
+    ours = run(unrolled, single, generate(cfg, loaded))
     theirs = run(scanned, stacked, generate(cfg, adapter))
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
     assert np.abs(run(unrolled, single) - ours).max() > 1e-2
@@ -380,8 +380,8 @@ def test_saving_over_an_adapter_is_refused_unless_asked_for(random_llama, make_a
         gl.save_adapter(tmp_path / "adapter", CFG, adapter)
     moved = jax.tree.map(lambda leaf: leaf + 1, adapter)
     gl.save_adapter(tmp_path / "adapter", CFG, moved, overwrite=True)
-    _, own = gl.load_adapter(tmp_path / "adapter")
-    first, second = (flatten_dict(a.trainable) for a in (own, moved))
+    _, loaded = gl.load_adapter(tmp_path / "adapter")
+    first, second = (flatten_dict(a.trainable) for a in (loaded, moved))
     assert set(first) == set(second)
     for path in first:
         np.testing.assert_array_equal(first[path], second[path])
@@ -396,12 +396,12 @@ def test_a_rank_that_vllm_does_not_serve_is_warned_of(tmp_path):
 def test_a_hub_id_is_taken_from_the_cache(torch_twin, tmp_path, monkeypatch):
     # As the hub's client leaves a download; it is offline here and must find it.
     path, _ = torch_twin()
-    home = tmp_path / "hub" / "models--someone--tiny"
-    (home / "refs").mkdir(parents=True)
+    cached = tmp_path / "hub" / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
     for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
-        (home / "refs" / revision).write_text(commit)
-        shutil.copytree(path, home / "snapshots" / commit)
-    config = home / "snapshots" / ("b" * 40) / "config.json"
+        (cached / "refs" / revision).write_text(commit)
+        shutil.copytree(path, cached / "snapshots" / commit)
+    config = cached / "snapshots" / ("b" * 40) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     model, params = load("someone/tiny")

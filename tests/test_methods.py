@@ -14,12 +14,14 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 import genlora_jax as gl
-from genlora_jax import factors, sharding
+from genlora_jax import sharding
 from genlora_jax.adapter import adapter_shapes, adapter_spec
+from genlora_jax.factors.dora import adapted_column_norm
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.methods import config_from_json, config_to_json
-from genlora_jax.training.losses import summed_loss
+from genlora_jax.training.losses import cross_entropy
 from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.options import StepOptions
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
 
@@ -54,7 +56,8 @@ def test_magnitudes_gains_and_deltas_on_a_mesh_are_those_of_one_device(random_ll
         if where is not None:
             specs = sharding.named(where, sharding.factor_specs(whole))
             whole = jax.lax.with_sharding_constraint(whole, specs)
-        return summed_loss(model.clone(mesh=where), params, whole, batch, chunk=16)
+        options = StepOptions(chunk=16)
+        return cross_entropy(model.clone(mesh=where), params, whole, batch, options)[0]
 
     step = jax.jit(jax.value_and_grad(loss), static_argnums=3)
     expected, theirs = step(adapters, params, batch, None)
@@ -71,7 +74,8 @@ def test_magnitudes_gains_and_deltas_on_a_mesh_are_those_of_one_device(random_ll
 
 
 def test_magnitudes_and_deltas_lie_as_their_kernels_do():
-    leaves = {"q_proj": {"magnitude": jnp.ones((2, 8))}, "o_proj": {"delta": jnp.ones((2, 8, 8))}}
+    product = {"a": jnp.ones((2, 8, 1)), "b": jnp.ones((2, 1, 8)), "magnitude": jnp.ones((2, 8))}
+    leaves = {"q_proj": product, "o_proj": {"delta": jnp.ones((2, 8, 8))}}
     specs = sharding.factor_specs({"layers": leaves})["layers"]
     assert specs["q_proj"]["magnitude"] == P(None, "tensor")
     assert specs["o_proj"]["delta"] == P(None, "tensor", "fsdp")
@@ -84,10 +88,8 @@ def test_the_norm_of_an_adapted_column_is_that_of_the_sum():
     rng = np.random.default_rng(0)
     w, a, b = (rng.standard_normal(shape) for shape in ((2, 40, 30), (2, 40, 3), (2, 3, 30)))
     exact = np.linalg.norm(w + a @ b, axis=-2)
-    own = {"a": jnp.float32(a), "b": jnp.float32(b)}
-    np.testing.assert_allclose(
-        factors.adapted_column_norm(jnp.float32(w), own), exact, rtol=8 * EPS
-    )
+    leaves = {"a": jnp.float32(a), "b": jnp.float32(b)}
+    np.testing.assert_allclose(adapted_column_norm(jnp.float32(w), leaves), exact, rtol=8 * EPS)
 
 
 def test_dropout_drops_all_that_a_magnitude_changes():
@@ -95,7 +97,7 @@ def test_dropout_drops_all_that_a_magnitude_changes():
     x = jnp.asarray(rng.standard_normal((4, 6)), jnp.float32)
     model = nn.Dense(5)
     params = model.init(jax.random.key(0), x)["params"] | {"bias": jnp.arange(5.0)}
-    own = {
+    leaves = {
         "a": jnp.zeros((6, 2)),
         "b": jnp.zeros((2, 5)),
         "magnitude": 3 * jnp.linalg.norm(params["kernel"], axis=0),
@@ -104,12 +106,12 @@ def test_dropout_drops_all_that_a_magnitude_changes():
     @jax.jit
     @jax.vmap
     def dropped(key):
-        return gl.apply(model, params, own, x, dropout=0.3, rngs={"dropout": key})
+        return gl.apply(model, params, leaves, x, dropout=0.3, rngs={"dropout": key})
 
     samples = np.asarray(dropped(jax.random.split(jax.random.key(1), 4000)))
     error = samples.std(axis=0) / np.sqrt(len(samples))
     assert (error > 1e-3).all()
-    whole = np.asarray(gl.apply(model, params, own, x))
+    whole = np.asarray(gl.apply(model, params, leaves, x))
     np.testing.assert_allclose(whole, 3 * x @ params["kernel"] + params["bias"], rtol=1e-5)
     assert (np.abs(samples.mean(axis=0) - whole) < 5 * error).all()
 
@@ -145,23 +147,24 @@ def test_gains_are_merged_and_taken_out_again_in_bfloat16():
     """To one rounding each way: the merge's, and that of the base."""
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.standard_normal((2, 40, 30)), jnp.bfloat16)
-    own = {
+    leaves = {
         "gain_a": jnp.float32(rng.standard_normal((2, 40, 3))),
         "gain_b": jnp.float32(0.2 * rng.standard_normal((2, 3, 30))),
     }
-    gain = 1 + np.float64(own["gain_a"]) @ np.float64(own["gain_b"])
-    merged = gl.merge({"proj": {"kernel": kernel}}, {"proj": own})
-    ours = np.float64(merged["proj"]["kernel"])
+    gain = 1 + np.float64(leaves["gain_a"]) @ np.float64(leaves["gain_b"])
+    factors = {"layers": {"proj": leaves}}
+    merged = gl.merge({"layers": {"proj": {"kernel": kernel}}}, factors)
+    ours = np.float64(merged["layers"]["proj"]["kernel"])
     np.testing.assert_allclose(ours, np.float64(kernel) * gain, rtol=2**-8)
-    back = np.float64(gl.unmerge(merged, {"proj": own})["proj"]["kernel"])
+    back = np.float64(gl.unmerge(merged, factors)["layers"]["proj"]["kernel"])
     np.testing.assert_allclose(back, np.float64(kernel), rtol=2**-7)
 
 
 def test_an_element_that_a_gain_makes_0_stays_0():
-    own = {"gain_a": jnp.array([[1.0], [0.5]]), "gain_b": jnp.array([[-1.0, 0.0]])}
+    leaves = {"gain_a": jnp.array([[1.0], [0.5]]), "gain_b": jnp.array([[-1.0, 0.0]])}
     kernel = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    merged = gl.merge({"proj": {"kernel": kernel}}, {"proj": own})
-    back = gl.unmerge(merged, {"proj": own})["proj"]["kernel"]
+    merged = gl.merge({"proj": {"kernel": kernel}}, {"proj": leaves})
+    back = gl.unmerge(merged, {"proj": leaves})["proj"]["kernel"]
     np.testing.assert_array_equal(back, [[0, 2], [3, 4]])
 
 
@@ -171,7 +174,7 @@ def test_no_layer_keeps_a_delta_for_its_backward_pass(random_llama):
     flat = flatten_dict(params)
     kernels = [leaf for path, leaf in flat.items() if path[-2:] == ("down_proj", "kernel")]
     factors = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(0), params))
-    _, pull = jax.vjp(lambda own: gl.apply(model, params, own, IDS), factors)
+    _, pull = jax.vjp(lambda leaves: gl.apply(model, params, leaves, IDS), factors)
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == kernels[0].shape]
     assert len(kept) >= len(kernels)
     for leaf in kept:
@@ -183,14 +186,14 @@ def test_a_gain_is_as_large_for_kernels_of_any_width(kind):
     for width in (64, 1024):
         params = {"proj": {"kernel": jnp.zeros((width, 32))}}
         cfg = kind(rank=8, hadamard=True)
-        own = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(0), params))
+        leaves = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(0), params))
         plain = dataclasses.replace(cfg, hadamard=False)
         theirs = gl.generate_factors(plain, gl.init_adapter(plain, jax.random.key(0), params))
         np.testing.assert_allclose(
-            own["proj"]["gain_a"], theirs["proj"]["a"] * width**0.5, rtol=4 * EPS
+            leaves["proj"]["gain_a"], theirs["proj"]["a"] * width**0.5, rtol=4 * EPS
         )
         expected = 1 / 3 if kind is gl.LoRAConfig else 1
-        assert np.var(own["proj"]["gain_a"]) == pytest.approx(expected, rel=0.3)
+        assert np.var(leaves["proj"]["gain_a"]) == pytest.approx(expected, rel=0.3)
 
 
 # What is refused.
@@ -204,7 +207,7 @@ def test_a_method_that_reads_the_base_needs_its_values(name, random_llama):
     with pytest.raises(ValueError, match="starts at values of the base"):
         gl.init_adapter(cfg, jax.random.key(0), shapes)
     traced = jax.eval_shape(lambda p: gl.init_adapter(cfg, jax.random.key(0), p), shapes)
-    known = adapter_shapes(cfg, adapter_spec(cfg, params))
+    known = adapter_shapes(adapter_spec(cfg, params))
     made = gl.init_adapter(cfg, jax.random.key(0), params)
     expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made)
     for other in (traced, known):
@@ -242,7 +245,7 @@ def test_what_takes_products_alone_refuses_others_by_name(leaf):
 
 
 @pytest.mark.parametrize(
-    ("own", "message"),
+    ("leaves", "message"),
     [
         (ONES | {"magnitude": jnp.ones(4)}, r"have shapes \(4, 2\) and \(2, 3\) and \(4,\)"),
         ({"gain_a": jnp.ones((4, 2)), "gain_b": jnp.ones((3, 3))}, r"shapes \(4, 2\) and \(3, 3\)"),
@@ -251,19 +254,21 @@ def test_what_takes_products_alone_refuses_others_by_name(leaf):
         (ONES | MORE["delta"], "hold"),
     ],
 )
-def test_factors_that_do_not_fit_are_refused(own, message):
+def test_factors_that_do_not_fit_are_refused(leaves, message):
     model = nn.Dense(3)
     params = model.init(jax.random.key(0), X)["params"]
     with pytest.raises(ValueError, match=message):
-        gl.merge({"proj": params}, {"proj": own})
+        gl.merge({"proj": params}, {"proj": leaves})
     with pytest.raises(ValueError, match=message):
-        gl.apply(model, params, own, X)
+        gl.apply(model, params, leaves, X)
 
 
-@pytest.mark.parametrize("leaf", ["magnitude", "gain_a"])
-def test_factors_of_several_kinds_are_not_exported(leaf, tmp_path):
+@pytest.mark.parametrize(("leaf", "kind"), [("magnitude", "DoRA"), ("gain_a", "HiRA")])
+def test_factors_of_several_kinds_are_not_exported(leaf, kind, tmp_path):
     sets = {"one": ONES, "two": MORE[leaf]}
-    with pytest.raises(ValueError, match=rf"two has \[.*{leaf}.*\] and one \['a', 'b'\]: a PEFT"):
+    with pytest.raises(
+        ValueError, match=rf"of one kind; these factors are LoRA \(one\) and {kind} \(two\)"
+    ):
         gl.export_peft(tmp_path / "out", None, sets, base="base")
     assert not (tmp_path / "out").exists()
 

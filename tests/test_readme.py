@@ -24,6 +24,7 @@ TEXT = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCS = [page for page in PAGES if page.parent == ROOT / "docs"]
 STUDY = ROOT / "train" / "benchmarks"
+FINDINGS = STUDY / "results" / "frontier" / "findings.md"
 SETTINGS = {"finetune": Recipe, "sweep": SweepRecipe, "evaluate": Evaluation}
 
 
@@ -143,7 +144,9 @@ def test_recipes_are_valid():
         assert parse(Recipe, ["--config", str(file)]).train.output
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page", [*PAGES, STUDY / "README.md", FINDINGS, FINDINGS.with_name("tables.md")], ids=name_of
+)
 def test_files_that_a_page_names_are_there(page):
     text = page.read_text()
     linked = {link.partition("#")[0] for link in re.findall(r"\]\((?!http)([^)#][^)]*)\)", text)}
@@ -165,12 +168,14 @@ def test_pages_are_short():
 
 
 def test_the_results_tell_no_figure_that_the_study_has_not():
-    known = (STUDY / "results" / "frontier" / "findings.md").read_text()
-    known += (STUDY / "README.md").read_text()
+    known = FINDINGS.read_text() + (STUDY / "README.md").read_text()
     pattern = r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?[kM]?\b"
     told = set(re.findall(pattern, (ROOT / "docs" / "results.md").read_text()))
     assert len(told) > 60
     assert {figure for figure in told if not re.search(rf"(?<![\d.]){figure}\b", known)} == set()
+    losses = set(re.findall(r"\b[1-9]\.\d{3}\b", TEXT))
+    assert losses
+    assert losses <= set(re.findall(r"\b[1-9]\.\d{3}\b", known))
 
 
 def test_the_api_page_has_every_public_name():

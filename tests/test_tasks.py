@@ -67,7 +67,7 @@ def test_forms_of_a_question_with_options(row):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"question": "Who?", "choices": ["a", "b"], "answer": 2}, "here: answer must be an index"),
         ({"question": "Who?", "choices": ["a", "b"], "answer": True}, "answer must be an index"),
@@ -82,8 +82,8 @@ def test_forms_of_a_question_with_options(row):
         ),
     ],
 )
-def test_bad_questions_are_named(row, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_questions_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
         choices._item("here", row)
 
 
@@ -122,7 +122,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_one_that_passes(k):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"samples": 0}, "samples must be at least 1"),
         ({"samples": 4}, "set temperature"),
@@ -131,9 +131,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_one_that_passes(k):
         ({"max_new_tokens": -3}, "max_new_tokens must be at least 1"),
     ],
 )
-def test_settings_of_answers_that_cannot_be_are_named(settings, said):
+def test_settings_of_answers_that_cannot_be_are_named(settings, message):
     for config in (match.MatchConfig, code.CodeConfig):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             config(data="x", **settings)
 
 
@@ -168,9 +168,9 @@ def test_a_json_array_is_read_like_lines(tmp_path):
         (f"{file}: row 1", {"text": "a"}),
         (f"{file}: row 2", {"text": "b"}),
     ]
-    for text, said in (('[{"text": 1},\n', ":2: not JSON"), ("[1]", "row 1: a row must be")):
+    for text, message in (('[{"text": 1},\n', ":2: not JSON"), ("[1]", "row 1: a row must be")):
         file.write_text(text)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             list(read_rows(str(file)))
 
 

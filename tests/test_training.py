@@ -439,3 +439,41 @@ def test_parts_of_a_batch_have_their_own_dropout(base, make_adapter, batch):
         _, metrics = step(init_state(make_adapter(cfg), still), params, rows)
         values.append(float(metrics["loss"]))
     assert values[0] != pytest.approx(values[1], rel=1e-6)  # equal if both had the first's
+
+
+def preference_loss(model, params, factors, batch, options, *, dropout=0.0, key=None):
+    """DPO (arXiv 2305.18290), of rows that are chosen and rejected in turn; a loss of a user's."""
+
+    def log_likelihood(factors):
+        rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(4)]
+        return -jnp.stack(
+            [
+                cross_entropy(model, params, factors, row, options, dropout=dropout)[0]
+                for row in rows
+            ]
+        )
+
+    gain = (log_likelihood(factors) - log_likelihood({})).reshape(2, 2)
+    return -jax.nn.log_sigmoid(gain[:, 0] - gain[:, 1]).sum(), jnp.float32(2)
+
+
+def test_a_loss_of_ones_own_is_trained(random_llama):
+    model, params = random_llama()
+    cfg = gl.LoRAConfig(rank=2, targets=["q_proj"])
+    rng = np.random.default_rng(0)
+    batch = {
+        "input_ids": rng.integers(0, 61, (4, 8)).astype(np.int32),
+        "loss_mask": np.ones((4, 8), bool),
+        "segment_ids": np.ones((4, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (4, 1)),
+    }
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.05, warmup=0.0), 8)
+    state = init_state(gl.init_adapter(cfg, jax.random.key(0), params), optimizer)
+    step = make_train_step(model, cfg, optimizer, loss=preference_loss)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, params, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-6)  # the adapter is still the base
+    assert losses[-1] < 0.9 * losses[0]
+    assert int(metrics["trained_tokens"]) == 2

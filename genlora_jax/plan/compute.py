@@ -3,8 +3,8 @@
 from genlora_jax.plan.sizes import Step
 
 FLOP_PER_PRODUCT = 2  # derived: a multiplication and an addition
-# Derived: a query's products with all keys, and of its weights with all values. The masked half
-# counts, as most implementations compute it.
+# Derived: those of a query with all keys, and of its weights with all values. The masked half
+# counts, though some implementations skip it: this is an upper bound.
 ATTENTION_PRODUCTS = 2
 # Derived: forward, forward again in the backward pass of the chunked loss, and the gradient of the
 # hidden states.
@@ -19,7 +19,7 @@ def step_flops(step: Step) -> float:
     attention = ATTENTION_PRODUCTS * step.recipe.data.length * cfg.num_attention_heads
     attention *= cfg.num_hidden_layers * cfg.head_dim
     products = passes * (step.layers_values + attention) + PASSES_OVER_HEAD * step.head_values
-    # Factors take one product more than the base: that of their own gradient.
+    # Factors take one product more than the base: that of their gradient.
     products += (passes + 1) * (step.factor_values + step.formed_values)
     per_token = FLOP_PER_PRODUCT * products
     return step.recipe.train.accumulate * step.tokens * per_token / step.mesh.tensor

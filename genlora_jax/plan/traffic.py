@@ -7,7 +7,7 @@ from genlora_jax.plan.sizes import FLOAT32, Step
 ALL_REDUCE = 2
 # Derived: attention and the feed-forward network each end in one.
 ALL_REDUCES_PER_LAYER = 2
-# Derived: the head is all-gathered for its forward and for its backward pass, once a micro-batch.
+# Derived: every micro-batch all-gathers the head for its forward and for its backward pass.
 GATHERS_OF_HEAD = 2
 
 
@@ -17,8 +17,8 @@ def received_bytes(step: Step) -> dict[str, float]:
     micro_batches = step.recipe.train.accumulate
     gathered = (mesh.fsdp - 1) / mesh.fsdp
     reduced = ALL_REDUCE * (mesh.tensor - 1) / mesh.tensor
-    # Kernel-sized factors are all-gathered like kernels. A formed one needs its kernel once more,
-    # for its own gradient.
+    # Kernel-sized factors are all-gathered like kernels. What a step forms out of factors and a
+    # kernel takes that kernel once more, for its gradient.
     others = (
         GATHERS_OF_HEAD * step.head_values
         + step.passes * step.stored_values

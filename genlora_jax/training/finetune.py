@@ -20,7 +20,6 @@ import jax
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, save_adapter
-from genlora_jax.data.packing import train_batches
 from genlora_jax.settings import parse, report_errors
 from genlora_jax.sharding import place_batch, state_shardings
 from genlora_jax.training.checkpoint import Checkpoints
@@ -77,7 +76,7 @@ def finetune(recipe: Recipe) -> int | None:
         base_config=config_fingerprint(run.base.model),
     )
     with checkpoints, Stopping() as stopping:
-        batches = iter(train_batches(run.examples, recipe.data))
+        batches = iter(run.objective.train_batches(run.examples, recipe.data))
         if recipe.train.resume:
             state = checkpoints.restore(state, batches)
             say(f"resumed at step {int(state.step)}")
@@ -115,9 +114,11 @@ def train(
         The last state, and the signal that ended the run early, or None.
     """
     base, mesh, steps, options = run.base, run.mesh, run.steps, recipe.step_options
-    optimizer = make_optimizer(recipe.optim, steps)
-    train_step = make_train_step(base.model, recipe.adapter, optimizer, options, mesh=mesh)
-    eval_step = make_eval_step(base.model, options, mesh=mesh)
+    optimizer, loss_of = make_optimizer(recipe.optim, steps), run.objective.loss
+    train_step = make_train_step(
+        base.model, recipe.adapter, optimizer, options, loss=loss_of, mesh=mesh
+    )
+    eval_step = make_eval_step(base.model, options, loss=loss_of, mesh=mesh)
     place = functools.partial(place_batch, mesh)
     held_out = [place(batch) for batch in run.held_out]
     output, start = Path(recipe.train.output), int(state.step)

@@ -19,6 +19,8 @@ class TrainConfig:
         output: The run's directory.
         steps: Length of the run; None to go by `epochs`.
         epochs: Passes over the data, if `steps` is None.
+        objective: What is trained for: `sft`, the completions of `data.train`; see
+            `genlora_jax.training.objectives`.
         accumulate: Micro-batches into which a batch is split to save memory.
         eval_every: Steps between evaluations; None for one at the end only.
         save_every: Steps between checkpoints; None for one at the end only.
@@ -38,6 +40,7 @@ class TrainConfig:
     output: str
     steps: int | None = None
     epochs: int = 1
+    objective: str = "sft"
     accumulate: int = 1
     eval_every: int | None = None
     save_every: int | None = None

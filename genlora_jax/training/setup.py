@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from genlora_jax.adapter import Adapter, init_adapter
 from genlora_jax.adapter_files import load_adapter, load_config
 from genlora_jax.compression import lora_from_factors
-from genlora_jax.data.encode import Example, load_examples
-from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.data.encode import Example
 from genlora_jax.factors import by_module
 from genlora_jax.hf.base import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
@@ -21,6 +20,7 @@ from genlora_jax.mesh import MeshConfig, batch_shards, make_mesh, one_device
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
+from genlora_jax.training.objectives import Objective, find_objective
 from genlora_jax.training.recipe import Recipe
 
 Batch = dict[str, np.ndarray]
@@ -33,6 +33,7 @@ class Run:
     Attributes:
         mesh: Its devices; of size 1 on one device.
         base: The frozen base, sharded over them.
+        objective: What is trained for.
         examples: The encoded rows of `data.train`.
         held_out: Batches of `data.eval`, on the host; empty if there is none.
         steps: Length of the run.
@@ -40,6 +41,7 @@ class Run:
 
     mesh: Mesh
     base: Base
+    objective: Objective
     examples: list[Example]
     held_out: list[Batch]
     steps: int
@@ -55,21 +57,25 @@ def prepare(recipe: Recipe, mesh: Mesh, say: Callable[[object], None] = print) -
 
     Raises:
         FileNotFoundError: If data or base are not there.
-        ValueError: If a row is bad, or the base is not supported or not the recipe's.
+        ValueError: If the objective is unknown, a row is bad, or the base is not supported or not
+            the recipe's.
     """
+    objective = find_objective(recipe.train.objective)
     found = find_base(recipe.model)
     tokenizer = found[1]
-    examples, report = load_examples(recipe.data.train, tokenizer, recipe.data)
+    examples, report = objective.load(recipe.data.train, tokenizer, recipe.data)
     say(report)
     held_out: list[Batch] = []
     if recipe.data.eval:
-        eval_examples, report = load_examples(recipe.data.eval, tokenizer, recipe.data)
+        eval_examples, report = objective.load(recipe.data.eval, tokenizer, recipe.data)
         say(report)
-        held_out = eval_batches(eval_examples, recipe.data)
+        held_out = objective.eval_batches(eval_examples, recipe.data)
     steps = recipe.train.steps
     if steps is None:
-        steps = sum(1 for _ in train_batches(examples, recipe.data, epochs=recipe.train.epochs))
-    return Run(mesh, load_base(recipe.model, found, mesh), examples, held_out, steps)
+        batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
+        steps = sum(1 for _ in batches)
+    base = load_base(recipe.model, found, mesh)
+    return Run(mesh, base, objective, examples, held_out, steps)
 
 
 def recipe_mesh(recipe: Recipe) -> Mesh:

@@ -19,7 +19,6 @@ import numpy as np
 
 from genlora_jax.adapter import Adapter
 from genlora_jax.adapter_files import save_adapter
-from genlora_jax.data.packing import train_batches
 from genlora_jax.files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
@@ -65,6 +64,7 @@ def sweep(recipe: SweepRecipe) -> tuple[SweepResult, int | None]:
         optim=recipe.optim,
         steps=run.steps,
         options=recipe.step_options,
+        loss=run.objective.loss,
         members_per_pass=recipe.members_per_pass,
         mesh=mesh,
     )
@@ -77,7 +77,7 @@ def sweep(recipe: SweepRecipe) -> tuple[SweepResult, int | None]:
             program,
             run.base.params,
             members,
-            iter(train_batches(run.examples, recipe.data)),
+            iter(run.objective.train_batches(run.examples, recipe.data)),
             run.held_out,
             eval_every=recipe.train.eval_every,
             steps_per_call=recipe.steps_per_call,

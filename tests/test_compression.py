@@ -1,7 +1,6 @@
 """Adapters fitted to factors, against the formed deltas in float64."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,10 @@ import numpy as np
 import pytest
 
 import genlora_jax as gl
+from genlora_jax import compression
 
 BASE = {"layers": {"q": {"kernel": jnp.zeros((4, 64, 48))}}}
-CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, basis=None, normalize="none")
+CFG = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=8, normalize="none")
 
 
 def make_factors(cfg, base=BASE):
@@ -51,13 +51,13 @@ def relative_error(cfg, adapter, factors):
 )
 def test_what_a_config_generated_is_found_again(cfg, limit):
     factors = make_factors(cfg, {"layers": {"q": {"kernel": jnp.zeros((6, 128, 96))}}})
-    adapter, report = gl.fit(cfg, factors, key=jax.random.key(1), steps=600)
+    adapter, report = gl.compress(cfg, factors, key=jax.random.key(1), steps=600)
     error = relative_error(cfg, adapter, factors)
     assert error < limit
     assert report.error == pytest.approx(error, rel=1e-3, abs=1e-6)
     assert report.errors == {"layers.q": report.error}
     assert report.parameters == gl.count_parameters(adapter)
-    assert gl.fit(gl.LoRAConfig(rank=1), factors)[1].error > 0.3  # no easy target
+    assert gl.compress(gl.LoRAConfig(rank=1), factors)[1].error > 0.3  # no easy target
 
 
 def test_lora_of_a_lower_rank_is_the_truncated_delta():
@@ -65,7 +65,7 @@ def test_lora_of_a_lower_rank_is_the_truncated_delta():
     s = np.linalg.svd(formed(factors), compute_uv=False)[:, :4]
     for rank in (1, 4, 5):
         cfg = gl.LoRAConfig(rank=rank, alpha=3.0)
-        adapter, report = gl.fit(cfg, factors)
+        adapter, report = gl.compress(cfg, factors)
         expected = np.sqrt((np.square(s[:, rank:]).sum(1) / np.square(s).sum(1)).mean())
         assert report.error == pytest.approx(expected, abs=1e-6)
         assert relative_error(cfg, adapter, factors) == pytest.approx(expected, abs=1e-6)
@@ -74,14 +74,14 @@ def test_lora_of_a_lower_rank_is_the_truncated_delta():
 def test_more_parameters_fit_better():
     factors = random_factors()
     reports = [
-        gl.fit(dataclasses.replace(CFG, group_size=g), factors, steps=200)[1] for g in (2, 16)
+        gl.compress(dataclasses.replace(CFG, group_size=g), factors, steps=200)[1] for g in (2, 16)
     ]
     errors = [report.error for report in reports]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] - errors[-1] > 0.2
     assert reports[-1].losses[-1] < reports[-1].losses[0]
     # A generator that passes the latent on is LoRA of rank 1.
-    assert errors[0] < gl.fit(gl.LoRAConfig(rank=1), factors)[1].error + 0.01
+    assert errors[0] < gl.compress(gl.LoRAConfig(rank=1), factors)[1].error + 0.01
 
 
 def test_the_result_depends_on_the_delta_alone():
@@ -93,8 +93,8 @@ def test_the_result_depends_on_the_delta_alone():
         "a": jnp.asarray(a @ mixing, jnp.float32),
         "b": jnp.asarray(np.linalg.inv(mixing) @ b, jnp.float32),
     }
-    one, _ = gl.fit(CFG, factors, steps=50)
-    two, _ = gl.fit(CFG, {"layers": {"q": other}}, steps=50)
+    one, _ = gl.compress(CFG, factors, steps=50)
+    two, _ = gl.compress(CFG, {"layers": {"q": other}}, steps=50)
     ours, theirs = (formed(gl.generate_factors(CFG, adapter)) for adapter in (one, two))
     np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(ours).max())
 
@@ -105,26 +105,28 @@ def test_the_result_depends_on_the_delta_alone():
         {"share_generators": False, "share_latents": True},
         {"latents": "seeded", "share_generators": False},
         {"basis": "fourier", "residual": False, "kernels": 4, "generator": "elementwise"},
-        {"latents_per_side": 3},
     ],
-    ids=["shared_latents", "seeded", "elementwise", "several_latents"],
+    ids=["shared_latents", "seeded", "elementwise"],
 )
 def test_every_form_of_the_generator_can_be_fitted(changes):
     cfg = dataclasses.replace(CFG, **changes)
     factors = random_factors()
-    adapter, report = gl.fit(cfg, factors, steps=100)
+    adapter, report = gl.compress(cfg, factors, steps=100)
     assert report.losses[-1] < min(0.95, report.losses[0])
     assert report.error == pytest.approx(relative_error(cfg, adapter, factors), rel=1e-3)
 
 
-@pytest.mark.parametrize("m", [1, 4])
-def test_the_first_latents_are_the_first_singular_pairs(m, monkeypatch):
-    monkeypatch.setattr(sys.modules["genlora_jax.fit"], "_NOISE", 0.0)
-    cfg = dataclasses.replace(CFG, rank=m, group_size=1, latents_per_side=m)
+def test_the_first_latent_is_the_first_singular_pair(monkeypatch):
+    monkeypatch.setattr(compression, "_NOISE", 0.0)
+    cfg = dataclasses.replace(CFG, rank=1, group_size=1)
     factors = random_factors(rank=4)
-    first = gl.fit(cfg, factors, steps=1)[1].losses[0]
-    truncated = gl.fit(gl.LoRAConfig(rank=m), factors)[1].error ** 2
+    first = gl.compress(cfg, factors, steps=1)[1].losses[0]
+    truncated = gl.compress(gl.LoRAConfig(rank=1), factors)[1].error ** 2
     assert first == pytest.approx(truncated, rel=1e-4, abs=1e-9)
+
+
+def test_the_name_of_version_0_1_is_kept():
+    assert gl.fit is gl.compress
 
 
 def test_a_fitted_adapter_serves_its_base(random_llama, tmp_path):
@@ -136,7 +138,7 @@ def test_a_fitted_adapter_serves_its_base(random_llama, tmp_path):
             lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), factors
         )
         cfg = dataclasses.replace(lora, rank=2, alpha=4.0)
-        adapter, report = gl.fit(cfg, factors, params=jax.eval_shape(lambda p=params: p))
+        adapter, report = gl.compress(cfg, factors, params=jax.eval_shape(lambda p=params: p))
         assert report.error < 1e-5
         gl.save_adapter(tmp_path / str(scan), cfg, adapter)
         again = gl.generate_factors(*gl.load_adapter(tmp_path / str(scan), params))
@@ -148,7 +150,7 @@ def test_lora_with_room_takes_the_factors_as_they_are():
     q = random_factors(rank=4)["layers"]["q"]
     q = {"a": q["a"].at[1, :, 3].set(0.0), "b": q["b"].at[1, 3].set(0.0).at[2].set(0.0)}
     cfg = gl.LoRAConfig(rank=6, alpha=3.0)
-    adapter, report = gl.fit(cfg, {"layers": {"q": q}})
+    adapter, report = gl.compress(cfg, {"layers": {"q": q}})
     ((found),) = adapter.trainable["factors"].values()
     used = np.ones((4, 6), bool)
     used[:, 4:] = used[1, 3] = False
@@ -169,7 +171,7 @@ def test_a_rank_above_a_side_is_kept_or_truncated_all_the_same():
     factors = random_factors(rank=60)  # of kernels 64 x 48
     for rank in (50, 60, 70):
         with pytest.warns(UserWarning, match="parameters are wasted"):
-            adapter, report = gl.fit(gl.LoRAConfig(rank=rank), factors)
+            adapter, report = gl.compress(gl.LoRAConfig(rank=rank), factors)
         assert {leaf.shape for leaf in jax.tree.leaves(adapter.trainable)} == {
             (4, 64, rank),
             (4, rank, 48),
@@ -182,7 +184,7 @@ def test_lora_begins_layers_anew_that_an_unrolled_base_has_and_the_factors_have_
     factors = {"layers": {str(i): {"q": {s: q[s][i] for s in "ab"}} for i in (0, 2)}}
     base = {"layers": {str(i): {"q": {"kernel": jnp.zeros((64, 48))}} for i in range(3)}}
     cfg = gl.LoRAConfig(rank=4)
-    adapter, report = gl.fit(cfg, factors, params=base)
+    adapter, report = gl.compress(cfg, factors, params=base)
     found = gl.generate_factors(cfg, adapter)["layers"]
     for i in (0, 2):
         np.testing.assert_array_equal(found[str(i)]["q"]["a"], q["a"][i])
@@ -190,7 +192,7 @@ def test_lora_begins_layers_anew_that_an_unrolled_base_has_and_the_factors_have_
     assert not found["1"]["q"]["b"].any()
     assert report.error < 1e-6
     with pytest.raises(ValueError, match=r"no factors for layers\.1\.q"):
-        gl.fit(CFG, factors, params=base)
+        gl.compress(CFG, factors, params=base)
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -202,9 +204,9 @@ def test_layers_without_a_delta_are_left_out(scan):
     if not scan:
         factors = {"layers": {str(i): {"q": {s: q[s][i] for s in "ab"}} for i in range(4)}}
     with pytest.raises(ValueError, match="is zero"):
-        gl.fit(CFG, factors)
+        gl.compress(CFG, factors)
     cfg = gl.LoRAConfig(rank=4, layers=[0, 1, 3])
-    adapter, report = gl.fit(cfg, factors)
+    adapter, report = gl.compress(cfg, factors)
     assert report.error < 1e-6
     found = gl.generate_factors(cfg, adapter)
     if not scan:
@@ -220,30 +222,32 @@ def test_wrong_inputs_are_named():
     q = factors["layers"]["q"]
     kernel = {"kernel": jnp.zeros((4, 64, 48))}
     with pytest.raises(ValueError, match="steps"):
-        gl.fit(CFG, factors, steps=0)
-    with pytest.raises(ValueError, match="needs share_across_targets=False"):
-        gl.fit(dataclasses.replace(CFG, share_across_targets=True), factors)
-    for cfg in (gl.LoRAConfig(side_a="seeded"), dataclasses.replace(CFG, gates=True)):
-        with pytest.raises(ValueError, match='needs side_a="trained" and gates=False'):
-            gl.fit(cfg, random_factors())
+        gl.compress(CFG, factors, steps=0)
+    for changes in ({"share_across_targets": True}, {"gates": True}):
+        with pytest.raises(ValueError, match="needs share_across_targets=False and gates=False"):
+            gl.compress(dataclasses.replace(CFG, **changes), factors)
+    for cfg in (gl.LoRAConfig(side_a="seeded"), dataclasses.replace(CFG, side_a="seeded")):
+        with pytest.raises(ValueError, match='needs side_a="trained"'):
+            gl.compress(cfg, factors)
     with pytest.raises(ValueError, match="needs hadamard=False"):
-        gl.fit(dataclasses.replace(CFG, hadamard=True), factors)
-    with pytest.raises(ValueError, match="not those of AdapterConfig"):
-        gl.fit(gl.config.AdapterConfig(), factors)
-    with pytest.raises(ValueError, match=r"factors of layers\.q hold \['a'\], not a and b"):
-        gl.fit(CFG, {"layers": {"q": {"a": q["a"]}}})
+        gl.compress(dataclasses.replace(CFG, hadamard=True), factors)
+    for cfg in (gl.AdapterConfig(), gl.VeRAConfig(), gl.DoRAConfig(), gl.PiSSAConfig()):
+        with pytest.raises(ValueError, match=f"makes GenLoRA and LoRA.*not {type(cfg).__name__}"):
+            gl.compress(cfg, factors)
+    with pytest.raises(ValueError, match=r"factors of layers\.q hold \['a'\]; there are"):
+        gl.compress(CFG, {"layers": {"q": {"a": q["a"]}}})
     with pytest.raises(ValueError, match=r"targets: 'v' matches no kernel"):
-        gl.fit(dataclasses.replace(CFG, targets=["v"]), factors)
+        gl.compress(dataclasses.replace(CFG, targets=["v"]), factors)
     two = {"layers": {"q": q, "lm_head": q}}
     with pytest.raises(ValueError, match=r"leave out factors of layers\.lm_head"):
-        gl.fit(CFG, two)
+        gl.compress(CFG, two)
     with pytest.raises(ValueError, match=r"factors of layers\.q, layer 1; layers\.q, layer 2$"):
-        gl.fit(dataclasses.replace(CFG, layers=[0, 3]), factors)
+        gl.compress(dataclasses.replace(CFG, layers=[0, 3]), factors)
     with pytest.raises(ValueError, match=r"no factors for layers\.v: leave it out"):
-        gl.fit(CFG, factors, params={"layers": {"q": kernel, "v": kernel}})
+        gl.compress(CFG, factors, params={"layers": {"q": kernel, "v": kernel}})
     with pytest.raises(ValueError, match=r"the kernel has \(4, 32, 48\)"):
-        gl.fit(CFG, factors, params={"layers": {"q": {"kernel": jnp.zeros((4, 32, 48))}}})
+        gl.compress(CFG, factors, params={"layers": {"q": {"kernel": jnp.zeros((4, 32, 48))}}})
     with pytest.raises(ValueError, match=r"delta of layers\.q, layer 2, is zero"):
-        gl.fit(CFG, {"layers": {"q": {"a": q["a"], "b": q["b"].at[2].set(0.0)}}})
+        gl.compress(CFG, {"layers": {"q": {"a": q["a"], "b": q["b"].at[2].set(0.0)}}})
     with pytest.raises(ValueError, match=r"layers\.q, layer 1, are not finite"):
-        gl.fit(CFG, {"layers": {"q": {"a": q["a"].at[1].set(jnp.nan), "b": q["b"]}}})
+        gl.compress(CFG, {"layers": {"q": {"a": q["a"].at[1].set(jnp.nan), "b": q["b"]}}})

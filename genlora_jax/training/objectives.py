@@ -1,0 +1,42 @@
+"""What a run is trained for: a loss, and how rows become the batches that it takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from genlora_jax.data.encode import load_examples
+from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.training.losses import Loss, cross_entropy
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and its data.
+
+    Attributes:
+        loss: What a step minimises, and what an evaluation reports.
+        load: `(sources, tokenizer, DataConfig) -> (examples, report)`.
+        train_batches: `(examples, DataConfig, epochs=None)` -> shuffled batches, whose iterator's
+            state can be saved.
+        eval_batches: `(examples, DataConfig)` -> a list of batches, every example once.
+    """
+
+    loss: Loss
+    load: Callable[..., Any]
+    train_batches: Callable[..., Any]
+    eval_batches: Callable[..., Any]
+
+
+# What `train.objective` can be. A new one is a line here.
+OBJECTIVES = {"sft": Objective(cross_entropy, load_examples, train_batches, eval_batches)}
+
+
+def find_objective(name: str) -> Objective:
+    """The objective of a recipe.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"train.objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    return OBJECTIVES[name]
