@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def execute(source: Path, target: Path) -> float:
-    """Runs one notebook in its own directory, writes it with its outputs; returns the seconds."""
+    """Runs one notebook in its folder and writes it with its outputs; returns the seconds."""
     began = time.monotonic()
     notebook = nbformat.read(source, as_version=4)
     client = NotebookClient(

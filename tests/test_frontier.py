@@ -12,8 +12,9 @@ import pytest
 from flax import linen as nn
 
 import genlora_jax as gl
+from genlora_jax.methods import config_from_json
 from train.benchmarks.frontier import report, run, tune
-from train.benchmarks.frontier.arms import SETS, rate_at
+from train.benchmarks.frontier.arms import ARMS, SETS, rate_at
 from train.benchmarks.frontier.prepare import split
 from train.benchmarks.frontier.pretrain import pretrain_base
 
@@ -49,8 +50,7 @@ def study(tmp_path_factory):
     options = argparse.Namespace(
         data=here, folder=here, pretraining_steps=10, seeds=2, rates=4, test=False
     )
-    told = pretrain_base(options, JOB)
-    assert told["steps"] == 10
+    assert pretrain_base(options, JOB)["steps"] == 10
     return options
 
 
@@ -74,7 +74,7 @@ def test_a_sweep_goes_on_until_its_best_rate_lies_inside(study, monkeypatch):
         losses.setdefault(member["learning_rate"], []).append(loss)
     # The two best of the first seed have the second as well, and one of them is chosen.
     best = sorted(losses, key=lambda rate: losses[rate][0])[:2]
-    assert {rate for rate, own in losses.items() if len(own) == 2} == set(best)
+    assert {rate for rate, seeds in losses.items() if len(seeds) == 2} == set(best)
     expected = min(np.mean(losses[rate]) for rate in best)
     assert record["best_loss"] == pytest.approx(expected, abs=1e-5)
     assert np.mean(losses[record["best_rate"]]) == pytest.approx(expected, abs=1e-5)
@@ -87,7 +87,7 @@ def test_a_sweep_has_as_many_rates_as_are_asked_for(study):
     rates = sorted({member["learning_rate"] for member in record["members"]})
     assert 7 <= len(rates) <= tune.MOST_RATES
     assert rates[0] < record["best_rate"] < rates[-1]
-    assert report.over_seeds(report.own_losses(record)).startswith(f"{record['best_loss']:.3f}")
+    assert report.over_seeds(report.losses_by_seed(record)).startswith(f"{record['best_loss']:.3f}")
 
 
 def test_each_length_of_tuning_is_a_run_of_its_own(study):
@@ -101,26 +101,26 @@ def test_each_length_of_tuning_is_a_run_of_its_own(study):
     assert tune.sweep_rates(one_seed, several[0] | {"base": "tiny"})["steps"] == 2 * STEPS
 
 
-def test_test_rows_are_looked_at_with_what_validation_chose(study):
+def test_test_rows_are_measured_with_the_members_that_validation_chose(study):
     (study.data / "validation.npz").rename(study.data / "test.npz")
     write_batches(study.data / "validation.npz", 2, 2)  # the same rows
-    looking = argparse.Namespace(**vars(study) | {"test": True})
-    record = tune.sweep_rates(looking, JOB)
+    testing = argparse.Namespace(**vars(study) | {"test": True})
+    record = tune.sweep_rates(testing, JOB)
     (study.data / "test.npz").unlink()
     assert len(record["test_loss"]) == 2
     assert np.mean(record["test_loss"]) == pytest.approx(record["best_loss"], rel=1e-4)
     assert all(0 <= share <= 1 for share in record["test_exact_match"])
 
 
-def test_a_completion_is_got_if_all_its_tokens_are():
+def test_a_completion_matches_if_all_its_tokens_do():
     class Counting(nn.Module):
-        """Says the next number, but after 6 that it is 9; nearly sure."""
+        """Predicts the next number, but 9 after 6; nearly sure."""
 
         @nn.compact
         def __call__(self, ids, *, positions, segment_ids):
-            said = jnp.where(ids == 6, 9, ids + 1)
+            predicted = jnp.where(ids == 6, 9, ids + 1)
             adapted = nn.Dense(10, use_bias=False, name="proj")(jnp.ones((*ids.shape, 4)))
-            return 5.0 * jax.nn.one_hot(said, 10) + 0.0 * adapted
+            return 5.0 * jax.nn.one_hot(predicted, 10) + 0.0 * adapted
 
     batch = {
         "input_ids": np.array([[1, 2, 3, 4, 5, 6, 7, 8]]),
@@ -130,10 +130,10 @@ def test_a_completion_is_got_if_all_its_tokens_are():
     }
     params, cfg = {"proj": {"kernel": jnp.zeros((4, 10))}}, gl.LoRAConfig(rank=1)
     adapter = gl.init_adapter(cfg, jax.random.key(0), params)
-    told = tune.tested(Counting(), params, cfg, adapter, [batch, batch])
+    scores = tune.tested(Counting(), params, adapter, [batch, batch])
     right = np.log(np.exp(5) + 9) - 5
-    assert told["test_loss"] == pytest.approx((3 * right + right + 5) / 4, abs=1e-4)
-    assert told["test_exact_match"] == 0.5  # 3 4, but not 7 8
+    assert scores["test_loss"] == pytest.approx((3 * right + right + 5) / 4, abs=1e-4)
+    assert scores["test_exact_match"] == 0.5  # 3 4, but not 7 8
 
 
 def test_arms_can_be_asked_for_by_set_or_name_on_every_base():
@@ -141,6 +141,23 @@ def test_arms_can_be_asked_for_by_set_or_name_on_every_base():
     bases, tuning = run.jobs_of(argparse.Namespace(**wanted, arms=["few", "full"], steps=[]))
     assert len(bases) == 2
     assert len(tuning) == 2 * 2 * (len(SETS["few"]) + 1)
+
+
+def test_committed_results_are_of_the_arms_of_their_names():
+    gone = set()
+    for file in report.RESULTS.glob("*.json"):
+        for arms in json.loads(file.read_text())["runs"].values():
+            for name, record in report.finished(arms).items():
+                if name not in ARMS:
+                    gone.add(name)
+                    with pytest.raises(ValueError, match="is no longer supported"):
+                        config_from_json(record["config"])
+                    continue
+                arm = ARMS[name]
+                assert config_from_json(record["config"]) == arm.cfg, name
+                assert record["b_ratio"] == arm.b_ratio, name
+                assert record.get("weight_decay", 0.0) == arm.weight_decay, name
+    assert len(gone) == 6
 
 
 def test_what_lora_needs_is_interpolated_between_its_ranks():

@@ -2,14 +2,13 @@
 
     python -m train.benchmarks.bridge --model stories260k --text grimm.txt
 
-The text is cut into rows of 256 tokens, the last 5 % held out; 300 steps of 16 rows, warm-up and
-cosine, AdamW, gradients clipped to norm 1. Rates were chosen on the held-out rows by a sweep of
-each arm (5 to 10 rates), so its losses are a little optimistic, all arms' alike.
+The text is split into rows of 256 tokens, the last 5 % held out; 300 steps of 16 rows, warm-up and
+cosine, AdamW, gradients clipped to norm 1. A sweep of each arm (5 to 10 rates) chose its rate
+on the held-out rows, so the losses of all arms are a little optimistic.
 """
 
 import argparse
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from rich.table import Table
 import genlora_jax as gl
 from genlora_jax.hf.checkpoint import load_tokenizer
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
-from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
+from train.benchmarks.measuring import RESULTS, write_result
 
 LENGTH, ROWS, STEPS, HELD_OUT = 256, 16, 300, 0.05
-RESULT = Path(__file__).parent / "results" / "bridge.json"
+RESULT = RESULTS / "bridge.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Arm:
 
 
 LORA = Arm(gl.LoRAConfig(rank=8, alpha=16.0), 0.02)
-GENLORA = Arm(gl.GenLoRAConfig(rank=10, alpha=20.0, group_size=16, basis=None), 0.015)
+GENLORA = Arm(gl.GenLoRAConfig(rank=10, alpha=20.0, group_size=16), 0.015)
 GENLORA_RBF = Arm(gl.GenLoRAConfig(rank=28, alpha=56.0, group_size=8, kernels=4), 0.01)
 ARMS = {"LoRA r=8": LORA, "GenLoRA r=10 g=16": GENLORA, "GenLoRA r=28 g=8 K=4": GENLORA_RBF}
 
@@ -56,7 +55,7 @@ def read_rows(model: Path, text: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows as a batch; those that are missing to ROWS are padding."""
+    """Rows as a batch, filled up to ROWS with padding."""
     rows = np.pad(rows, ((0, ROWS - len(rows)), (0, 0)), constant_values=-1)
     real = rows >= 0
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape)
@@ -149,7 +148,7 @@ def main() -> None:
     for name, arm in ARMS.items():
         arms[name] = ours(args.model, args.text, arm)
         arms[name]["config"] = dataclasses.asdict(arm.config)
-    RESULT.write_text(json.dumps({"arms": arms} | provenance(), indent=1) + "\n")
+    write_result(RESULT, {"arms": arms})
     table = Table("arm", "parameters", "rate", "held-out loss", "steps/s")
     for name, arm_result in arms.items():
         table.add_row(

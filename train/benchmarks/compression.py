@@ -10,7 +10,6 @@ smooth ones?
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from genlora_jax.compression import minimise
 from genlora_jax.generators import fixed_centers, generate, init_weights, weight_shapes
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
-from genlora_jax.training.provenance import provenance
+from train.benchmarks.measuring import RESULTS, write_result
 
-RESULT = Path(__file__).parent / "results" / "compression.json"
+RESULT = RESULTS / "compression.json"
 STEPS = 300
 QWEN_3B = LlamaConfig(
     vocab_size=151936,
@@ -43,11 +42,12 @@ QWEN_3B = LlamaConfig(
 )
 LINEAR = gl.GenLoRAConfig(rank=4, alpha=16.0, group_size=16, normalize="none")
 RBF = dataclasses.replace(LINEAR, kernels=8)
-# One group as long as the longest latent: a curve through R^4, and a place on it for each position.
-CURVE = dataclasses.replace(LINEAR, generator="elementwise", basis="rbf_grid", group_size=2048)
+# One group as long as the longest latent: a curve through R^4, and a point on it for each position.
+CURVE = dataclasses.replace(LINEAR, generator="elementwise", group_size=2048)
 
 
-def _own(cfg: gl.GenLoRAConfig, **changes: Any) -> gl.GenLoRAConfig:
+def _per_layer(cfg: gl.GenLoRAConfig, **changes: Any) -> gl.GenLoRAConfig:
+    """The config with a set of generators for each layer: the arms named `own`."""
     return dataclasses.replace(cfg, share_generators=False, **changes)
 
 
@@ -57,10 +57,10 @@ ARMS: dict[str, gl.AdapterConfig] = {
     "residual, shared, g=16, r=8": dataclasses.replace(LINEAR, rank=8),
     "residual, shared, g=16, normalised": dataclasses.replace(LINEAR, normalize="latent"),
     "RBF K=8, shared, g=16": RBF,
-    **{f"residual, own, g={g}": _own(LINEAR, group_size=g) for g in (8, 16)},
-    "RBF K=8, own, g=16": _own(RBF),
+    **{f"residual, own, g={g}": _per_layer(LINEAR, group_size=g) for g in (8, 16)},
+    "RBF K=8, own, g=16": _per_layer(RBF),
     "elementwise K=32, shared": dataclasses.replace(CURVE, kernels=32),
-    **{f"elementwise K={k}, own": _own(CURVE, kernels=k) for k in (8, 32, 128)},
+    **{f"elementwise K={k}, own": _per_layer(CURVE, kernels=k) for k in (8, 32, 128)},
 }
 BASIS_ARMS = {
     **{f"residual g={g}": gl.GenLoRAConfig(group_size=g) for g in (8, 16, 32)},
@@ -87,7 +87,7 @@ def fit_basis(cfg: gl.GenLoRAConfig, vectors: Any, *, steps: int) -> dict[str, A
     key, n = jax.random.key(0), vectors.shape[0]
     norm = jnp.linalg.norm(vectors)
     z = jnp.linalg.svd(vectors, full_matrices=False)[0][:, 0] * n**0.5
-    centers = fixed_centers(cfg, cfg.seed, "basis") if cfg.joint else {}
+    centers = fixed_centers(cfg, "basis") if cfg.joint else {}
     normals = {p: jax.random.normal(key, shape) for p, shape in weight_shapes(cfg, n).items()}
     weights = init_weights(cfg, normals, z[None], centers)
     weights = jax.tree.map(lambda w: w * norm / cfg.rank**0.5, weights)
@@ -114,7 +114,7 @@ def smooth_vectors(n: int, r: int) -> np.ndarray:
 
 
 def stored(vectors: np.ndarray) -> list[dict[str, Any]]:
-    """What keeping k directions of r vectors costs and leaves, k = 1 ... r - 1."""
+    """Parameters and error of storing the best k directions of r vectors, k = 1 ... r - 1."""
     n, r = vectors.shape
     power = np.square(np.linalg.svd(vectors, compute_uv=False))
     return [
@@ -128,7 +128,7 @@ def compress(factors: Any) -> dict[str, Any]:
     arms = {}
     for name, cfg in ARMS.items():
         began = time.perf_counter()
-        _, report = gl.fit(cfg, factors, steps=STEPS)
+        _, report = gl.compress(cfg, factors, steps=STEPS)
         arms[name] = {
             "parameters": report.parameters,
             "error": report.error,
@@ -186,8 +186,8 @@ def main() -> None:
     factors = gl.import_peft(args.adapter, parameter_shapes(LlamaForCausalLM(QWEN_3B)))
     began = time.perf_counter()
     result: dict[str, Any] = {"arms": compress(factors), "basis": reconstruct(factors)}
-    result |= {"steps": STEPS, "seconds": time.perf_counter() - began} | provenance()
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    result |= {"steps": STEPS, "seconds": time.perf_counter() - began}
+    write_result(RESULT, result)
     show(result)
 
 

@@ -13,12 +13,10 @@ import importlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,70 +29,40 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import genlora_jax as gl
-from genlora_jax.hf.checkpoint import model_config
-from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
-from genlora_jax.training.provenance import provenance
+from train.benchmarks.measuring import GIB, RESULTS, median_ms, write_result
+from train.benchmarks.random_base import SIZES, Size, random_base
 
 # The package has a function of this name.
 merge_module = importlib.import_module("genlora_jax.merge")
-RESULTS = Path(__file__).parent / "results"
 RANKS = (16, 32, 64)
-SHAPES = {
-    "llama-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-1b": (2048, 5632, 22, 32, 4, 32000),
-    "tiny": (64, 128, 2, 4, 2, 256),
-}
-GIB = 2**30
 
 
-def write_config(directory: Path, name: str) -> None:
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    fields += ("num_key_value_heads", "vocab_size")
+def write_config(directory: Path, size: Size) -> None:
+    """Writes the `config.json` of a model."""
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     directory.mkdir()
-    text = json.dumps(config | dict(zip(fields, SHAPES[name], strict=True)))
-    (directory / "config.json").write_text(text)
-
-
-def random_params(model: LlamaForCausalLM) -> Any:
-    """A leaf at a time, so that nothing is held in float32."""
-    flat = {}
-    for i, (path, leaf) in enumerate(flatten_dict(parameter_shapes(model)).items()):
-        key = jax.random.fold_in(jax.random.key(0), i)
-        draw = jax.jit(lambda key, shape=leaf.shape: jax.random.normal(key, shape, jnp.bfloat16))
-        flat[path] = draw(key)
-    return unflatten_dict(flat)
-
-
-def median_ms(run: Callable[[], Any]) -> float:
-    times = 9 if jax.default_backend() == "gpu" else 3
-    run()
-    spans = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        spans.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(spans)
+    (directory / "config.json").write_text(json.dumps(config | size.shape))
 
 
 def measure_merges(params: Any, results: dict[str, Any]) -> Any:
     """Ours at several ranks, XLA's alone beside it, and the copy that bounds both."""
+    calls = 9 if jax.default_backend() == "gpu" else 3
     cfg = gl.LoRAConfig(rank=1)
     targets = gl.init_adapter(cfg, jax.random.key(0), params).spec.targets
     paths = [(*kernel.path, "kernel") for target in targets for kernel in target.kernels]
     flat = flatten_dict(params)
     touch = jax.jit(lambda leaves: [x + jnp.bfloat16(1) for x in leaves], donate_argnums=0)
-    held = [flat.pop(path) for path in paths]
+    kernels = [flat.pop(path) for path in paths]
     del params
 
     def copy() -> None:
-        nonlocal held
-        held = jax.block_until_ready(touch(held))
+        nonlocal kernels
+        kernels = jax.block_until_ready(touch(kernels))
 
-    results["kernel_bytes"] = sum(leaf.nbytes for leaf in held)
-    results["copy_ms"] = median_ms(copy)
-    tree = unflatten_dict(flat | dict(zip(paths, held, strict=True)))
-    del flat, held
+    results["kernel_bytes"] = sum(leaf.nbytes for leaf in kernels)
+    results["copy_ms"] = median_ms(copy, calls)
+    tree = unflatten_dict(flat | dict(zip(paths, kernels, strict=True)))
+    del flat, kernels
     for rank in RANKS:
         adapter = gl.init_adapter(gl.LoRAConfig(rank=rank), jax.random.key(1), tree)
         noise = jax.tree.map(lambda x: x + jnp.float32(1e-3), adapter)
@@ -104,7 +72,7 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
             nonlocal tree
             tree = jax.block_until_ready(gl.merge(tree, factors, donate=True))  # noqa: B023
 
-        results[f"merge_r{rank}_ms"] = median_ms(merge)
+        results[f"merge_r{rank}_ms"] = median_ms(merge, calls)
     if jax.default_backend() == "gpu":
         results[f"merge_r{RANKS[-1]}_extra_gib"] = program_memory(tree, factors) / GIB
     program = jax.jit(gl.merge, donate_argnums=0)  # within a program it is XLA's alone
@@ -113,15 +81,15 @@ def measure_merges(params: Any, results: dict[str, Any]) -> Any:
         nonlocal tree
         tree = jax.block_until_ready(program(tree, factors))
 
-    results[f"merge_r{RANKS[-1]}_xla_ms"] = median_ms(merge_by_xla)
+    results[f"merge_r{RANKS[-1]}_xla_ms"] = median_ms(merge_by_xla, calls)
     return tree
 
 
 def program_memory(tree: Any, factors: Any) -> int:
-    """Most that merging a kernel holds beyond its arguments, in whose memory its result lies."""
+    """Most memory of merging a kernel beyond its arguments; the result takes the kernel's."""
     extra = 0
-    for kernel, own in merge_module.pair_kernels(flatten_dict(tree), factors).values():
-        lowered = merge_module._merge_donating.lower(kernel, own, 1.0, True)
+    for kernel, kind, leaves in merge_module.pair_kernels(flatten_dict(tree), factors).values():
+        lowered = merge_module._change_donating.lower(kernel, leaves, kind, "merge", True)
         memory = lowered.compile().memory_analysis()
         used = memory.temp_size_in_bytes + memory.output_size_in_bytes
         extra = max(extra, used - memory.alias_size_in_bytes)
@@ -135,7 +103,7 @@ def measure_command(base: Path, params: Any, results: dict[str, Any]) -> None:
     gl.save_adapter(adapter, cfg, gl.init_adapter(cfg, jax.random.key(0), params))
     for leaf in jax.tree.leaves(params):
         leaf.delete()
-    # The command's own word: what the kernel says of children includes the parent they come from.
+    # Read in the command's process: the kernel's figure for a child includes its parent.
     code = (
         "import sys; from pathlib import Path; from genlora_jax.cli import main; main();"
         "print(next(line for line in Path('/proc/self/status').read_text().splitlines()"
@@ -147,8 +115,8 @@ def measure_command(base: Path, params: Any, results: dict[str, Any]) -> None:
         ["merge", "--base", base, "--adapter", adapter, "--out", merged],
     ):
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks.append(int(said.split()[-2]) * 1024)
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks.append(int(printed.split()[-2]) * 1024)
     results["merge_command_host_gib"] = (peaks[1] - peaks[0]) / GIB
     shutil.rmtree(merged)
 
@@ -237,27 +205,23 @@ def _flat(params: Any) -> list[tuple[tuple[str, ...], Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--folder", type=Path, help="where files are written")
+    parser.add_argument("--model", choices=SIZES, default="llama-8b")
+    parser.add_argument("--folder", type=Path, help="where to write files")
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     results: dict[str, Any] = {"model": args.model}
     try:
-        write_config(folder / "base", args.model)
-        model = LlamaForCausalLM(
-            model_config(folder / "base"), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
-        )
+        write_config(folder / "base", SIZES[args.model])
         with HostPeak() as peak:
-            params = measure_merges(random_params(model), results)
+            params = measure_merges(random_base(SIZES[args.model])[1], results)
         results["merge_host_gib"] = peak.gib
         measure_files(params, folder / "base", results, args.times)
     finally:
         shutil.rmtree(folder)
     name = f"merge_export_{args.model}_{jax.default_backend()}.json"
-    args.out.mkdir(exist_ok=True)
-    (args.out / name).write_text(json.dumps(results | provenance(), indent=1) + "\n")
+    write_result(args.out / name, results)
     table = Table("what", "figure")
     for field, value in results.items():
         table.add_row(field, f"{value:.4g}" if isinstance(value, float) else str(value))

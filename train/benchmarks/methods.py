@@ -2,13 +2,12 @@
 
     python -m train.benchmarks.methods
 
-Random weights in bfloat16, everything recomputed, as in `train.benchmarks.sweep`. The floor that no
-method goes below is the base's own products: twice its parameters (without embeddings) in FLOP for
-each token forward, again for what is recomputed, and again for the gradients of its inputs.
+Random weights in bfloat16, everything recomputed in the backward pass. No method takes less than
+the base's products: twice its parameters (without embeddings) in FLOP for each token forward, the
+same for what is recomputed, and the same for the gradients of its inputs.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,12 @@ import genlora_jax as gl
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import init_state, make_train_step
-from train.benchmarks.sweep import MEMORY, SIZES, STEPS, measure, random_base, random_batch
+from train.benchmarks.measuring import RESULTS, time_step, write_result
+from train.benchmarks.random_base import SIZES, random_base, random_batch
 
-RESULT = Path(__file__).parent / "results" / "methods.json"
+RESULT = RESULTS / "methods.json"
+STEPS = 200  # of the schedule
+COLUMNS = ("parameters", "compile_s", "step_ms", "tflop_s", "arguments_gib", "temporaries_gib")
 METHODS: dict[str, gl.AdapterConfig] = {
     "LoRA r=16": gl.LoRAConfig(rank=16),
     "LoRA r=64": gl.LoRAConfig(rank=64),
@@ -38,7 +40,7 @@ METHODS: dict[str, gl.AdapterConfig] = {
 
 
 def floor_flops(params: Any, tokens: int) -> float:
-    """FLOP of a step in the base's own products."""
+    """FLOP of a step in the base's products alone."""
     kernels = [x.size for path, x in flatten_dict(params).items() if path[-1] == "kernel"]
     return 3 * 2.0 * sum(kernels) * tokens
 
@@ -50,33 +52,39 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10, help="timed calls of each program")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    model, params = random_base(args.size)
-    _, rows, length = SIZES[args.size]
-    batch = jax.device_put(random_batch(model, rows, length))
-    flops = floor_flops(params, rows * length)
+    size = SIZES[args.size]
+    model, params = random_base(size)
+    batch = jax.device_put(random_batch(size))
+    flops = floor_flops(params, size.rows * size.length)
     results: dict[str, Any] = {
         "size": args.size,
-        "rows": rows,
-        "length": length,
+        "rows": size.rows,
+        "length": size.length,
         "floor_tflop": flops / 1e12,
         "methods": {},
     }
-    columns = ("parameters", "compile_s", "step_ms", "tflop_s", *MEMORY)
-    table = Table("method", *columns, title=f"{args.size}: {rows} x {length} tokens")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    where = provenance()
+    title = f"{args.size}: {size.rows} x {size.length} tokens"
+    table = Table("method", *COLUMNS, title=title)
     for name in args.methods:
         cfg = METHODS[name]
         optimizer = make_optimizer(OptimConfig(), STEPS)
         state = init_state(gl.init_adapter(cfg, jax.random.key(0), params), optimizer)
         trained = sum(x.size for x in jax.tree.leaves(state.adapter.trainable))
         step = make_train_step(model, cfg, optimizer)
-        lower = lambda step=step, state=state: step.lower(state, params, batch)  # noqa: E731
-        found = measure(lower, state, params, batch, calls=args.calls)
-        found |= {"parameters": trained, "tflop_s": flops / found["step_ms"] / 1e9}
-        results["methods"][name] = found
-        table.add_row(name, *(f"{np.round(found[c], 4):,}" for c in columns))
-        # After each: a later one may be too much for this machine.
-        args.out.write_text(json.dumps(results | provenance(), indent=1) + "\n")
+        timing = time_step(step.lower, state, params, batch, calls=1 + args.calls)
+        measured = {
+            "compile_s": timing.compile_s,
+            "step_ms": 1e3 * timing.median(),
+            "arguments_gib": timing.arguments_gib,
+            "temporaries_gib": timing.temporaries_gib,
+            "parameters": trained,
+            "tflop_s": flops / timing.median() / 1e12,
+        }
+        results["methods"][name] = measured
+        table.add_row(name, *(f"{np.round(measured[c], 4):,}" for c in COLUMNS))
+        # After each: a later one may not fit this machine.
+        write_result(args.out, results, where)
     Console().print(table)
 
 

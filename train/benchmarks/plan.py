@@ -6,7 +6,6 @@ A few minutes a program on two cores.
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from genlora_jax.plan.estimate import estimate
 from genlora_jax.settings import parse
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
+from train.benchmarks.measuring import RESULTS, write_result
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-RESULT = Path(__file__).parent / "results" / "plan.json"
+RESULT = RESULTS / "plan.json"
 HADAMARD = ("--adapter.hadamard", "true")
 FULL = ("--adapter", "FullConfig")
 PROGRAMS = (
@@ -40,10 +40,10 @@ PROGRAMS = (
 
 def main() -> None:
     table = Table("recipe", "topology", "mesh", "arguments", "temporaries", "sum, estimated")
-    results, where = [], provenance()  # now, while the tree is clean
-    for name, changed, place, mesh in PROGRAMS:
+    results, where = [], provenance()
+    for name, changed, topology_name, mesh in PROGRAMS:
         recipe = parse(Recipe, ["--config", str(RECIPES / name), *changed])
-        topology = parse_topology(place)
+        topology = parse_topology(topology_name)
         guess = estimate(recipe, topology.chip, mesh)
         began = time.perf_counter()
         found = compile_step(recipe, topology, mesh)
@@ -51,18 +51,18 @@ def main() -> None:
             {
                 "recipe": name,
                 "changed": changed,
-                "topology": place,
+                "topology": topology_name,
                 "mesh": dataclasses.asdict(mesh),
                 "estimate": dataclasses.asdict(guess) | {"mesh": None},
                 "compiled": dataclasses.asdict(found),
                 "seconds_to_compile": round(time.perf_counter() - began, 1),
             }
         )
-        # After each: a later one may be too much for this machine.
-        RESULT.write_text(json.dumps({"programs": results} | where, indent=1) + "\n")
+        # After each: this machine may not have the memory to compile a later one.
+        write_result(RESULT, {"programs": results}, where)
         table.add_row(
             " ".join([name, *changed]),
-            place,
+            topology_name,
             " x ".join(map(str, dataclasses.astuple(mesh))),
             *(f"{size / GIB:.2f} GiB" for size in (found.arguments, found.temporaries)),
             f"{(guess.arguments + guess.temporaries) / (found.arguments + found.temporaries):.0%}",

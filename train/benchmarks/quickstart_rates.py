@@ -2,7 +2,7 @@
 
     python -m train.benchmarks.quickstart_rates
 
-Each method is trained as its recipe says at six rates; the test problems are not looked at.
+Each method is trained by its recipe at six rates. The test problems are not used.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from rich.table import Table
 import genlora_jax as gl
 from genlora_jax.hf.checkpoint import load_tokenizer
 from genlora_jax.settings import parse
+from genlora_jax.training.finetune import finetune
 from genlora_jax.training.metrics import read_records
-from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
-from train.finetune import finetune
+from train.benchmarks.measuring import RESULTS, write_result
 from train.quickstart.run import BASE, HERE, RECIPES, ROOT, answers, exact_match
 
 RATES = (0.002, 0.003, 0.0045, 0.0065, 0.01, 0.015)
-RESULT = Path(__file__).parent / "results" / "quickstart_rates.json"
+RESULT = RESULTS / "quickstart_rates.json"
 
 
 def run(recipe: Recipe, rate: float, output: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def main() -> None:
             table.add_row(
                 name, f"{rate:g}", f"{result['loss']:.4f}", f"{result['exact_match']:.1%}"
             )
-    RESULT.write_text(json.dumps({"runs": runs} | provenance(), indent=1) + "\n")
+    write_result(RESULT, {"runs": runs})
     Console().print(table)
 
 

@@ -1,8 +1,8 @@
-"""The quickstart: fine-tunes the embedded model, tries it, merges, exports and draws pictures.
+"""The quickstart: fine-tunes the embedded model, tests it, merges, exports and draws pictures.
 
     python -m train.quickstart.run
 
-Everything it makes lies in `out/quickstart`, which is made anew each time.
+It writes to `out/quickstart`, which it replaces each time.
 """
 
 import json
@@ -24,8 +24,8 @@ from genlora_jax.analysis import singular_values
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import load_tokenizer, stop_tokens
 from genlora_jax.settings import parse
+from genlora_jax.training.finetune import finetune
 from genlora_jax.training.recipe import Recipe
-from train.finetune import finetune
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,19 +35,21 @@ ROOT = HERE.parent.parent
 OUT = ROOT / "out" / "quickstart"
 BASE = HERE / "base"
 RECIPES = {"GenLoRA": "quickstart.yaml", "LoRA": "quickstart_lora.yaml"}
+SHOWN = ("base", *RECIPES)
 Rows = list[dict[str, str]]
 
 
 def answers(model: Any, params: Any, tokenizer: Any, rows: Rows, factors: Any = None) -> list[str]:
-    """What the model says to each row's prompt."""
+    """The model's answer to each row's prompt, greedily decoded."""
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     new = decode(model, params, prompts, factors=factors, max_new_tokens=16, stop=stop_tokens(BASE))
     return tokenizer.batch_decode(new)
 
 
-def exact_match(said: list[str], rows: Rows) -> float:
-    """Share of answers that are the row's completion, to the letter."""
-    return float(np.mean([text == row["completion"] for text, row in zip(said, rows, strict=True)]))
+def exact_match(texts: list[str], rows: Rows) -> float:
+    """Share of answers that equal the row's completion."""
+    pairs = zip(texts, rows, strict=True)
+    return float(np.mean([text == row["completion"] for text, row in pairs]))
 
 
 def draw_losses(file: Path) -> None:
@@ -87,12 +89,12 @@ def draw_singular_values(deltas: dict[str, Any], file: Path) -> None:
 
 
 def main() -> None:
-    """Runs the whole tour."""
+    """Runs all of it."""
     began = time.monotonic()
     console = Console()
     shutil.rmtree(OUT, ignore_errors=True)
     for name, recipe in RECIPES.items():
-        console.rule(f"{name}: python train/finetune.py --config train/recipes/{recipe}")
+        console.rule(f"{name}: genlora finetune --config train/recipes/{recipe}")
         if finetune(parse(Recipe, ["--config", str(ROOT / "train" / "recipes" / recipe)])):
             return
 
@@ -100,24 +102,24 @@ def main() -> None:
     tokenizer = load_tokenizer(BASE)
     rows = [json.loads(line) for line in (HERE / "data" / "test.jsonl").read_text().splitlines()]
     model, params = gl.load_llama(BASE, dtype=jnp.float32, param_dtype=jnp.float32)
-    said = {"base": answers(model, params, tokenizer, rows)}
+    answered = {"base": answers(model, params, tokenizer, rows)}
     deltas, counts = {}, {"base": 0}
     for name in RECIPES:
         cfg, adapter = gl.load_adapter(OUT / name.lower() / "adapter", params, model=model)
         deltas[name] = gl.generate_factors(cfg, adapter)
         counts[name] = gl.count_parameters(adapter)
-        said[name] = answers(model, params, tokenizer, rows, deltas[name])
+        answered[name] = answers(model, params, tokenizer, rows, deltas[name])
         if name == "GenLoRA":
             gl.export_peft(OUT / "peft", cfg, deltas[name], base=BASE)
     merged = gl.merge(params, deltas["GenLoRA"])
     gl.export_hf(OUT / "merged", merged, base=BASE)
-    said["merged"] = answers(model, merged, tokenizer, rows)
+    answered["merged"] = answers(model, merged, tokenizer, rows)
 
-    samples = Table("problem", "base", "GenLoRA", "LoRA", show_lines=True)
+    samples = Table("problem", *SHOWN, show_lines=True)
     for i in range(4):
-        samples.add_row(rows[i]["prompt"], *(said[name][i] for name in ("base", "GenLoRA", "LoRA")))
+        samples.add_row(rows[i]["prompt"], *(answered[name][i] for name in SHOWN))
     console.print(samples)
-    scores = {name: exact_match(texts, rows) for name, texts in said.items()}
+    scores = {name: exact_match(texts, rows) for name, texts in answered.items()}
     results = Table("model", "parameters trained", "exact match")
     for name, score in scores.items():
         results.add_row(name, f"{counts.get(name, 0):,}", f"{score:.1%}")

@@ -1,8 +1,8 @@
 """A small world of people who count things, told as stories and asked as word problems.
 
 The quickstart pretrains a tiny model on the stories and fine-tunes it on the problems. Both tell
-what happens in the same words, so the base model owns the arithmetic; only the stories never ask,
-so that being asked, and answering briefly, is what fine-tuning has to teach.
+what happens in the same words, so the base model knows the arithmetic. Only the stories never ask:
+fine-tuning has to teach it to be asked and to answer briefly.
 
 Everything follows from explicit seeds:
 
@@ -202,7 +202,7 @@ class Tale:
         """Fills one of the templates.
 
         Args:
-            templates: What may be said.
+            templates: The choices.
             **slots: Words for this template beside those of the tale.
 
         Returns:

@@ -2,12 +2,11 @@
 
     python -m train.benchmarks.frontier.against_peft --model stories260k --text grimm.txt
 
-The bridge's setting, a real small LLaMA tuned on a book, run through the sweep that the study is
-made with. Seeds change initial factors alone.
+The bridge's setting, a real small LLaMA tuned on a book, in the sweep that the study uses. Seeds
+change initial factors alone.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,34 @@ import numpy as np
 
 import genlora_jax as gl
 from genlora_jax.training.optim import OptimConfig
-from genlora_jax.training.provenance import provenance
+from genlora_jax.training.options import StepOptions
+from genlora_jax.training.sweep.loop import run_sweep
 from genlora_jax.training.sweep.members import Member
-from genlora_jax.training.sweep.run import run_sweep
+from genlora_jax.training.sweep.program import SweepProgram
 from train.benchmarks.bridge import LORA, ROWS, STEPS, batch, peft, read_rows
+from train.benchmarks.measuring import RESULTS, write_result
 
-RESULT = Path(__file__).parent.parent / "results" / "against_peft.json"
+RESULT = RESULTS / "against_peft.json"
 
 
 def ours(model_path: Path, text: Path, seeds: int) -> list[float]:
-    """Held-out losses after the last step, a seed each."""
+    """Held-out losses after the last step, one for each seed."""
     train, held = read_rows(model_path, text)
     model, params = gl.load_llama(model_path, dtype="float32", param_dtype="float32", scan=False)
-    result = run_sweep(
-        model,
-        params,
-        LORA.config,
-        [
-            Member(learning_rate=LORA.learning_rate, generator_ratio=1.0, seed=seed)
-            for seed in range(seeds)
-        ],
-        (batch(rows) for rows in train),
-        [batch(held[i : i + ROWS]) for i in range(0, len(held), ROWS)],
+    program = SweepProgram(
+        model=model,
+        cfg=LORA.config,
         optim=OptimConfig(),
         steps=STEPS,
-        steps_per_call=10,
-        packed=False,
+        options=StepOptions(packed=False),
     )
+    members = [
+        Member(learning_rate=LORA.learning_rate, generator_ratio=1.0, seed=seed)
+        for seed in range(seeds)
+    ]
+    held_out = [batch(held[i : i + ROWS]) for i in range(0, len(held), ROWS)]
+    batches = (batch(rows) for rows in train)
+    result = run_sweep(program, params, members, batches, held_out, steps_per_call=10)
     return [float(loss) for loss in result.eval_loss[-1]]
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     }
     for name in ("sweep", "peft"):
         print(f"{name}: {found[name]['mean']:.4f} +- {found[name]['deviation']:.4f}")
-    RESULT.write_text(json.dumps(found | provenance(), indent=1) + "\n")
+    write_result(RESULT, found)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ def rate_at(exponent: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A setting to sweep.
+    """A setting whose rates are swept.
 
     Attributes:
         cfg: The adapter.
         ratio: Rate of the generators over that of the latents.
-        b_ratio: LoRA+'s.
-        shift: Where its grid starts, in steps of it, from where others start.
+        b_ratio: Rate of B over that of A, as in LoRA+.
+        shift: Steps of the grid from where other arms' rates start to where this one's do.
         weight_decay: Decoupled, of every array of the adapter.
     """
 
@@ -43,24 +43,22 @@ def lora(
     return Arm(cfg=cfg, b_ratio=b_ratio, shift=shift)
 
 
-def genlora(
-    rank: int, group: int, kernels: int | None = None, *, ratio: float = 0.3, **fields: Any
-) -> Arm:
-    """Groupwise; `kernels=None` is the linear residual alone."""
+def genlora(rank: int, group: int, kernels: int = 0, *, ratio: float = 0.3, **fields: Any) -> Arm:
+    """One set of generators a target; `kernels=0` is the linear residual alone."""
     cfg = gl.GenLoRAConfig(
         rank=rank, alpha=ALPHA * rank, group_size=group, kernels=kernels, **fields
     )
-    # RBFs that carry part of the first variance want a lower rate.
-    carried = cfg.family is not None and (cfg.rbf_init > 0 or not cfg.residual)
+    # Basis functions that carry part of the initial variance need a lower rate.
+    carried = cfg.kernels > 0 and (cfg.rbf_init > 0 or not cfg.residual)
     return Arm(cfg=cfg, ratio=ratio, shift=-2 if carried else 0)
 
 
-def across(rank: int, group: int, kernels: int | None = None, **fields: Any) -> Arm:
+def across(rank: int, group: int, kernels: int = 0, **fields: Any) -> Arm:
     """One set of generators for all targets."""
     return genlora(rank, group, kernels, share_across_targets=True, **fields)
 
 
-def b_only(rank: int, group: int, kernels: int | None = None, **fields: Any) -> Arm:
+def b_only(rank: int, group: int, kernels: int = 0, **fields: Any) -> Arm:
     """One set of generators for all targets, on side B; A is random."""
     return across(rank, group, kernels, side_a="seeded", **fields)
 
@@ -80,8 +78,6 @@ MAIN: dict[str, Arm] = {
     "model r=128 g=16": across(128, 16),
     "model r=64 g=32": across(64, 32),
     "model r=128 g=32": across(128, 32),
-    "model m=2 r=64 g=16": across(64, 16, latents_per_side=2),
-    "model m=4 r=64 g=16": across(64, 16, latents_per_side=4),
     "rbf model K=16 r=64 g=16": across(64, 16, 16),
     "rbf model K=16 r=64 g=16, half": across(64, 16, 16, rbf_init=0.5),
     "dora r=1": lora(1, gl.DoRAConfig),
@@ -99,14 +95,11 @@ MORE: dict[str, Arm] = {
     "model r=112 g=32": across(112, 32),
     "model r=28 g=64": across(28, 64),
     "model r=64 g=64": across(64, 64),
-    # Latents: shared by kernels of one input, several a side, seeded, shared by layers.
-    "model r=64 g=16, inputs": across(64, 16, share_inputs=True),
-    "model m=2 r=32 g=8": across(32, 8, latents_per_side=2),
-    "model m=4 r=32 g=4": across(32, 4, latents_per_side=4),
+    # Latents: seeded, shared by layers.
     "seeded model r=64 g=32": across(64, 32, latents="seeded"),
     "latents of all layers r=16 g=16": genlora(16, 16, share_generators=False, share_latents=True),
     "layer r=16 g=16": genlora(16, 16, share_generators=False),
-    # What the RBFs are worth: beside the residual and alone, by number; other families.
+    # RBFs beside the residual and alone, by number; other families.
     "rbf target K=4 r=16 g=16": genlora(16, 16, 4),
     "rbf model K=16 r=64 g=32": across(64, 32, 16),
     "rbf model K=64 r=32 g=16": across(32, 16, 64),
@@ -124,7 +117,7 @@ MORE: dict[str, Arm] = {
     "elementwise K=16 g=256 r=32, half": genlora(
         32, 256, 16, generator="elementwise", rbf_init=0.5
     ),
-    # Scopes and rates.
+    # Scopes of the normalisation, and rates.
     "model r=32 g=16, group": across(32, 16, normalize="group"),
     "model r=32 g=16, none": across(32, 16, normalize="none", latent_std=1.0),
     "model r=32 g=16, ratio 0.1": across(32, 16, ratio=0.1),
@@ -149,7 +142,6 @@ LEAN: dict[str, Arm] = {
     "b model r=128 g=32": b_only(128, 32),
     "b model r=256 g=32": b_only(256, 32),
     "b model r=64 g=64": b_only(64, 64),
-    "b model m=2 r=128 g=16": b_only(128, 16, latents_per_side=2),
     "b target r=64 g=16": genlora(64, 16, side_a="seeded"),
     "b target r=128 g=16": genlora(128, 16, side_a="seeded"),
     "b model r=128 g=16, gates": b_only(128, 16, gates=True),
@@ -186,7 +178,7 @@ PLAIN: dict[str, Arm] = {
     **LEAN,
     **HADAMARD,
 }
-# Arms that are given dropout, those with their weights decayed, and their rates of it.
+# Arms that are repeated with dropout, and with weight decay, at these rates of it.
 DROPPED = {
     "lora r=4": (0.1, 0.3),
     "lora r=8": (0.1, 0.3),

@@ -3,8 +3,8 @@
     python -m train.benchmarks.frontier.prepare --shared ../shared --out frontier-data
 
 Half of each task's training rows can be part of the pretraining (the regime `known`); another
-part tunes adapters, and a third, validation, chooses among them. A task's test rows go to a file of
-their own, which no run that chooses anything opens.
+part tunes adapters, and a third, validation, chooses among them. A task's test rows go to another
+file, which no run that chooses anything opens.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Row = dict[str, str]
 
 
 def multiple_choice(file: Path, style: choices.Style) -> list[Row]:
-    """Questions as the evaluation asks them, and the right option."""
+    """Prompts as the evaluation formats them, with the right option as the completion."""
     rows = []
     for item in choices.read(str(file)):
         prompt, options = choices.formatted(item, style)
@@ -61,7 +61,7 @@ def read_tasks(shared: Path) -> dict[str, tuple[list[Row], list[Row]]]:
     """Training and test rows of each task."""
     data = shared / "data"
     quizzes = [data / "arc_easy", data / "openbookqa"]
-    programs = code(data / "mbpp.jsonl")  # its own split: 11-510 test, 601-974 train
+    programs = code(data / "mbpp.jsonl")  # in the order of its published split: test is 11-510
     found = {
         "math": (math(data / "gsm8k/train.jsonl"), math(data / "gsm8k/test.jsonl")),
     }
@@ -77,7 +77,7 @@ def read_tasks(shared: Path) -> dict[str, tuple[list[Row], list[Row]]]:
 
 
 def split(rows: list[Row], seed: int) -> dict[str, list[Row]]:
-    """Shares of a task's training rows: half to know beforehand, the rest to tune and to choose."""
+    """Shares of a task's training rows: half for pretraining, the rest to tune and to choose."""
     order = np.random.default_rng(seed).permutation(len(rows))
     known = len(rows) // 2
     chosen = min(VALIDATION, (len(rows) - known) // 4)
@@ -115,7 +115,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int
 
 
 def pieces(text: str, size: int = 8000) -> list[str]:
-    """A text in parts of about so many characters, cut between paragraphs."""
+    """A text in parts of about so many characters, split between paragraphs."""
     parts, part = [], ""
     for paragraph in text.split("\n\n"):
         part += paragraph + "\n\n"
@@ -149,26 +149,26 @@ def main() -> None:
     novels = lzma.decompress(packed_novels).decode("utf-8")
     texts = [piece for novel in novels.split(NOVELS) for piece in pieces(novel)]
     known = {
-        name: [row["prompt"] + row["completion"] for row in own["known"]]
-        for name, own in shares.items()
+        name: [row["prompt"] + row["completion"] for row in share["known"]]
+        for name, share in shares.items()
     }
     sample = texts[:: max(len(texts) // 2000, 1)]
-    tokenizer = train_tokenizer(sample + [text for own in known.values() for text in own])
+    tokenizer = train_tokenizer(sample + [text for rows in known.values() for text in rows])
     arguments.out.mkdir(parents=True)
     streams = {"novels": token_stream(tokenizer, texts, 0)}
-    streams |= {f"known-{name}": token_stream(tokenizer, own, 1) for name, own in known.items()}
+    streams |= {f"known-{name}": token_stream(tokenizer, rows, 1) for name, rows in known.items()}
     np.savez_compressed(arguments.out / "pretraining.npz", **streams)
     for kind in ("tuned", "validation", "test"):
         arrays = {}
-        for task, own in shares.items():
-            rows = tasks[task][1][:TEST] if kind == "test" else own[kind]
+        for task, share in shares.items():
+            rows = tasks[task][1][:TEST] if kind == "test" else share[kind]
             batches = packed(rows, tokenizer, task, kind)
             arrays |= {f"{task}/{field}": value for field, value in batches.items()}
         np.savez_compressed(arguments.out / f"{kind}.npz", **arrays)
     tokenizer.save_pretrained(arguments.out / "tokenizer")
     about = {
         "vocabulary": len(tokenizer),
-        "rows": {name: {k: len(v) for k, v in own.items()} for name, own in shares.items()},
+        "rows": {name: {k: len(v) for k, v in share.items()} for name, share in shares.items()},
         "tokens": {name: int(stream.size) for name, stream in streams.items()},
         "sha256": {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Bases for the study, pretrained from a seed at the start of each run: too large to keep."""
+"""Bases for the study, pretrained from a seed at the start of each run: too large to store."""
 
 import argparse
 import functools
@@ -17,10 +17,11 @@ from safetensors.flax import load_file, save_file
 
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, init_params
-from genlora_jax.training.losses import next_token_targets, summed_loss
+from genlora_jax.training.losses import cross_entropy
+from genlora_jax.training.options import StepOptions
 
 ROWS, STEPS_PER_CALL = 64, 10
-REPEATS = 4  # of the rows of a task that the base is to know
+REPEATS = 4  # of a task's rows in the pretraining, in the regime `known`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def pretrain(
     """Trains all parameters on rows of tokens `[n, length]`, each once, in a random order.
 
     Returns:
-        The parameters, in the model's dtype, and what became of the run.
+        The parameters, in the model's dtype, and a summary of the run.
     """
     count = len(rows) // (ROWS * STEPS_PER_CALL) * STEPS_PER_CALL
     count = count if steps is None else min(steps, count)
@@ -85,12 +86,12 @@ def pretrain(
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1)
     )
+    options = StepOptions(chunk=8192, packed=False)
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
 
     def loss(params: Any, ids: jax.Array) -> jax.Array:
-        batch = batch_of(ids)
-        total = summed_loss(model, params, {}, batch, chunk=8192, packed=False)
-        return total / next_token_targets(batch)[1].sum()
+        total, count = cross_entropy(model, params, {}, batch_of(ids), options)
+        return total / count
 
     @functools.partial(jax.jit, donate_argnums=0)
     def some_steps(carry: Any, ids: jax.Array) -> tuple[Any, jax.Array]:
@@ -110,14 +111,14 @@ def pretrain(
         carry, new = some_steps(carry, ids)
         losses.append(new)
     curve = np.concatenate([np.asarray(part) for part in losses])
-    told = {
+    summary = {
         "steps": count,
         "tokens": count * ROWS * rows.shape[1],
         "seconds": round(time.perf_counter() - began, 1),
         "loss": float(curve[-50:].mean()),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
-    return jax.tree.map(lambda leaf: leaf.astype(model.dtype), carry[0]), told
+    return jax.tree.map(lambda leaf: leaf.astype(model.dtype), carry[0]), summary
 
 
 def base_file(folder: Path, job: dict[str, str]) -> Path:
@@ -130,12 +131,12 @@ def load_base(folder: Path, job: dict[str, str]) -> Any:
 
 
 def pretrain_base(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
-    """Pretrains a base into the run's folder; what became of it."""
+    """Pretrains a base and writes it to the run's folder; returns a summary."""
     streams = np.load(options.data / "pretraining.npz")
     rows = [streams["novels"]]
     if job["regime"] == "known":
         rows += [v for name, v in streams.items() if name != "novels"] * REPEATS
-    params, told = pretrain(
+    params, summary = pretrain(
         base_model(job["base"], options.data),
         np.concatenate(rows),
         rate=BASES[job["base"]].rate,
@@ -143,4 +144,4 @@ def pretrain_base(options: argparse.Namespace, job: dict[str, str]) -> dict[str,
         steps=options.pretraining_steps,
     )
     save_file(flatten_dict(params, sep="/"), base_file(options.folder, job))
-    return told
+    return summary

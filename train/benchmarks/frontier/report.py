@@ -60,8 +60,8 @@ def lora_equivalent(arm: dict[str, Any], arms: Arms) -> float | None:
 
     Between LoRA's best arms of each size; None outside of what they span.
     """
-    plain = [own for name, own in arms.items() if name.startswith("lora r=")]
-    best = best_of_size((own["parameters"], own["best_loss"]) for own in plain)
+    plain = [lora for name, lora in arms.items() if name.startswith("lora r=")]
+    best = best_of_size((lora["parameters"], lora["best_loss"]) for lora in plain)
     curve = sorted((loss, math.log(parameters)) for parameters, loss in best.items())
     for (low, more), (high, fewer) in itertools.pairwise(curve):
         if low <= arm["best_loss"] <= high:
@@ -70,8 +70,8 @@ def lora_equivalent(arm: dict[str, Any], arms: Arms) -> float | None:
     return None
 
 
-def own_losses(arm: dict[str, Any]) -> list[float]:
-    """Validation losses of an arm's best rate, one a seed."""
+def losses_by_seed(arm: dict[str, Any]) -> list[float]:
+    """Validation losses of an arm's best rate, one for each seed."""
     pairs = zip(arm["members"], arm["validation_loss"], strict=True)
     return [loss for member, loss in pairs if member["learning_rate"] == arm["best_rate"]]
 
@@ -100,7 +100,7 @@ def table(arms: Arms) -> str:
             str(arm["config"].get("rank", "")),
             f"{arm['parameters']:,}",
             f"{arm['best_rate']:.2g}{edge}",
-            over_seeds(own_losses(arm)),
+            over_seeds(losses_by_seed(arm)),
             "" if ratio is None else f"{ratio:.2f} x",
         ]
         if tested:
@@ -117,7 +117,7 @@ def table_by_rank(arms: Arms) -> str:
     ranks: dict[int, list[str]] = {}
     for name, arm in finished(arms).items():
         if rank := arm["config"].get("rank"):
-            cells = [f"{arm['parameters']:,}", over_seeds(own_losses(arm))]
+            cells = [f"{arm['parameters']:,}", over_seeds(losses_by_seed(arm))]
             cells.append(over_seeds(arm.get("test_loss", [])))
             ranks.setdefault(rank, []).append(f"| {rank} | {name} | {' | '.join(cells)} |")
     lines = [line for rank in sorted(ranks) if len(ranks[rank]) > 1 for line in ranks[rank]]
@@ -143,7 +143,7 @@ def plot_frontier(axis: Any, arms: Arms) -> None:
     points: dict[str, list[tuple[int, float]]] = {}
     for name, arm in arms.items():
         others = "other methods and settings"
-        family = next((own for head, own in FAMILIES.items() if name.startswith(head)), others)
+        family = next((f for head, f in FAMILIES.items() if name.startswith(head)), others)
         points.setdefault(family, []).append((arm["parameters"], arm["best_loss"]))
     for family, values in points.items():
         drawn = axis.plot(*zip(*values, strict=True), linestyle="none", marker="o", label=family)

@@ -1,6 +1,6 @@
-"""Tuning one arm on a base: its sweep of rates, and what its best adapter is like.
+"""Tuning one arm on a base: its sweep of rates, and the spectrum of its best adapter.
 
-All rates are tried with the first seed, and the two best with the others: the seeds then decide.
+All rates are tried with the first seed, the two best also with the others. The mean decides.
 """
 
 import argparse
@@ -19,19 +19,21 @@ import optax
 
 import genlora_jax as gl
 from genlora_jax.analysis import singular_values, target_factors
+from genlora_jax.factors import LOW_RANK, by_module
 from genlora_jax.methods import config_to_json
-from genlora_jax.methods.config import LowRankConfig, TwoSidedConfig
 from genlora_jax.training.losses import next_token_targets
 from genlora_jax.training.optim import OptimConfig
+from genlora_jax.training.options import StepOptions
+from genlora_jax.training.sweep.loop import run_sweep
 from genlora_jax.training.sweep.members import Member
-from genlora_jax.training.sweep.run import run_sweep
+from genlora_jax.training.sweep.program import SweepProgram
 from train.benchmarks.frontier.arms import ARMS, FIRST, rate_at
 from train.benchmarks.frontier.pretrain import base_model, load_base
 
 FIELDS = ("input_ids", "loss_mask", "segment_ids", "positions")
 CHUNK, STEPS_PER_CALL = 16384, 8
 RATES_AT_ONCE, MOST_RATES = 4, 16
-SPECTRUM = 64  # singular values that are told of
+SPECTRUM = 64  # singular values in a record
 
 
 def load_batches(file: Path, task: str) -> list[dict[str, np.ndarray]]:
@@ -41,108 +43,159 @@ def load_batches(file: Path, task: str) -> list[dict[str, np.ndarray]]:
     return [dict(zip(FIELDS, parts, strict=True)) for parts in zip(*stacked, strict=True)]
 
 
-def by_loss(losses: dict[float, list[float]]) -> list[float]:
-    """Rates by the mean loss over their seeds, the lowest first; a lost seed loses the rate."""
-    return sorted(losses, key=lambda rate: (np.mean(losses[rate]), rate))
+@dataclasses.dataclass(kw_only=True)
+class Trials:
+    """The members of an arm that were trained so far; all lists are one entry a member.
 
+    Attributes:
+        program: What they share.
+        params: The base's parameters.
+        batches: To tune on, one after another, as often as it takes.
+        held_out: To choose by.
+        ratio: Rate of the generators over that of the latents.
+        members: Their rates and seeds.
+        losses: Lowest validation losses; infinite for one that diverged at once.
+        adapters: Their adapters at these losses.
+        train_losses: Mean training losses of the last steps.
+        diverged: The steps at which they diverged, 0 for those that did not.
+    """
 
-def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
-    """An arm at rates of the grid, so many and until the best is not at an end; its record."""
-    arm, began = ARMS[job["arm"]], time.perf_counter()
-    model, params = base_model(job["base"], options.data), load_base(options.folder, job)
-    tuned = load_batches(options.data / "tuned.npz", job["task"])
-    held_out = load_batches(options.data / "validation.npz", job["task"])
-    steps = int(job.get("steps", len(tuned))) // STEPS_PER_CALL * STEPS_PER_CALL
-    members: list[Member] = []
-    validation: list[float | None] = []
-    losses: dict[float, list[float]] = {}
-    kept: dict[float, list[gl.Adapter]] = {}
-    train_loss, diverged = [], []
+    program: SweepProgram
+    params: Any
+    batches: list[dict[str, np.ndarray]]
+    held_out: list[dict[str, np.ndarray]]
+    ratio: float
+    members: list[Member] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    adapters: list[gl.Adapter] = dataclasses.field(default_factory=list)
+    train_losses: list[float] = dataclasses.field(default_factory=list)
+    diverged: list[int] = dataclasses.field(default_factory=list)
 
-    def sweep(rates: Iterable[float], seeds: range) -> None:
-        new = [
-            Member(learning_rate=rate, generator_ratio=arm.ratio, seed=seed)
+    def add(self, rates: Iterable[float], seeds: range) -> None:
+        """Trains a member of each rate and seed."""
+        members = [
+            Member(learning_rate=rate, generator_ratio=self.ratio, seed=seed)
             for rate in rates
             for seed in seeds
         ]
         result = run_sweep(
-            model,
-            params,
-            arm.cfg,
-            new,
-            itertools.cycle(tuned),
-            held_out,
-            optim=OptimConfig(b_ratio=arm.b_ratio, weight_decay=arm.weight_decay),
-            steps=steps,
-            eval_every=max(steps // STEPS_PER_CALL // 3, 1) * STEPS_PER_CALL,
-            chunk=CHUNK,
+            self.program,
+            self.params,
+            members,
+            itertools.cycle(self.batches),
+            self.held_out,
+            eval_every=max(self.program.steps // STEPS_PER_CALL // 3, 1) * STEPS_PER_CALL,
             steps_per_call=STEPS_PER_CALL,
         )
-        for i, (member, loss) in enumerate(zip(new, result.best_loss, strict=True)):
-            members.append(member)
-            validation.append(round(float(loss), 5) if math.isfinite(loss) else None)
-            losses.setdefault(member.learning_rate, []).append(float(loss))
-            kept.setdefault(member.learning_rate, []).append(result.adapter(i))
-        train_loss.extend(result.loss[-STEPS_PER_CALL:].mean(axis=0).round(5).tolist())
-        diverged.extend(result.diverged.tolist())
+        self.members += members
+        self.losses += result.best_loss.tolist()
+        self.adapters += [result.adapter(i) for i in range(len(members))]
+        self.train_losses += result.loss[-STEPS_PER_CALL:].mean(axis=0).round(5).tolist()
+        self.diverged += result.diverged.tolist()
 
-    low = FIRST[job["regime"]] + arm.shift
-    high = low + RATES_AT_ONCE
-    sweep(map(rate_at, range(low, high)), range(1))
+    def of_rate(self, rate: float) -> list[int]:
+        """Indices of the members of a rate."""
+        return [i for i, member in enumerate(self.members) if member.learning_rate == rate]
+
+    def mean_loss(self, rate: float) -> float:
+        """Mean validation loss over the seeds of a rate."""
+        return float(np.mean([self.losses[i] for i in self.of_rate(rate)]))
+
+    def ranked(self, seeds: int) -> list[float]:
+        """The rates that have so many seeds, the one of the lowest mean loss first."""
+        rates = {member.learning_rate for member in self.members}
+        complete = [rate for rate in rates if len(self.of_rate(rate)) == seeds]
+        return sorted(complete, key=lambda rate: (self.mean_loss(rate), rate))
+
+
+def search(trials: Trials, first: int, fewest: int) -> None:
+    """Tries rates of the grid until the best of them is not at an end.
+
+    Args:
+        trials: Takes the members, of seed 0.
+        first: Exponent of the lowest rate to begin with.
+        fewest: Number of rates to try at least.
+    """
+    low, high = first, first + RATES_AT_ONCE
+    trials.add(map(rate_at, range(low, high)), range(1))
     while high - low < MOST_RATES:
-        place = sorted(losses).index(by_loss(losses)[0])
-        if 0 < place < len(losses) - 1 and len(losses) >= options.rates:
-            break
-        if place < len(losses) / 2:
-            sweep(map(rate_at, range(low - RATES_AT_ONCE, low)), range(1))
+        ranked = trials.ranked(1)
+        index = sorted(ranked).index(ranked[0])
+        if 0 < index < len(ranked) - 1 and len(ranked) >= fewest:
+            return
+        if index < len(ranked) / 2:
+            trials.add(map(rate_at, range(low - RATES_AT_ONCE, low)), range(1))
             low -= RATES_AT_ONCE
         else:
-            sweep(map(rate_at, range(high, high + RATES_AT_ONCE)), range(1))
+            trials.add(map(rate_at, range(high, high + RATES_AT_ONCE)), range(1))
             high += RATES_AT_ONCE
+
+
+def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
+    """Sweeps an arm over the grid until its best rate lies inside of those tried; its record."""
+    arm, began = ARMS[job["arm"]], time.perf_counter()
+    model, params = base_model(job["base"], options.data), load_base(options.folder, job)
+    tuned = load_batches(options.data / "tuned.npz", job["task"])
+    steps = int(job.get("steps", len(tuned))) // STEPS_PER_CALL * STEPS_PER_CALL
+    program = SweepProgram(
+        model=model,
+        cfg=arm.cfg,
+        optim=OptimConfig(b_ratio=arm.b_ratio, weight_decay=arm.weight_decay),
+        steps=steps,
+        options=StepOptions(chunk=CHUNK),
+    )
+    trials = Trials(
+        program=program,
+        params=params,
+        batches=tuned,
+        held_out=load_batches(options.data / "validation.npz", job["task"]),
+        ratio=arm.ratio,
+    )
+    search(trials, FIRST[job["regime"]] + arm.shift, options.rates)
     if options.seeds > 1:
-        sweep(by_loss(losses)[:2], range(1, options.seeds))
-    # Only rates of all seeds can be chosen.
-    best = by_loss({rate: own for rate, own in losses.items() if len(own) == options.seeds})[0]
+        trials.add(trials.ranked(1)[:2], range(1, options.seeds))
+    best = trials.ranked(options.seeds)[0]
+    chosen = [trials.adapters[i] for i in trials.of_rate(best)]
     record = {
         "config": config_to_json(arm.cfg),
         "b_ratio": arm.b_ratio,
         "weight_decay": arm.weight_decay,
-        "parameters": gl.count_parameters(kept[best][0]),
-        "members": [dataclasses.asdict(member) for member in members],
+        "parameters": gl.count_parameters(chosen[0]),
+        "members": [dataclasses.asdict(member) for member in trials.members],
         "steps": steps,
-        "train_loss": train_loss,
-        "validation_loss": validation,
-        "diverged_at": diverged,
+        "train_loss": trials.train_losses,
+        "validation_loss": [round(x, 5) if math.isfinite(x) else None for x in trials.losses],
+        "diverged_at": trials.diverged,
         "best_rate": best,
-        "best_loss": round(float(np.mean(losses[best])), 5),
-        "singular_values": spectrum(arm.cfg, kept[best][0]),
+        "best_loss": round(trials.mean_loss(best), 5),
+        "singular_values": spectrum(chosen[0]),
     }
     if options.test:
         rows = load_batches(options.data / "test.npz", job["task"])
-        told = [tested(model, params, arm.cfg, adapter, rows) for adapter in kept[best]]
-        record |= {key: [own[key] for own in told] for key in told[0]}
+        scores = [tested(model, params, adapter, rows) for adapter in chosen]
+        record |= {name: [score[name] for score in scores] for name in scores[0]}
     return record | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def tested(model: Any, params: Any, cfg: Any, adapter: Any, batches: Any) -> dict[str, float]:
-    """An adapter on some rows: the loss of trained tokens, and the share of completions it gets.
+def tested(model: Any, params: Any, adapter: gl.Adapter, batches: Any) -> dict[str, float]:
+    """An adapter on some rows: the loss of trained tokens, and the exact match of completions.
 
-    A completion is got if every token of it is the likeliest after the right ones before: then
-    greedy decoding finds it, too.
+    A completion matches if each of its tokens is the likeliest after the right ones before it:
+    greedy decoding then yields it.
     """
 
     @jax.jit
     def measure(params: Any, factors: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         targets, weights = next_token_targets(batch)
-        known = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
-        logits = gl.apply(model, params, factors, batch["input_ids"], **known)
+        fields = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
+        logits = gl.apply(model, params, factors, batch["input_ids"], **fields)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits.astype(jnp.float32), targets
         )
         return losses * weights, weights, logits.argmax(-1) == targets
 
-    factors = gl.generate_factors(cfg, adapter)
-    total = tokens = got = completions = 0.0
+    factors = gl.generate_factors(adapter.config, adapter)
+    total = tokens = matched = completions = 0.0
     for batch in batches:
         losses, weights, right = map(np.asarray, measure(params, factors, batch))
         total, tokens = total + float(losses.sum()), tokens + float(weights.sum())
@@ -151,21 +204,21 @@ def tested(model: Any, params: Any, cfg: Any, adapter: Any, batches: Any) -> dic
         ):
             for segment in set(segments[row_weights > 0].tolist()):
                 completions += 1
-                got += bool(row_right[(segments == segment) & (row_weights > 0)].all())
+                matched += bool(row_right[(segments == segment) & (row_weights > 0)].all())
     return {
         "test_loss": round(total / tokens, 5),
-        "test_exact_match": round(got / completions, 5),
+        "test_exact_match": round(matched / completions, 5),
     }
 
 
-def spectrum(cfg: Any, adapter: Any) -> list[float] | None:
+def spectrum(adapter: gl.Adapter) -> list[float] | None:
     """Singular values of the deltas over their largest, the mean over targets and layers.
 
     None for deltas that are no product of factors.
     """
-    if not isinstance(cfg, LowRankConfig) or (isinstance(cfg, TwoSidedConfig) and cfg.hadamard):
+    factors, found = gl.generate_factors(adapter.config, adapter), []
+    if not all(leaves.keys() >= LOW_RANK.axes.keys() for _, leaves in by_module(factors).values()):
         return None
-    factors, found = gl.generate_factors(cfg, adapter), []
     for target in adapter.spec.targets:
         values = np.asarray(singular_values(*target_factors(factors, target)))[:, :SPECTRUM]
         values = values / np.maximum(values[:, :1], np.finfo(np.float32).tiny)

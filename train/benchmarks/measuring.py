@@ -1,0 +1,99 @@
+"""What the benchmarks measure with, and where their results lie."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genlora_jax.training.provenance import provenance
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a step program took.
+
+    Attributes:
+        compile_s: Seconds to trace, lower and compile it.
+        seconds: Of each call.
+        losses: The metric `loss` of each call.
+        arguments_gib: Memory of the program's arguments, as the compiler reports it.
+        temporaries_gib: The same of its temporaries.
+    """
+
+    compile_s: float
+    seconds: list[float]
+    losses: list[Any]
+    arguments_gib: float
+    temporaries_gib: float
+
+    def median(self, warmup: int = 1) -> float:
+        """Median seconds of the calls after the first ones."""
+        return statistics.median(self.seconds[warmup:])
+
+
+def time_step(lower: Callable[..., Any], state: Any, *operands: Any, calls: int) -> Timing:
+    """Compiles and times `(state, *operands) -> (state, metrics)`.
+
+    Args:
+        lower: Lowers the program for these arguments, as `jax.jit(step).lower` does.
+        state: The first call's state, which may be donated.
+        operands: What every call is given besides.
+        calls: Number of calls.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    began = time.perf_counter()
+    compiled = lower(state, *operands).compile()
+    compile_s = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    seconds, losses = [], []
+    for _ in range(calls):
+        began = time.perf_counter()
+        state, metrics = compiled(state, *operands)
+        losses.append(np.asarray(metrics["loss"]).tolist())
+        seconds.append(time.perf_counter() - began)
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(f"losses {losses}")
+    return Timing(
+        compile_s=compile_s,
+        seconds=seconds,
+        losses=losses,
+        arguments_gib=memory.argument_size_in_bytes / GIB,
+        temporaries_gib=memory.temp_size_in_bytes / GIB,
+    )
+
+
+def median_ms(run: Callable[[], Any], calls: int) -> float:
+    """Median milliseconds of some calls after a first one."""
+    run()
+    seconds = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(seconds)
+
+
+def write_result(
+    file: Path, result: Mapping[str, Any], where: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a result as JSON.
+
+    Args:
+        file: The file; its folder is made.
+        result: The result.
+        where: Result of `provenance`, for a result that is written several times: the first
+            write makes the tree dirty. None to ask now.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(result) | dict(provenance() if where is None else where), indent=1)
+    file.write_text(text + "\n")
