@@ -9,7 +9,7 @@ quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
 
 test: $(VENV)/ready check
-	$(BIN)/python -m pytest -n 2 -m "not shared"
+	$(BIN)/python -m pytest -n 2 -m "not shared and not docs"
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -26,10 +26,12 @@ shared: $(VENV)/ready
 notebooks: $(VENV)/ready
 	$(BIN)/python notebooks/execute.py $(WRITE)
 
-# The site, in `site/`; a broken link fails. It reads docstrings without importing, so it needs no JAX.
+# The site, in `site/`; a broken link fails. It reads docstrings without importing, so it needs no
+# JAX. Then the README's commands.
 DOCS := .venv-docs
-docs: $(DOCS)/ready
+docs: $(DOCS)/ready $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	$(BIN)/python -m pytest -m docs
 
 $(DOCS)/ready: constraints.txt
 	$(PYTHON) -m venv $(DOCS)

@@ -131,7 +131,7 @@ def test_a_bfloat16_merge_moves_logits_no_more_than_its_rounding_explains(twin, 
     @jax.jit
     def difference_and_bound(exact, rounded):
         bound = sum(
-            (jnp.abs(slope) * jnp.where(moved, half_unit(x), 0)).reshape(3, -1).sum(axis=1)
+            (jnp.abs(slope) * jnp.where(moved, half_unit(x), 0)[None]).reshape(3, -1).sum(axis=1)
             for slope, x, moved in zip(
                 jax.tree.leaves(jax.jacrev(logits)(exact)),
                 jax.tree.leaves(exact),

@@ -10,6 +10,7 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import pytest
 
 import genlora_jax
@@ -68,10 +69,11 @@ def test_python_of_the_readme_runs(checkout, capsys):
 @pytest.mark.parametrize("page", [page for page in having("python") if page in DOCS], ids=name_of)
 def test_python_of_a_page_runs(page, checkout):
     code = "\n".join(blocks("python", page.read_text()))
-    exec(compile(code, page.name, "exec"), {"__name__": "page"})
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as users run
+        exec(compile(code, page.name, "exec"), {"__name__": "page"})
 
 
-@pytest.mark.long
+@pytest.mark.docs
 def test_command_lines_of_the_readme_run_in_order(checkout):
     # `make` is what runs this; `pip install` is in the Makefile.
     lines = [line for block in blocks("bash") for line in block.splitlines()]
