@@ -98,7 +98,8 @@ def pretrain(
         def step(carry: Any, ids: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carry
             value, gradient = jax.value_and_grad(loss)(params, ids)
-            updates, state = optimizer.update(gradient, state, params)
+            with jax.numpy_dtype_promotion("standard"):  # optax takes floats to an integer power
+                updates, state = optimizer.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), value
 
         return jax.lax.scan(step, carry, ids)
