@@ -47,7 +47,8 @@ def merge(
     stored = checkpoint_dtype(source)
     written = parse_dtype(dtype or stored)
     # No narrower than either end, so that the merged kernel is rounded once.
-    held = jnp.promote_types(stored, written)
+    with jax.numpy_dtype_promotion("standard"):
+        held = jnp.promote_types(stored, written)
     model, params = load_llama(source, dtype=held, param_dtype=held)
     merged = merge_factors(params, load_factors(adapter, params, model), donate=True)
     export_hf(out, merged, base=source, dtype=written, overwrite=overwrite)
