@@ -137,21 +137,20 @@ class Checkpoints:
         if difference := adapter_difference(state.adapter.config, saved.get(ADAPTER)):
             raise _MisfitError(f"{place} was trained {difference}")
         for part, digest in self._base(state).items():
-            if saved.get(BASE, {}).get(part, digest) not in (digest, None):
+            if digest and (saved.get(BASE, {}).get(part) or digest) != digest:
                 raise _MisfitError(
                     f"{place} was trained on another base: the {part} of model.path differ"
                 )
         leaves = named_leaves(state)
-        names = [f"{i:05d}" for i in range(len(leaves))] if numbered else list(leaves)
-        abstract = dict(zip(names, leaves.values(), strict=True))
-        loaded = self._checkpointer.load_checkpointables(step, {STATE: abstract})[STATE]
+        if numbered:
+            leaves = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values())}
+        loaded = self._checkpointer.load_checkpointables(step, {STATE: leaves})[STATE]
         data.set_state(saved[DATA])
-        return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in names])
+        return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in leaves])
 
-    def _base(self, state: TrainState) -> dict[str, str]:
+    def _base(self, state: TrainState) -> dict[str, str | None]:
         """Digests of the base: of its parameters' shapes and, if known, of its config."""
-        digests = {"shapes": state.adapter.spec.fingerprint}
-        return digests if self._base_config is None else digests | {"config": self._base_config}
+        return {"shapes": state.adapter.spec.fingerprint, "config": self._base_config}
 
 
 class _MisfitError(ValueError):

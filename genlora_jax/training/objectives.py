@@ -28,7 +28,7 @@ class Objective:
     eval_batches: Callable[..., Any]
 
 
-# What `train.objective` can be. A new one is a line here.
+# The values of `train.objective`. A new one is a line here.
 OBJECTIVES = {"sft": Objective(cross_entropy, load_examples, train_batches, eval_batches)}
 
 

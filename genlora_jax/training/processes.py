@@ -61,8 +61,8 @@ def broadcast_from_primary(value: float) -> float:
 def gather_to_primary(tree: Any) -> Any:
     """A tree whose arrays the primary can read whole; all processes must call it together.
 
-    An array of which other processes hold shards is all-gathered a layer (an index of its first
-    axis) at a time, and is None in all but the primary.
+    An array with shards in other processes is all-gathered a layer (an index of its first axis) at
+    a time, and is None in all processes but the primary.
     """
 
     def gather(leaf: jax.Array) -> Any:
