@@ -21,17 +21,11 @@ from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, save_adapter
 from genlora_jax.settings import run_command
 from genlora_jax.sharding import place_batch, state_shardings
+from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import check_output, keep_recipe
-from genlora_jax.training.processes import (
-    broadcast_from_primary,
-    gather_to_primary,
-    is_primary,
-    join,
-    stop_signals,
-)
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.setup import Run, check_start, initial_adapter, prepare, recipe_mesh
 from genlora_jax.training.step import (
@@ -52,45 +46,48 @@ def finetune(recipe: Recipe) -> int | None:
     Raises:
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
-    options = recipe.train
-    if options.distributed:
-        join(options.heartbeat)
-    print_line = print if is_primary() else lambda _: None
-    if is_primary():
+    settings = recipe.train
+    if settings.distributed:
+        processes.join(settings.heartbeat)
+    primary = processes.is_primary()
+    print_line = print if primary else lambda _: None
+    if primary:
         check_output(recipe)
-    check_start(recipe.adapter, options.init_from)
+    check_start(recipe.adapter, settings.init_from)
     mesh = recipe_mesh(recipe)
     run = prepare(recipe, mesh, print_line)
-    adapter = initial_adapter(recipe.adapter, options.seed, options.init_from, run.base, mesh=mesh)
+    adapter = initial_adapter(
+        recipe.adapter, settings.seed, settings.init_from, run.base, mesh=mesh
+    )
     print_line(f"{count_parameters(adapter):,} parameters to train")
-    state = init_state(adapter, make_optimizer(recipe.optim, run.steps), options.seed)
+    state = init_state(adapter, make_optimizer(recipe.optim, run.steps), settings.seed)
     state = jax.device_put(state, state_shardings(mesh, state))
 
-    output = Path(options.output)
-    if is_primary():  # last of all preparations, so that one that fails leaves no directory
+    output = Path(settings.output)
+    if primary:  # last of all preparations, so that one that fails leaves no directory
         output.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(
         output / "checkpoints",
-        keep=options.keep,
-        keep_every=options.keep_every,
+        keep=settings.keep,
+        keep_every=settings.keep_every,
         base_config=config_fingerprint(run.base.model),
     )
-    with checkpoints, stop_signals() as stop_signal:
+    with checkpoints, processes.stop_signals() as stop_signal:
         batches = iter(run.objective.train_batches(run.examples, recipe.data))
-        if options.resume:
+        if settings.resume:
             state = checkpoints.restore(state, batches)
             print_line(f"resumed at step {int(state.step)}")
         start = int(state.step)
-        if is_primary():
+        if primary:
             keep_recipe(recipe, start)
         with MetricsLog(
             output,
             steps=run.steps,
             start=start,
-            wandb=options.wandb,
+            wandb=settings.wandb,
             settings=dataclasses.asdict(recipe),
-            progress=options.progress,
-            primary=is_primary(),
+            progress=settings.progress,
+            primary=primary,
         ) as log:
             state, signal = train(recipe, run, state, batches, checkpoints, stop_signal, log)
     if signal is None:
@@ -121,7 +118,7 @@ def train(
     place = functools.partial(place_batch, run.mesh)
     held_out = [place(batch) for batch in run.held_out]
     output, start = Path(recipe.train.output), int(state.step)
-    best = broadcast_from_primary(best_eval_loss(output, start))
+    best = processes.broadcast_from_primary(best_eval_loss(output, start))
     recorder = Recorder(learning_rate_schedule(recipe.optim, steps), checkpoints, log)
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
@@ -203,8 +200,8 @@ def best_eval_loss(output: Path, step: int) -> float:
 
 def save(path: Path, adapter: Adapter, model: Any) -> None:
     """Writes the adapter, of which each process may hold a shard."""
-    adapter = gather_to_primary(adapter)
-    if is_primary():
+    adapter = processes.gather_to_primary(adapter)
+    if processes.is_primary():
         save_adapter(path, adapter.config, adapter, model=model, overwrite=True)
 
 
