@@ -142,7 +142,7 @@ def generate(
         model: Local directory or hub id.
         prompt: The text to continue.
         adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
-        chat: The prompt is a user's message, asked in the tokenizer's chat template.
+        chat: The prompt is a user's message, for the tokenizer's chat template.
         max_new_tokens: Longest continuation.
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.

@@ -26,7 +26,7 @@ OUT_OF_MEMORY = re.compile(
 MEMORY_ADVICE = (
     "the device's memory is full. Smaller batches, shorter rows and a mesh of more devices save "
     "some; in training also model.remat full and train.accumulate (genlora plan says what a recipe "
-    "needs), in a sweep members_per_pass. The device said: "
+    "needs), in a sweep members_per_pass. The device's message: "
 )
 
 # `adapter:` in a recipe takes the fields of GenLoRAConfig, or class_path and init_args.

@@ -123,11 +123,11 @@ def train(
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
         state, metrics = train_step(state, params, place(next(batches)))
-        # The metrics of the step before: the device never waits for the host to look.
+        # Reading the metrics of the step before does not keep the device waiting.
         if pending is not None:
             recorder.record(step - 1, pending)
         pending = metrics
-        signal = stop_signal(step)  # asked once: a signal can come at any moment
+        signal = stop_signal(step)  # called once a step, as a signal can come at any moment
         last = step == steps or signal is not None
         evaluating = held_out and (step == steps or _due(step, recipe.train.eval_every))
         if not (evaluating or last or _due(step, recipe.train.save_every)):

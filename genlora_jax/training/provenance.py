@@ -41,7 +41,7 @@ def digest(file: str | Path) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, or what GENLORA_COMMIT says where the sources lie outside a repository."""
+    """The commit, or GENLORA_COMMIT where the sources are outside a repository."""
     git = ["git", "describe", "--always", "--dirty"]
     if commit := os.environ.get("GENLORA_COMMIT"):
         return commit
