@@ -1,9 +1,9 @@
 """Adapters on disk: tensors in safetensors, settings in JSON."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,12 @@ TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
 
 
 def config_fingerprint(model: nn.Module | None) -> str | None:
-    """Digest of the base's config: what it says beyond its defaults."""
+    """Digest of the base's config: of the fields that differ from their defaults."""
     if model is None:
         return None
-    changed = {
-        field.name: getattr(model.config, field.name)
-        for field in dataclasses.fields(model.config)
-        if getattr(model.config, field.name) != field.default
-    }
-    return hashlib.sha256(repr(sorted(changed.items())).encode()).hexdigest()[:16]
+    values = [(field, getattr(model.config, field.name)) for field in fields(model.config)]
+    changed = sorted((field.name, value) for field, value in values if value != field.default)
+    return hashlib.sha256(repr(changed).encode()).hexdigest()[:16]
 
 
 def save_adapter(
@@ -54,8 +51,8 @@ def save_adapter(
         path: The directory to make.
         cfg: The adapter's config, `adapter.config`.
         adapter: The adapter.
-        model: The base's model; with it the file can tell bases apart that differ only in their
-            config (`rope_theta`, say), not just in their shapes.
+        model: The base's model. With it, a base of the same shapes whose config differs (in
+            `rope_theta`, say) is refused when the adapter is loaded.
         overwrite: Replace an existing directory.
 
     Raises:
@@ -69,7 +66,7 @@ def save_adapter(
         "format": FORMAT,
         "config": config_to_json(cfg),
         "base": {"shapes": adapter.spec.fingerprint, "config": config_fingerprint(model)},
-        "targets": [dataclasses.asdict(target) for target in adapter.spec.targets],
+        "targets": [asdict(target) for target in adapter.spec.targets],
     }
     with new_directory(path, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "genlora"})
@@ -87,10 +84,10 @@ def load_adapter(
 
     Args:
         path: The adapter's directory.
-        params: The base that it is to serve: checked against the adapter's fingerprint, and
-            scanned or unrolled as it pleases. Without it the adapter fits a base laid out like
-            the one that it was made on.
-        model: The base's model: checks its config, too.
+        params: The base for which it is loaded, scanned or unrolled. It is checked against the
+            adapter's fingerprint. Without it the adapter fits a base whose layers are stored like
+            those of the base that it was made for.
+        model: The base's model, to check its config as well.
         mesh: Devices over which the adapter is sharded, as in training on them; all processes
             read the file. By default it is on one device.
 
@@ -102,7 +99,7 @@ def load_adapter(
         ValueError: If a file is damaged, or the adapter was made for another base.
     """
     path = Path(path)
-    spec, config = _read_settings(path)
+    spec, base_config = _read_settings(path)
     if params is not None:
         if base_fingerprint(params) != spec.fingerprint:
             raise ValueError(
@@ -110,7 +107,7 @@ def load_adapter(
                 f"parameters' (fingerprint {spec.fingerprint}, not {base_fingerprint(params)})"
             )
         spec = adapter_spec(spec.config, params)
-    if model is not None and config not in (None, config_fingerprint(model)):
+    if model is not None and base_config not in (None, config_fingerprint(model)):
         raise ValueError(
             f"{path} was made for another base: shapes agree, but not the rest of config.json"
         )
@@ -119,7 +116,7 @@ def load_adapter(
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
     _check_shapes(path / TENSORS, arrays, adapter_shapes(spec))
-    tree = unflatten_dict({tuple(name.split("/")): value for name, value in arrays.items()})
+    tree = unflatten_dict(arrays, sep="/")
     tree = jax.tree.map(jax.numpy.asarray, tree) if mesh is None else place_state(mesh, tree)
     trainable, frozen = tree.get("trainable", {}), tree.get("frozen", {})
     return spec.config, Adapter(trainable=trainable, frozen=frozen, spec=spec)
@@ -144,10 +141,9 @@ def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
         settings = json.loads((path / SETTINGS).read_text())
         if settings["format"] != FORMAT:
             raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
-        cfg = config_from_json(settings["config"])
         spec = AdapterSpec(
-            config=cfg,
-            targets=tuple(_target(entry) for entry in settings["targets"]),
+            config=config_from_json(settings["config"]),
+            targets=tuple(map(_target, settings["targets"])),
             fingerprint=settings["base"]["shapes"],
         )
         return spec, settings["base"].get("config")
@@ -157,10 +153,10 @@ def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
 
 def _target(entry: dict[str, Any]) -> Target:
     kernels = tuple(
-        KernelLocation(path=tuple(k["path"]), stack=k["stack"], layers=tuple(k["layers"]))
+        KernelLocation(**k | {"path": tuple(k["path"]), "layers": tuple(k["layers"])})
         for k in entry["kernels"]
     )
-    return Target(name=entry["name"], d_in=entry["d_in"], d_out=entry["d_out"], kernels=kernels)
+    return Target(**entry | {"kernels": kernels})
 
 
 def _check_shapes(file: Path, arrays: Mapping[str, np.ndarray], expected: Adapter) -> None:

@@ -44,14 +44,14 @@ def merge(
     """
     refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
     source = locate(base)
-    stored = checkpoint_dtype(source)
-    written = parse_dtype(dtype or stored)
-    # No narrower than either end, so that the merged kernel is rounded once.
+    base_dtype = checkpoint_dtype(source)
+    out_dtype = parse_dtype(dtype or base_dtype)
+    # No narrower than base or output, so that the merged kernel is rounded once.
     with jax.numpy_dtype_promotion("standard"):
-        held = jnp.promote_types(stored, written)
-    model, params = load_llama(source, dtype=held, param_dtype=held)
+        merge_dtype = jnp.promote_types(base_dtype, out_dtype)
+    model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
     merged = merge_factors(params, load_factors(adapter, params, model), donate=True)
-    export_hf(out, merged, base=source, dtype=written, overwrite=overwrite)
+    export_hf(out, merged, base=source, dtype=out_dtype, overwrite=overwrite)
     print(f"merged model: {out}")
 
 
@@ -93,16 +93,18 @@ def inspect(adapter: str) -> None:
 def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
     modules = by_module(generate_factors(cfg, adapter))
     low_rank = cfg.lora_size(adapter.spec.targets[0]) is not None
-    of = "gain's " if any(kind is HIRA for kind, _ in modules.values()) else ""
-    columns = ["parameters", *["LoRA"] * low_rank, f"{of}values > 1 %", f"{of}effective rank"]
+    matrix = "gain's " if any(kind is HIRA for kind, _ in modules.values()) else ""
+    columns = ["parameters", *["LoRA"] * low_rank]
+    columns += [f"{matrix}values > 1 %", f"{matrix}effective rank"]
     table = Table("target", "layers", "shape", *columns)
-    table.columns[0].overflow = "fold"  # a name cut short names nothing
+    table.columns[0].overflow = "fold"  # a name must be read whole
     for column in table.columns[1:]:
         column.justify = "right"
     counts = parameters_by_target(adapter)
     for target in adapter.spec.targets:
-        parts = [_singular_values(*modules[kernel.path], kernel) for kernel in target.kernels]
-        values = jnp.concatenate(parts)
+        values = jnp.concatenate(
+            [_singular_values(*modules[kernel.path], kernel) for kernel in target.kernels]
+        )
         table.add_row(
             target.name,
             str(target.depth),
@@ -141,7 +143,7 @@ def generate(
         model: Local directory or hub id.
         prompt: The text to continue.
         adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
-        chat: The prompt is a user's message, asked in the tokenizer's chat template.
+        chat: The prompt is a user's message, for the tokenizer's chat template.
         max_new_tokens: Longest continuation.
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
@@ -149,8 +151,8 @@ def generate(
         dtype: Of parameters and computation.
     """
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
-    asked: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    ids = subject.encode_prompt(asked)
+    message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+    ids = subject.encode_prompt(message)
     if len(ids) + max_new_tokens > subject.positions:
         raise ValueError(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
@@ -168,14 +170,14 @@ def generate(
 
 
 def plan(config: str, topology: str, compile: bool = True) -> None:
-    """Says what a recipe needs on devices that need not be there, and which mesh suits them.
+    """Prints what a recipe needs on devices that need not be there, and which mesh suits them.
 
     Args:
         config: The recipe; its `model.shape` spares the download of the model.
-        topology: A TPU's, such as v5e:4x4, or gpu:8x80 for 8 GPUs of 80 GiB.
+        topology: That of a TPU, such as v5e:4x4, or gpu:8x80 for 8 GPUs of 80 GiB.
         compile: Compile the chosen mesh's program where libtpu can, a minute or two.
     """
-    # Imported here: it takes the extra `train`, which the other commands do without.
+    # Imported here, as it needs the extra `train`, which most commands do not.
     from genlora_jax.plan.chips import parse_topology
     from genlora_jax.plan.report import report
     from genlora_jax.training.recipe import Recipe
@@ -190,8 +192,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "plan": plan,
 }
-
-
 # Commands whose settings are a recipe, and the modules that run them.
 RECIPES = {
     "finetune": "genlora_jax.training.finetune",
@@ -204,7 +204,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the installed `genlora` command."""
     args = sys.argv[1:] if args is None else args
     if args and args[0] in RECIPES:
-        # Imported here: they take the extra `train`, which the other commands do without.
+        # Imported here, as they need the extra `train`, which other commands do not.
         importlib.import_module(RECIPES[args[0]]).main(args[1:])
         return
     parser = jsonargparse.ArgumentParser(prog="genlora", description=__doc__, exit_on_error=False)

@@ -10,12 +10,18 @@ from pathlib import Path
 
 def refuse_existing(path: str | Path, *, overwrite: bool) -> None:
     """Raises OSError if `path` exists and is not to be overwritten, or cannot be made."""
-    path = Path(path)
-    if path.exists() and not overwrite:
+    if Path(path).exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"cannot write to {above}: choose another output")
+    refuse_unwritable(path)
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raises PermissionError if `path` cannot be made."""
+    parent = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(
+            f"cannot write to {parent}, where {path} is to be: choose another output"
+        )
 
 
 @contextlib.contextmanager
@@ -28,15 +34,12 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 
     Raises:
         FileExistsError: If `path` exists and is not to be overwritten.
-        PermissionError: If its parent cannot be written.
+        OSError: If its parent cannot be made or written.
     """
     path = Path(path)
     refuse_existing(path, overwrite=overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        raise PermissionError(f"cannot write to {path.parent}: {error.strerror}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     temporary.chmod(0o755)  # mkdtemp's 0700 would lock out whoever is to serve the result
     try:
         yield temporary

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,11 +20,13 @@ OPTIONAL = re.compile(
     r"- Expected a <class 'NoneType'>.*"
 )
 
-FULL = re.compile(r"RESOURCE_EXHAUSTED.*(Out of memory|device buffer|memory space hbm)", re.DOTALL)
-ADVICE = (
+OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED.*(Out of memory|device buffer|memory space hbm)", re.DOTALL
+)
+MEMORY_ADVICE = (
     "the device's memory is full. Smaller batches, shorter rows and a mesh of more devices save "
     "some; in training also model.remat full and train.accumulate (genlora plan says what a recipe "
-    "needs), in a sweep members_per_pass. The device said: "
+    "needs), in a sweep members_per_pass. The device's message: "
 )
 
 # `adapter:` in a recipe takes the fields of GenLoRAConfig, or class_path and init_args.
@@ -39,7 +41,7 @@ def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
     parser = _parser(kind)
     args = sys.argv[1:] if args is None else args
     printing = [argument for argument in args if argument.startswith("--print_config")]
-    # What is given first, defaults then: those of another config's class would else be kept.
+    # Defaults are filled in last, or else those of another config's class would be kept.
     given = parse_arguments(parser, [a for a in args if a not in printing], defaults=False)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if (name := getattr(given.get(field.name), "class_path", None)) is not None:
@@ -85,7 +87,7 @@ def parse_arguments(
     """Parses a command line.
 
     Args:
-        parser: Of what.
+        parser: The parser.
         args: The command line; None for this process's.
         given: What has been parsed before.
         defaults: Whether to fill in the defaults.
@@ -100,7 +102,7 @@ def parse_arguments(
 
 
 def _plain(error: Exception) -> str:
-    """An error in one line, without all that an optional group of settings could have been."""
+    """An error in one line, without the other types that an optional setting could have."""
     text, count = " ".join(str(error).split()), 1
     while count:
         text, count = OPTIONAL.subn(r"\1", text)
@@ -109,24 +111,30 @@ def _plain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Turns an error that is the user's to mend into one line on stderr and exit status 1.
+    """Turns an error that the user can mend into one line on stderr and exit status 1.
 
-    So does a device that is out of memory. What is printed appears line by line, in a log file as
-    on a terminal.
-
-    With `GENLORA_TRACEBACK=1` the traceback is shown as well.
+    A device that is out of memory is such an error. `GENLORA_TRACEBACK=1` shows the traceback.
+    What is printed appears line by line, in a log file as on a terminal.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     try:
         yield
     except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError):
-            if not FULL.search(said):
+            if not OUT_OF_MEMORY.search(message):
                 raise
-            said = ADVICE + said[:200]
+            message = MEMORY_ADVICE + message[:200]
         if os.environ.get("GENLORA_TRACEBACK"):
             raise
-        print("error:", said, file=sys.stderr)
+        print("error:", message, file=sys.stderr)
         sys.exit(1)
+
+
+def run_command(kind: type[T], run: Callable[[T], int | None], args: Sequence[str] | None) -> None:
+    """Runs a command by its settings; exits with 128 + the signal's number if a signal ended it."""
+    with report_errors():
+        signal = run(parse(kind, args))
+    if signal is not None:
+        sys.exit(128 + signal)

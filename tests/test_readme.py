@@ -18,7 +18,7 @@ from genlora_jax import cli
 from genlora_jax.evaluation.run import Evaluation
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
-from genlora_jax.training.sweep.grid import SweepRecipe
+from genlora_jax.training.sweep.members import SweepRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()

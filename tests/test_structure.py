@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     # Files.
     "files": set(),
     "adapter_files": {"adapter", "files", "methods", "sharding", "targets"},
-    "data": set(),
+    "data": {"checks"},
     "settings": {"methods"},
     "hf": {
         *("adapter", "adapter_files", "factors", "files", "mesh", "methods", "models", "sharding"),
@@ -52,8 +52,8 @@ ARROWS: dict[str, set[str]] = {
     # What runs.
     "generation": {"hf", "inject", "mesh", "models"},
     "training": {
-        *("adapter", "adapter_files", "compression", "data", "factors", "files", "hf", "inject"),
-        *("mesh", "methods", "settings", "sharding"),
+        *("adapter", "adapter_files", "checks", "compression", "data", "factors", "files", "hf"),
+        *("inject", "mesh", "methods", "settings", "sharding"),
     },
     "evaluation": {
         *("data", "files", "generation", "hf", "inject", "mesh", "models", "settings"),

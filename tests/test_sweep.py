@@ -455,7 +455,7 @@ def test_ctrl_c_ends_the_script_with_what_there_is(command, tmp_path, monkeypatc
     ("arguments", "message"),
     [
         (["--grid.learning_rate", "[]"], "grid.learning_rate is empty"),
-        (["--grid.learning_rate", "[0.1, -0.1]"], "learning_rate must be a positive number"),
+        (["--grid.learning_rate", "[0.1, -0.1]"], "learning_rate must be a finite number > 0"),
         (["--grid.rank", "[1, 2]"], "grid.rank"),
         (["--grid.members", "[{rate: 0.1}]"], "unknown field rate"),
         (["--grid.members", "[{seed: 0.5}]"], "seed must be a whole number"),

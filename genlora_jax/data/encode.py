@@ -60,28 +60,9 @@ def encode(
     """
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
-    eos = tokenizer.eos_token_id
     for place, row in rows:
-        text, spans, ends = text_spans(row, tokenizer, place)
-        # A chat template writes its own begin-of-sequence token.
-        encoded = tokenizer(
-            text,
-            return_offsets_mapping=True,
-            add_special_tokens="messages" not in row,
-            verbose=False,  # what is too long is counted below
-        )
-        ids = encoded["input_ids"]
-        mask = [
-            any(start < last <= stop for start, stop in spans)
-            for _, last in encoded["offset_mapping"]
-        ]
-        if ids and ids[-1] == eos and ends:
-            ids, mask = ids[:-1], mask[:-1]  # some tokenizers add it themselves
-        if ends:
-            if eos is None:
-                raise ValueError("the tokenizer has no end-of-sequence token")
-            ids, mask = [*ids, eos], [*mask, any(mask)]
-        pieces = [(ids, mask)]
+        ids, mask = _tokenize(row, tokenizer, place)
+        pieces = [slice(i, i + cfg.length) for i in range(0, max(len(ids), 1), cfg.length)]
         if len(ids) > cfg.length:
             dropped["overlong"] += 1
             if cfg.overlong == "error":
@@ -89,16 +70,13 @@ def encode(
                     f"{place}: {len(ids)} tokens, more than data.length = {cfg.length}; "
                     "raise it, or set data.overlong to drop, truncate or split"
                 )
-            starts = range(0, len(ids), cfg.length)
-            pieces = [(ids[i : i + cfg.length], mask[i : i + cfg.length]) for i in starts]
             pieces = {"drop": [], "truncate": pieces[:1], "split": pieces}[cfg.overlong]
-        for ids, mask in pieces:
-            if not any(mask[1:]):  # the first token is predicted from nothing
+        for piece in pieces:
+            if not mask[piece][1:].any():  # the first token is predicted from nothing
                 dropped["without_completion"] += 1
                 continue
-            examples.append(
-                {"input_ids": np.array(ids, np.int32), "loss_mask": np.array(mask, bool)}
-            )
+            # Copies: a view of a short piece would keep the whole text in memory.
+            examples.append({"input_ids": ids[piece].copy(), "loss_mask": mask[piece].copy()})
     report = Report(
         source=source,
         examples=len(examples),
@@ -110,6 +88,32 @@ def encode(
     if not examples:
         raise ValueError(f"{report}: nothing to train on")
     return examples, report
+
+
+def _tokenize(
+    row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", place: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A row's tokens, int32 `[n]`, and which of them are trained, bool `[n]`."""
+    text, spans, ends = text_spans(row, tokenizer, place)
+    eos = tokenizer.eos_token_id
+    # A chat template writes its own begin-of-sequence token.
+    encoded = tokenizer(
+        text,
+        return_offsets_mapping=True,
+        add_special_tokens="messages" not in row,
+        verbose=False,  # `encode` counts what is too long
+    )
+    ids = encoded["input_ids"]
+    mask = [
+        any(start < last <= stop for start, stop in spans) for _, last in encoded["offset_mapping"]
+    ]
+    if ends:
+        if eos is None:
+            raise ValueError("the tokenizer has no end-of-sequence token")
+        if ids and ids[-1] == eos:
+            ids, mask = ids[:-1], mask[:-1]  # some tokenizers add it themselves
+        ids, mask = [*ids, eos], [*mask, any(mask)]
+    return np.array(ids, np.int32), np.array(mask, bool)
 
 
 def load_examples(

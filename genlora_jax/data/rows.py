@@ -18,67 +18,69 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError: If a line is no JSON object.
     """
     path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        if not path.is_file():
-            raise FileNotFoundError(f"no such data file: {path}")
-        if path.suffix == ".json" and (rows := _json_array(path)) is not None:
-            yield from rows
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{place}: not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{place}: a row must be a JSON object")
-                yield place, row
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        if not path.is_file():
-            raise FileNotFoundError(f"no such data file: {path}")
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-    else:
+    readers = {".jsonl": _json_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
         rows = _hugging_face_rows(source)
-        yield from ((f"{source}: row {number}", dict(row)) for number, row in enumerate(rows, 1))
-
-
-def _json_array(path: Path) -> list[tuple[str, dict[str, Any]]] | None:
-    """The rows of a file that is one JSON array; None if it is none."""
-    text = path.read_text(encoding="utf-8")
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
+    elif path.is_file():
+        rows = readers[path.suffix](path)
+    else:
+        raise FileNotFoundError(f"no such data file: {path}")
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: row {number}: a row must be a JSON object")
-    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
+            raise ValueError(f"{place}: a row must be a JSON object")
+        yield place, row
 
 
-def _hugging_face_rows(source: str) -> Any:
+def _numbered(source: object, rows: Any) -> Iterator[tuple[str, Any]]:
+    return ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file of one JSON array (`.json`), or of one JSON object a line."""
+
+    def parse(text: str, first_line: int) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            line = first_line + error.lineno - 1
+            raise ValueError(f"{path}:{line}: not JSON: {error}") from None
+
+    if path.suffix == ".json":
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            yield from _numbered(path, parse(text, 1))
+            return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", parse(line.strip(), number)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    return _numbered(path, pyarrow.parquet.read_table(path).to_pylist())
+
+
+def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"{source} is no .jsonl or .parquet file. To read it with Hugging Face datasets: "
-            'pip install "genlora_jax[datasets]"'
+            f"{source} is no .jsonl, .json or .parquet file. To read it with Hugging Face "
+            'datasets: pip install "genlora_jax[datasets]"'
         )
     import datasets
 
     name, _, split = source.partition(":")
     try:
-        if not Path(name).is_dir():
-            return datasets.load_dataset(name, split=split or "train")
-        saved = datasets.load_from_disk(name)
+        if Path(name).is_dir():
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # whatever the library raises, the user named no data set
         raise FileNotFoundError(f"no data at {source}: {error}") from error
-    return saved[split or "train"] if isinstance(saved, datasets.DatasetDict) else saved
+    if isinstance(data, datasets.DatasetDict):
+        data = data[split or "train"]
+    return _numbered(source, data)
 
 
 def text_spans(
@@ -94,20 +96,22 @@ def text_spans(
     """
     if "messages" in row:
         return *_chat_spans(row["messages"], tokenizer, place), False
-    given = "prompt" in row or "completion" in row
-    if isinstance(row.get("text"), str) and not given:
-        return row["text"], [(0, len(row["text"]))] if row["text"] else [], True
-    if (pair := prompt_and_completion(row, place)) is not None:
-        text = "".join(pair)
-        return text, [(len(pair[0]), len(text))] if pair[1] else [], True
-    raise ValueError(
-        f"{place}: needs fields prompt and completion, question and answer, messages, or text; "
-        f"has {sorted(row)}"
-    )
+    if isinstance(row.get("text"), str) and not {"prompt", "completion"} & row.keys():
+        pair: tuple[str, str] | None = ("", row["text"])
+    else:
+        pair = prompt_and_completion(row, place)
+    if pair is None:
+        raise ValueError(
+            f"{place}: needs fields prompt and completion, question and answer, messages, or text; "
+            f"has {sorted(row)}"
+        )
+    prompt, completion = pair
+    text = prompt + completion
+    return text, [(len(prompt), len(text))] if completion else [], True
 
 
 def prompt_and_completion(row: dict[str, Any], place: str) -> tuple[str, str] | None:
-    """A row's prompt and completion; a question (or instruction) and its answer make them, too.
+    """A row's prompt and completion, which a question (or instruction) and answer make as well.
 
     Returns:
         The two, or None if the row is of another form.
@@ -119,8 +123,8 @@ def prompt_and_completion(row: dict[str, Any], place: str) -> tuple[str, str] | 
         return text_field(place, row, "prompt"), text_field(place, row, "completion")
     for name in ("question", "instruction"):
         if name in row:
-            asked, answer = text_field(place, row, name), text_field(place, row, "answer")
-            return f"Question: {asked}\nAnswer:", f" {answer}"
+            question, answer = text_field(place, row, name), text_field(place, row, "answer")
+            return f"Question: {question}\nAnswer:", f" {answer}"
     return None
 
 
@@ -134,33 +138,29 @@ def text_field(place: str, row: dict[str, Any], name: str) -> str:
 def _chat_spans(
     messages: Any, tokenizer: "PreTrainedTokenizerFast", place: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation in the tokenizer's chat template, and where the assistant speaks.
+    """The conversation in the tokenizer's chat template, and the spans of the assistant's messages.
 
-    A turn of the assistant is what the template adds to the conversation before it and the
-    cue to answer: its end-of-turn mark is trained, its header is not.
+    A span is what the template adds to the conversation before the message and the cue to answer.
+    So the mark that ends the message is trained, and its header is not.
     """
     if not tokenizer.chat_template:
         raise ValueError(f"{place}: has messages, but the tokenizer has no chat template")
     messages = conversation(messages, place)
 
-    def render(count: int, cue: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=cue
-            )
-        )
+    def render(count: int, **settings: Any) -> str:
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, **settings))
 
-    text, spans = render(len(messages), False), []
+    text, spans = render(len(messages)), []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, upto = render(i, True), render(i + 1, False)
-        if not upto.startswith(before) or not text.startswith(upto):
+        header, answered = render(i, add_generation_prompt=True), render(i + 1)
+        if not answered.startswith(header) or not text.startswith(answered):
             raise ValueError(
                 f"{place}: the chat template rewrites earlier turns, so that turn {i + 1} cannot "
                 "be told from the text before it; give prompt and completion instead"
             )
-        spans.append((len(before), len(upto)))
+        spans.append((len(header), len(answered)))
     return text, spans
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: adapter, optimizer, step, random state and place in the data; never the base."""
+"""Checkpoints of all that training changes, and of the place in the data; not of the base."""
 
 import sys
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from genlora_jax.methods import config_from_json, config_to_json
@@ -21,11 +20,11 @@ class Checkpoints:
     """The checkpoints of one run: the last k, the best, and those of every so many steps.
 
     A checkpoint is written beside its place and renamed, so that a killed process leaves the
-    last complete one. Its arrays bear the names of the state's leaves, and its metadata the
+    last complete one. Its arrays have the names of the state's leaves. Its metadata has the
     adapter's config and the base's fingerprint.
 
     Args:
-        directory: Where they lie.
+        directory: The directory of the checkpoints.
         keep: How many of the latest to keep.
         keep_every: Keep also those of steps that this divides.
         base_config: Digest of the base's config; see `adapter_files.config_fingerprint`.
@@ -54,7 +53,6 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._base_config = base_config
-        self._saving: Any = None
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
@@ -74,19 +72,18 @@ class Checkpoints:
     ) -> None:
         """Saves the state and the place in the data, in the background.
 
-        A save waits for the one before, and leaving the block for the last.
+        A save waits for the one before, and the end of the `with` block waits for the last.
         """
         step = int(state.step)
         self.wait()
         if self.latest() == step and step not in self._damaged:
             return
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         # The place in the data is the same in all processes, so that any number of them can resume.
-        self._saving = self._checkpointer.save_checkpointables_async(
+        self._checkpointer.save_checkpointables_async(
             step,
             {STATE: named_leaves(state)},
             overwrite=step in self._damaged,
-            metrics=metrics,
+            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
             custom_metadata={
                 SHAPES: _shapes(state),
                 DATA: data.get_state(),
@@ -97,8 +94,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""
-        if self._saving is not None:
-            self._saving.result()
+        self._checkpointer.wait()
 
     def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint: returns its state, and sets `data` to its place.
@@ -109,14 +105,14 @@ class Checkpoints:
 
         Raises:
             ValueError: If the checkpoint is of another adapter or of another base, or none can be
-                read. A damaged one is named on stderr, and the one before it taken.
+                read. A damaged one is named on stderr, and the one before it is taken.
         """
         self.wait()
         for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
             try:
                 return self._restore(step, state, data)
-            except _MisfitError as error:
-                raise ValueError(str(error)) from None
+            except _MisfitError:
+                raise
             except Exception as error:  # whatever Orbax makes of a damaged file
                 self._damaged.add(step)
                 print(
@@ -127,7 +123,7 @@ class Checkpoints:
         raise ValueError(f"{self._checkpointer.directory}: no checkpoint in it can be read")
 
     def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
-        # Asked beforehand: Orbax would find out halfway, with tasks of its own under way.
+        # Checked before Orbax would find out, halfway and with background tasks running.
         saved = self._checkpointer.metadata(step).custom_metadata or {}
         place = f"{self._checkpointer.directory}: checkpoint {step}"
         shapes = _shapes(state)
@@ -137,56 +133,50 @@ class Checkpoints:
                 f"{place} does not fit this recipe's adapter and optimizer; resume with the recipe "
                 "that the run was started with"
             )
-        # Settings that change no shape would change what the state means.
+        # Settings that change no shape can change what the state means.
         if difference := adapter_difference(state.adapter.config, saved.get(ADAPTER)):
             raise _MisfitError(f"{place} was trained {difference}")
         for part, digest in self._base(state).items():
-            if saved.get(BASE, {}).get(part, digest) not in (digest, None):
+            if digest and (saved.get(BASE, {}).get(part) or digest) != digest:
                 raise _MisfitError(
                     f"{place} was trained on another base: the {part} of model.path differ"
                 )
         leaves = named_leaves(state)
-        names = [f"{i:05d}" for i in range(len(leaves))] if numbered else list(leaves)
-        abstract = dict(zip(names, map(_abstract, leaves.values()), strict=True))
-        loaded = self._checkpointer.load_checkpointables(step, {STATE: abstract})[STATE]
+        if numbered:
+            leaves = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values())}
+        loaded = self._checkpointer.load_checkpointables(step, {STATE: leaves})[STATE]
         data.set_state(saved[DATA])
-        return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in names])
+        return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in leaves])
 
-    def _base(self, state: TrainState) -> dict[str, str]:
+    def _base(self, state: TrainState) -> dict[str, str | None]:
         """Digests of the base: of its parameters' shapes and, if known, of its config."""
-        digests = {"shapes": state.adapter.spec.fingerprint}
-        return digests if self._base_config is None else digests | {"config": self._base_config}
+        return {"shapes": state.adapter.spec.fingerprint, "config": self._base_config}
 
 
-class _MisfitError(Exception):
+class _MisfitError(ValueError):
     """A checkpoint of another adapter or base."""
 
 
 def named_leaves(state: TrainState) -> Mapping[str, Any]:
-    """The state's leaves by their names, such as `adapter.trainable.latents...`, in its order."""
+    """The state's leaves in order, by names such as `adapter.trainable.latents...`."""
     leaves, _ = jax.tree.flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def adapter_difference(recipe: AdapterConfig, saved: Mapping[str, Any] | None) -> str | None:
-    """Where an adapter's stored config differs from the recipe's, in words; None if nowhere."""
+    """How an adapter's stored config differs from the recipe's, in words; None if it does not."""
     if not saved:
         return None
     try:
-        found = config_from_json(saved).first_difference(recipe)
+        difference = config_from_json(saved).first_difference(recipe)
     except ValueError as error:  # a setting that this version no longer has
         return f"with another version: {error}"
-    if found is None:
+    if difference is None:
         return None
-    field, before, now = found
+    field, saved_value, value = difference
     name = "the method" if field == "method" else f"adapter.{field}"
-    return f"with {name} {before!r}, and the recipe has {now!r}"
+    return f"with {name} {saved_value!r}, and the recipe has {value!r}"
 
 
 def _shapes(state: TrainState) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named_leaves(state).items()}
-
-
-def _abstract(leaf: Any) -> Any:
-    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))

@@ -9,7 +9,6 @@ recipe, `recipe.yaml`.
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,19 +19,13 @@ import jax
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, save_adapter
-from genlora_jax.settings import parse, report_errors
+from genlora_jax.settings import run_command
 from genlora_jax.sharding import place_batch, state_shardings
+from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
-from genlora_jax.training.output import check_output, keep_recipe, make_output
-from genlora_jax.training.processes import (
-    Stopping,
-    broadcast_from_primary,
-    gather_to_primary,
-    is_primary,
-    join,
-)
+from genlora_jax.training.output import check_output, keep_recipe
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.setup import Run, check_start, initial_adapter, prepare, recipe_mesh
 from genlora_jax.training.step import (
@@ -53,49 +46,53 @@ def finetune(recipe: Recipe) -> int | None:
     Raises:
         FloatingPointError: If the loss is no longer finite; the last checkpoint is kept.
     """
-    if recipe.train.distributed:
-        join(recipe.train.heartbeat)
-    say = print if is_primary() else lambda _: None
-    if is_primary():
+    settings = recipe.train
+    if settings.distributed:
+        processes.join(settings.heartbeat)
+    primary = processes.is_primary()
+    print_line = print if primary else lambda _: None
+    if primary:
         check_output(recipe)
-    check_start(recipe.adapter, recipe.train.init_from)
+    check_start(recipe.adapter, settings.init_from)
     mesh = recipe_mesh(recipe)
-    run = prepare(recipe, mesh, say)
-    adapter = initial_adapter(recipe, run, mesh=mesh)
-    say(f"{count_parameters(adapter):,} parameters to train")
-    state = init_state(adapter, make_optimizer(recipe.optim, run.steps), recipe.train.seed)
+    run = prepare(recipe, mesh, print_line)
+    adapter = initial_adapter(
+        recipe.adapter, settings.seed, settings.init_from, run.base, mesh=mesh
+    )
+    print_line(f"{count_parameters(adapter):,} parameters to train")
+    state = init_state(adapter, make_optimizer(recipe.optim, run.steps), settings.seed)
     state = jax.device_put(state, state_shardings(mesh, state))
 
-    output = Path(recipe.train.output)
-    if is_primary():
-        make_output(output)
+    output = Path(settings.output)
+    if primary:  # last of all preparations, so that one that fails leaves no directory
+        output.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(
         output / "checkpoints",
-        keep=recipe.train.keep,
-        keep_every=recipe.train.keep_every,
+        keep=settings.keep,
+        keep_every=settings.keep_every,
         base_config=config_fingerprint(run.base.model),
     )
-    with checkpoints, Stopping() as stopping:
+    with checkpoints, processes.stop_signals() as stop_signal:
         batches = iter(run.objective.train_batches(run.examples, recipe.data))
-        if recipe.train.resume:
+        if settings.resume:
             state = checkpoints.restore(state, batches)
-            say(f"resumed at step {int(state.step)}")
+            print_line(f"resumed at step {int(state.step)}")
         start = int(state.step)
-        if is_primary():
+        if primary:
             keep_recipe(recipe, start)
         with MetricsLog(
             output,
             steps=run.steps,
             start=start,
-            wandb=recipe.train.wandb,
+            wandb=settings.wandb,
             settings=dataclasses.asdict(recipe),
-            progress=recipe.train.progress,
-            primary=is_primary(),
+            progress=settings.progress,
+            primary=primary,
         ) as log:
-            state, signal = train(recipe, run, state, batches, checkpoints, stopping, log)
+            state, signal = train(recipe, run, state, batches, checkpoints, stop_signal, log)
     if signal is None:
         save(output / "adapter", state.adapter, run.base.model)
-        say(f"adapter: {output / 'adapter'}")
+        print_line(f"adapter: {output / 'adapter'}")
     return signal
 
 
@@ -105,7 +102,7 @@ def train(
     state: TrainState,
     batches: Iterator[Any],
     checkpoints: Checkpoints,
-    stopping: Stopping,
+    stop_signal: Callable[[int], int | None],
     log: MetricsLog,
 ) -> tuple[TrainState, int | None]:
     """The loop: steps, evaluations and checkpoints.
@@ -113,27 +110,25 @@ def train(
     Returns:
         The last state, and the signal that ended the run early, or None.
     """
-    base, mesh, steps, options = run.base, run.mesh, run.steps, recipe.step_options
-    optimizer, loss_of = make_optimizer(recipe.optim, steps), run.objective.loss
-    train_step = make_train_step(
-        base.model, recipe.adapter, optimizer, options, loss=loss_of, mesh=mesh
-    )
-    eval_step = make_eval_step(base.model, options, loss=loss_of, mesh=mesh)
-    place = functools.partial(place_batch, mesh)
+    model, params, steps = run.base.model, run.base.params, run.steps
+    settings: dict[str, Any] = {"loss": run.objective.loss, "mesh": run.mesh}
+    optimizer, options = make_optimizer(recipe.optim, steps), recipe.step_options
+    train_step = make_train_step(model, recipe.adapter, optimizer, options, **settings)
+    eval_step = make_eval_step(model, options, **settings)
+    place = functools.partial(place_batch, run.mesh)
     held_out = [place(batch) for batch in run.held_out]
     output, start = Path(recipe.train.output), int(state.step)
-    best = broadcast_from_primary(best_eval_loss(output, start))
-    schedule = learning_rate_schedule(recipe.optim, steps)
-    recorder = Recorder(schedule, checkpoints, log)
+    best = processes.broadcast_from_primary(best_eval_loss(output, start))
+    recorder = Recorder(learning_rate_schedule(recipe.optim, steps), checkpoints, log)
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
-        state, metrics = train_step(state, base.params, place(next(batches)))
-        # The metrics of the step before: the device never waits for the host to look.
+        state, metrics = train_step(state, params, place(next(batches)))
+        # Reading the metrics of the step before does not keep the device waiting.
         if pending is not None:
             recorder.record(step - 1, pending)
         pending = metrics
-        stopped = stopping.after(step)  # asked once: it can come at any moment
-        last = step == steps or stopped is not None
+        signal = stop_signal(step)  # called once a step, as a signal can come at any moment
+        last = step == steps or signal is not None
         evaluating = held_out and (step == steps or _due(step, recipe.train.eval_every))
         if not (evaluating or last or _due(step, recipe.train.save_every)):
             continue
@@ -141,19 +136,19 @@ def train(
         pending, loss = None, None
         if evaluating:
             factors = generate_factors(recipe.adapter, state.adapter)
-            loss = evaluate(eval_step, base.params, factors, held_out)
+            loss = evaluate(eval_step, params, factors, held_out)
             del factors  # perhaps as large as the base
             log.write(step, {"eval_loss": loss})
-            log.say(f"step {step}: eval loss {loss:.4f}")
+            log.print_line(f"step {step}: eval loss {loss:.4f}")
             if loss < best:
                 best = loss
-                save(output / "adapter-best", state.adapter, base.model)
+                save(output / "adapter-best", state.adapter, model)
         checkpoints.save(state, batches, loss)
-        recorder.restart_clock()
-        if stopped is not None and step < steps:
+        recorder.clock = time.monotonic()  # the next step's time has none of this
+        if signal is not None and step < steps:
             checkpoints.wait()
-            log.say(f"stopped at step {step}, saved; go on with --train.resume true")
-            return state, stopped
+            log.print_line(f"stopped at step {step}, saved; go on with --train.resume true")
+            return state, signal
     return state, None
 
 
@@ -163,7 +158,7 @@ class Recorder:
 
     Attributes:
         schedule: Learning rate by step.
-        checkpoints: What there is to go back to.
+        checkpoints: Where a run can go back to.
         log: Where metrics go.
         clock: When the last step was recorded.
     """
@@ -173,10 +168,6 @@ class Recorder:
     log: MetricsLog
     clock: float = dataclasses.field(default_factory=time.monotonic)
 
-    def restart_clock(self) -> None:
-        """Leaves out of the next step's time what was done besides."""
-        self.clock = time.monotonic()
-
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Writes a step's metrics.
 
@@ -184,10 +175,9 @@ class Recorder:
             FloatingPointError: If they are not finite.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        now = time.monotonic()
-        values["tokens_per_second"] = values["tokens"] / (now - self.clock)
+        before, self.clock = self.clock, time.monotonic()
+        values["tokens_per_second"] = values["tokens"] / (self.clock - before)
         values["learning_rate"] = float(self.schedule(step - 1))
-        self.clock = now
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             saved = self.checkpoints.latest()
             kept = f"the last good checkpoint, of step {saved}, is kept"
@@ -210,8 +200,8 @@ def best_eval_loss(output: Path, step: int) -> float:
 
 def save(path: Path, adapter: Adapter, model: Any) -> None:
     """Writes the adapter, of which each process may hold a shard."""
-    adapter = gather_to_primary(adapter)
-    if is_primary():
+    adapter = processes.gather_to_primary(adapter)
+    if processes.is_primary():
         save_adapter(path, adapter.config, adapter, model=model, overwrite=True)
 
 
@@ -220,11 +210,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Command line; exits with 128 + the signal's number if a signal ended the run."""
-    with report_errors():
-        signal = finetune(parse(Recipe, args))
-    if signal is not None:
-        sys.exit(128 + signal)
+    """Command line."""
+    run_command(Recipe, finetune, args)
 
 
 if __name__ == "__main__":

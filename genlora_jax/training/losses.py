@@ -1,4 +1,4 @@
-"""Losses: what a step minimises. Logits are computed in chunks and never exist whole."""
+"""Losses that a step can minimise. Logits are computed in chunks and never exist whole."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ Batch = Mapping[str, jax.Array]
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Targets and their weights, aligned with the positions that predict them.
 
-    A token is a target if `loss_mask` has it and the token before it is of its segment.
+    A token is a target if it is in `loss_mask` and follows another one of its segment.
 
     Args:
         batch: As `train_batches` makes it, `[..., length]`.
@@ -36,7 +36,7 @@ def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def split_head(factors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Factors of the model's `hidden_states` and of its `head`, which are applied one by one."""
+    """The factors of the model's `hidden_states`, and those of its `head`."""
     body = {name: value for name, value in factors.items() if name != HEAD}
     return body, {name: value for name, value in factors.items() if name == HEAD}
 
@@ -44,7 +44,7 @@ def split_head(factors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 def split_columns(x: jax.Array, width: int) -> jax.Array:
     """`[rows, length, ...]` -> `[chunks, rows, width, ...]`, the last chunk filled with zeros.
 
-    Columns of all rows, so that a batch that is sharded stays so.
+    A chunk has columns of all rows, so that a sharded batch stays sharded.
     """
     rows, length = x.shape[:2]
     chunks = -(-length // width)
@@ -55,8 +55,8 @@ def split_columns(x: jax.Array, width: int) -> jax.Array:
 class Loss(Protocol):
     """What a step minimises: a function of a batch, summed so that micro-batches add up.
 
-    `cross_entropy` is one; a preference loss is another, over a batch of its own fields. A loss
-    may apply the model several times, with `{}` instead of the factors for the base alone.
+    `cross_entropy` is one. A preference loss is another; its batches have other fields. A loss may
+    apply the model several times, with `{}` instead of the factors for the base alone.
     """
 
     def __call__(
@@ -77,7 +77,7 @@ class Loss(Protocol):
             params: The base's parameters.
             factors: The adapter's factors.
             batch: Arrays `[rows, ...]`.
-            options: Those of the step, with `chunk` for all shards of the batch together.
+            options: The step's, with a `chunk` that counts the tokens of all shards of the batch.
             dropout: Rate on the adapter's inputs.
             key: PRNG key of the dropout.
 
@@ -98,26 +98,21 @@ def cross_entropy(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy (nats) of a batch's trained tokens; see `Loss`.
+    """Cross-entropy (nats) of a batch's trained tokens, as a `Loss`, which has the arguments.
 
-    The model's `hidden_states` are computed whole, its `head` a chunk of tokens at a time, and
-    again in the backward pass: the logits of a chunk are all that ever exists.
+    The model has methods `hidden_states` and `head`, and its layers compute in its `dtype`. The
+    batch has `input_ids`, `loss_mask`, `segment_ids` and `positions`, `[rows, length]`.
 
-    Args:
-        model: A model with methods `hidden_states` and `head`, whose layers compute in `dtype`.
-        params: The base's parameters.
-        factors: The adapter's factors.
-        batch: `input_ids`, `loss_mask`, `segment_ids`, `positions`: `[rows, length]`.
-        options: `chunk` is rounded up to the same number of tokens in every row.
-        dropout: Rate on the adapter's inputs.
-        key: PRNG key of the dropout.
+    The hidden states are computed whole. The head is computed a chunk of tokens at a time, and
+    again in the backward pass: the logits of a chunk are all that ever exists. `options.chunk` is
+    rounded up to the same number of tokens in every row.
 
     Returns:
-        The sum, and the number of trained tokens.
+        The sum, and the number of trained tokens: float32 scalars.
     """
     body, head = split_head(factors)
-    # The layers round them so in any case. Here it is done for the whole stack, so that no float32
-    # copy, nor one of their gradients, lives as long as the layers' pass.
+    # The layers would round the factors anyway. Rounding the whole stack here means that no float32
+    # copy of the factors or of their gradients lives as long as the layers' pass.
     body = in_dtype(body, model.dtype)
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
     hidden = apply(

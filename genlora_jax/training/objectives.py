@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from genlora_jax.checks import require_choice
 from genlora_jax.data.encode import load_examples
 from genlora_jax.data.packing import eval_batches, train_batches
 from genlora_jax.training.losses import Loss, cross_entropy
@@ -27,16 +28,11 @@ class Objective:
     eval_batches: Callable[..., Any]
 
 
-# What `train.objective` can be. A new one is a line here.
+# The values of `train.objective`. A new one is a line here.
 OBJECTIVES = {"sft": Objective(cross_entropy, load_examples, train_batches, eval_batches)}
 
 
 def find_objective(name: str) -> Objective:
-    """The objective of a recipe.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    if name not in OBJECTIVES:
-        raise ValueError(f"train.objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    """The objective of a recipe; ValueError if there is none of that name."""
+    require_choice("train.objective", name, OBJECTIVES)
     return OBJECTIVES[name]

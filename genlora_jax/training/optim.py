@@ -1,10 +1,12 @@
-"""The optimizer: AdamW with warm-up and cosine decay, rates of their own for some groups."""
+"""The optimizer: AdamW with warm-up and cosine decay, and other rates for some groups."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import optax
+
+from genlora_jax.checks import require, require_float
 
 Number = float | jax.Array
 
@@ -14,12 +16,12 @@ class OptimConfig:
     """Settings of the optimizer.
 
     Attributes:
-        learning_rate: Peak rate of whatever has no other.
+        learning_rate: Peak rate of all that no ratio below concerns.
         generator_ratio: The generators' rate over the latents' (GenLoRA).
-        b_ratio: The rate of B over that of A, where factors are trained as they are (LoRA, DoRA,
+        b_ratio: The rate of B over that of A, where factors themselves are trained (LoRA, DoRA,
             PiSSA); LoRA+ (arXiv 2402.12354) has 2 to 16.
         warmup: Share of the steps in which the rate rises from 0.
-        final_ratio: The rate that the cosine ends at, one step after the last, over the peak.
+        final_ratio: The rate at which the cosine ends, one step after the last, over the peak.
         weight_decay: Decoupled weight decay.
         clip: Largest global norm of the gradient; None for no limit.
         b1: Adam's decay of the first moment.
@@ -40,19 +42,17 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
-        for field in ("learning_rate", "generator_ratio", "b_ratio", "eps"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"optim.{field} must be positive, got {getattr(self, field)}")
-        for field in ("warmup", "final_ratio"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"optim.{field} must lie in [0, 1], got {getattr(self, field)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
-        for field in ("b1", "b2"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"optim.clip must be positive, got {self.clip}")
+        for name in ("learning_rate", "generator_ratio", "b_ratio", "eps"):
+            require_float(f"optim.{name}", getattr(self, name), 0.0, above=True)
+        require_float("optim.weight_decay", self.weight_decay, 0.0)
+        for name in ("warmup", "final_ratio"):
+            share = getattr(self, name)
+            require(0 <= share <= 1, f"optim.{name} must lie in [0, 1], got {share}")
+        for name in ("b1", "b2"):
+            decay = getattr(self, name)
+            require(0 <= decay < 1, f"optim.{name} must lie in [0, 1), got {decay}")
+        if self.clip is not None:
+            require_float("optim.clip", self.clip, 0.0, above=True)
 
 
 def learning_rate_schedule(
@@ -96,25 +96,23 @@ def make_optimizer(
         The optimizer. Its `init` raises ValueError if `b_ratio` is given for an adapter without
         factors.
     """
-    clip = optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip)
-    own_ratio = cfg.generator_ratio if generator_ratio is None else generator_ratio
-    ratios = {"generators": own_ratio, "b": cfg.b_ratio, "rest": 1.0}
+    ratio = cfg.generator_ratio if generator_ratio is None else generator_ratio
+    ratios = {"generators": ratio, "b": cfg.b_ratio, "rest": 1.0}
 
     def labels(trainable: dict[str, Any]) -> dict[str, Any]:
         if cfg.b_ratio != 1.0 and "factors" not in trainable:
-            raise ValueError("optim.b_ratio: this adapter has no factor B of its own to train")
-        groups: dict[str, Any] = dict.fromkeys(trainable, "rest")
-        if "generators" in trainable:
-            groups["generators"] = "generators"
-        if "factors" in trainable:
-            groups["factors"] = {
-                name: {side: "b" if side == "b" else "rest" for side in sides}
-                for name, sides in trainable["factors"].items()
-            }
-        return groups
+            raise ValueError("optim.b_ratio: this adapter has no factor B to train")
+
+        def label(path: tuple[Any, ...], _: jax.Array) -> str:
+            group, leaf = path[0].key, path[-1].key
+            if group == "generators":
+                return "generators"
+            return "b" if (group, leaf) == ("factors", "b") else "rest"
+
+        return jax.tree.map_with_path(label, trainable)
 
     return optax.chain(
-        clip,
+        optax.identity() if cfg.clip is None else optax.clip_by_global_norm(cfg.clip),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay),
         optax.scale_by_learning_rate(learning_rate_schedule(cfg, steps, peak=learning_rate)),

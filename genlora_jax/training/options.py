@@ -1,4 +1,4 @@
-"""How a step computes its batch; what it computes is the loss."""
+"""How a step computes the loss of a batch."""
 
 from dataclasses import dataclass, replace
 
@@ -9,14 +9,14 @@ from genlora_jax.mesh import batch_shards
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """What a training or an evaluation step is told beside model, loss and optimizer.
+    """How a training or an evaluation step computes the loss of a batch.
 
     Attributes:
-        accumulate: Micro-batches into which a batch's rows are split; a token weighs the same in
-            each.
+        accumulate: Micro-batches into which a batch's rows are split. All trained tokens of the
+            batch weigh the same.
         chunk: Tokens whose logits exist at a time, in each shard of the batch.
-        packed: Whether a row may hold several segments. Where none does, padding comes last, and
-            attention needs no mask but the causal one.
+        packed: Whether a row may hold several segments. If none does, padding comes last, and the
+            causal mask is all that attention needs.
     """
 
     accumulate: int = 1
@@ -24,5 +24,5 @@ class StepOptions:
     packed: bool = True
 
     def over(self, mesh: Mesh | None) -> "StepOptions":
-        """The options of the whole batch on a mesh: `chunk` counts the tokens of all shards."""
+        """These options with a `chunk` that counts the tokens of all shards of the batch."""
         return self if mesh is None else replace(self, chunk=self.chunk * batch_shards(mesh))

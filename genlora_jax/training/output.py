@@ -1,4 +1,4 @@
-"""A run's directory: a new one, or that of the run to resume; the recipe is kept there."""
+"""A run's directory, new or of the run to resume, and the recipe that is kept there."""
 
 import dataclasses
 import importlib.util
@@ -9,14 +9,14 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from genlora_jax.files import write_whole
+from genlora_jax.files import refuse_unwritable, write_whole
 from genlora_jax.settings import dump, parse
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 
 RECIPE = "recipe.yaml"
-# What changes nothing of a run's result.
-ASIDE = {"output", "resume", "progress", "wandb", "distributed", "heartbeat"}
+# Fields of `train` that change nothing of a run's result.
+WITHOUT_EFFECT = {"output", "resume", "progress", "wandb", "distributed", "heartbeat"}
 
 
 def check_output(recipe: Recipe) -> None:
@@ -28,46 +28,41 @@ def check_output(recipe: Recipe) -> None:
         raise FileExistsError(
             f"{output} is not empty: give another train.output, or train.resume to go on there"
         )
+    if not output.exists():
+        refuse_unwritable(output)
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError('train.wandb needs Weights & Biases: pip install "genlora_jax[wandb]"')
 
 
-def make_output(output: Path) -> None:
-    """Makes the run's directory: last of all preparations, so that one that fails leaves none."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"cannot make train.output {output}: {error.strerror}") from error
-
-
 def keep_recipe(recipe: Recipe, step: int = 0) -> None:
-    """Writes the recipe; tells what a run that goes on does otherwise than before.
+    """Writes the recipe, and prints where a resumed run differs from what it was started with.
 
     Args:
         recipe: The run's.
-        step: The step from which it runs: each start leaves a line of versions, commit and machine.
+        step: The step from which it runs: each start adds a line of versions, commit and machine.
     """
     file = Path(recipe.train.output) / RECIPE
-    starts = []
+    comments = []
     if recipe.train.resume and file.is_file():
-        starts = [line for line in file.read_text("utf-8").splitlines() if line.startswith("#")]
+        comments = [line for line in file.read_text("utf-8").splitlines() if line.startswith("#")]
         try:
-            before, now = _settings(parse(Recipe, ["--config", str(file)])), _settings(recipe)
+            stored = _settings(parse(Recipe, ["--config", str(file)]))
         except ValueError as error:  # of another version: no reason not to go on
             print(f"{file} cannot be compared with this run's: {error}")
         else:
-            for name in sorted(name for name in now if now[name] != before.get(name)):
-                print(f"resumed with {name} {now[name]!r}, which was {before.get(name)!r}")
-    write_recipe(file, recipe, [*starts, f"# from step {step}: {json.dumps(provenance())}"])
+            for name, value in sorted(_settings(recipe).items()):
+                if value != (before := stored.get(name)):
+                    print(f"resumed with {name} {value!r}, which was {before!r}")
+    write_recipe(file, recipe, [*comments, f"# from step {step}: {json.dumps(provenance())}"])
 
 
 def write_recipe(file: Path, recipe: Recipe, comments: Sequence[str]) -> None:
     """Writes a recipe as YAML from which another run can be started, below some comments."""
-    fresh = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume=False))
-    write_whole(file, "\n".join([*comments, dump(fresh)]))
+    train = dataclasses.replace(recipe.train, resume=False)
+    write_whole(file, "\n".join([*comments, dump(dataclasses.replace(recipe, train=train))]))
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What decides on a run's result, by its name in the recipe."""
     flat = flatten_dict(dataclasses.asdict(recipe), sep=".")
-    return {name: flat[name] for name in flat.keys() - {f"train.{field}" for field in ASIDE}}
+    return {name: flat[name] for name in flat.keys() - {f"train.{x}" for x in WITHOUT_EFFECT}}

@@ -1,15 +1,16 @@
-"""Runs of several processes: how they find one another, and stop together."""
+"""Processes: how those of a run find one another, share values, and stop on a signal."""
 
+import contextlib
 import functools
 import os
 import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-from genlora_jax.training.interrupt import Interruption
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -17,23 +18,24 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 def join(heartbeat: int = 100) -> None:
     """Joins the processes of a run, before JAX is used for anything else.
 
-    By the environment's variables JAX_COORDINATOR_ADDRESS (host:port of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID; without them as JAX finds out itself on TPU pods, SLURM,
+    The environment's variables JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say how. Without them JAX finds out on TPU pods, SLURM,
     Kubernetes and under MPI.
 
     Args:
         heartbeat: Seconds of silence after which a process counts as lost, and all others end.
 
     Raises:
-        ValueError: If some of the variables are missing, or nothing can be found out.
+        ValueError: If only some of the variables are set, or JAX cannot find out.
     """
     initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat)
-    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
-    missing = [name for name, value in given.items() if not value]
+    names = (ADDRESS, COUNT, INDEX)
+    missing = [name for name in names if not os.environ.get(name)]
     try:
         if not missing:
-            initialize(given[ADDRESS], int(given[COUNT] or 0), int(given[INDEX] or 0))
-        elif len(missing) < len(given):
+            address, count, index = (os.environ[name] for name in names)
+            initialize(address, int(count), int(index))
+        elif len(missing) < len(names):
             raise ValueError(f"{', '.join(missing)} must be set as well")
         else:
             initialize()
@@ -59,8 +61,8 @@ def broadcast_from_primary(value: float) -> float:
 def gather_to_primary(tree: Any) -> Any:
     """A tree whose arrays the primary can read whole; all processes must call it together.
 
-    An array of which other processes hold shards is all-gathered a layer (an index of its first
-    axis) at a time, and is None in all but the primary.
+    An array with shards in other processes is all-gathered a layer (an index of its first axis) at
+    a time, and is None in all processes but the primary.
     """
 
     def gather(leaf: jax.Array) -> Any:
@@ -76,26 +78,42 @@ def gather_to_primary(tree: Any) -> Any:
     return jax.tree.map(gather, tree)
 
 
-class Stopping:
-    """Tells when to stop: after the same step in all processes if any of them is to end.
+class Interruption:
+    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second one acts as usual.
 
-    One process: SIGINT or SIGTERM. Several: SIGTERM, of which JAX lets the others know.
+    The first is acknowledged on stderr.
     """
 
     def __init__(self) -> None:
-        self._interruption = Interruption() if jax.process_count() == 1 else None
+        self.signal: int | None = None
+        self._handlers: dict[int, Any] = {}  # those from before, by signal
 
-    def __enter__(self) -> "Stopping":
-        if self._interruption is not None:
-            self._interruption.__enter__()
+    def __enter__(self) -> "Interruption":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(self, *exc: Any) -> None:
-        if self._interruption is not None:
-            self._interruption.__exit__(*exc)
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
-    def after(self, step: int) -> int | None:
-        """The signal to stop on after this step, or None."""
-        if self._interruption is not None:
-            return self._interruption.signal
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.__exit__()
+        # Not `print`: the signal may have come in the midst of one.
+        os.write(2, b"\nstopping after the step under way, and saving; once more to end at once\n")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[int], int | None]]:
+    """Yields a function of a step: the signal to stop on after it, or None.
+
+    In one process that is SIGINT or SIGTERM. In several it is SIGTERM to any of them, of which JAX
+    lets the others know, so that all stop after the same step.
+    """
+    if jax.process_count() == 1:
+        with Interruption() as interruption:
+            yield lambda _: interruption.signal
+    else:
+        reached = multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM if reached(step) else None

@@ -1,5 +1,6 @@
-"""Where a result comes from: versions, commit, machine, data."""
+"""Where a result comes from: versions, commit, machine and data."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -11,26 +12,17 @@ from typing import Any
 import jax
 
 PACKAGES = (
-    "genlora_jax",
-    "jax",
-    "flax",
-    "optax",
-    "numpy",
-    "safetensors",
-    "torch",
-    "transformers",
-    "peft",
+    *("genlora_jax", "jax", "flax", "optax", "numpy"),
+    *("safetensors", "torch", "transformers", "peft"),
 )
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of the packages that there are, commit (and whether it is clean) and machine."""
+    """Versions of the installed packages, commit (and whether it is clean) and machine."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     devices = jax.devices()
     return {
         "versions": versions,
@@ -49,10 +41,10 @@ def digest(file: str | Path) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, or what GENLORA_COMMIT says where the sources lie outside a repository."""
+    """The commit, or GENLORA_COMMIT where the sources are outside a repository."""
     git = ["git", "describe", "--always", "--dirty"]
-    if said := os.environ.get("GENLORA_COMMIT"):
-        return said
+    if commit := os.environ.get("GENLORA_COMMIT"):
+        return commit
     try:
         return subprocess.run(
             git, capture_output=True, text=True, check=True, cwd=Path(__file__).parent

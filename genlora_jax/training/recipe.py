@@ -1,7 +1,8 @@
-"""Recipes: all settings of a run, the fields of a recipe's YAML."""
+"""Recipes: all settings of a run."""
 
 from dataclasses import dataclass, field
 
+from genlora_jax.checks import require, require_int
 from genlora_jax.data.config import DataConfig
 from genlora_jax.hf.base import ModelConfig
 from genlora_jax.mesh import MeshConfig
@@ -29,7 +30,7 @@ class TrainConfig:
         chunk: Tokens whose logits exist at a time, in each shard of the batch.
         seed: Seed of the adapter's initial values and of dropout.
         init_from: An adapter directory to start from: ours, of the recipe's config, or a PEFT
-            LoRA adapter, of which a recipe for LoRA of its rank or more takes A and B.
+            LoRA adapter, whose A and B a recipe for LoRA of its rank or more takes.
         resume: Go on from the newest checkpoint in `output`.
         wandb: Project at Weights & Biases; needs the extra of that name.
         progress: Whether to show a progress bar.
@@ -59,14 +60,13 @@ class TrainConfig:
         """Raises ValueError that names the field at fault."""
         counts = ("steps", "epochs", "accumulate", "eval_every", "save_every", "chunk")
         for name in (*counts, "keep", "keep_every", "heartbeat"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {value}")
-        if self.keep_every and (self.save_every is None or self.keep_every % self.save_every):
-            raise ValueError(
-                f"train.keep_every ({self.keep_every}) must be a multiple of train.save_every "
-                f"({self.save_every}): other steps are not saved"
-            )
+            if (value := getattr(self, name)) is not None:
+                require_int(f"train.{name}", value, 1)
+        require(
+            not self.keep_every or bool(self.save_every and self.keep_every % self.save_every == 0),
+            f"train.keep_every ({self.keep_every}) must be a multiple of train.save_every "
+            f"({self.save_every}): other steps are not saved",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +82,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the fields at fault."""
-        if self.data.batch_size % self.train.accumulate:
-            raise ValueError(
-                f"data.batch_size ({self.data.batch_size}) is no multiple of "
-                f"train.accumulate ({self.train.accumulate})"
-            )
+        require(
+            self.data.batch_size % self.train.accumulate == 0,
+            f"data.batch_size ({self.data.batch_size}) is no multiple of "
+            f"train.accumulate ({self.train.accumulate})",
+        )
 
     @property
     def step_options(self) -> StepOptions:

@@ -1,6 +1,5 @@
-"""What finetune, sweep and evaluate begin with: processes, mesh, data, base and adapter."""
+"""What finetune, sweep and evaluate begin with: mesh, data, base and adapter."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +22,15 @@ from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.objectives import Objective, find_objective
 from genlora_jax.training.recipe import Recipe
 
-Batch = dict[str, np.ndarray]
-
 
 @dataclass(frozen=True)
 class Run:
     """What a recipe's run works on.
 
     Attributes:
-        mesh: Its devices; of size 1 on one device.
+        mesh: The devices; of size 1 on one device.
         base: The frozen base, sharded over them.
-        objective: What is trained for.
+        objective: What the run is trained for.
         examples: The encoded rows of `data.train`.
         held_out: Batches of `data.eval`, on the host; empty if there is none.
         steps: Length of the run.
@@ -43,17 +40,17 @@ class Run:
     base: Base
     objective: Objective
     examples: list[Example]
-    held_out: list[Batch]
+    held_out: list[dict[str, np.ndarray]]
     steps: int
 
 
-def prepare(recipe: Recipe, mesh: Mesh, say: Callable[[object], None] = print) -> Run:
-    """Reads a recipe's data and loads its base; what can be refused is refused before the base.
+def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = print) -> Run:
+    """Reads a recipe's data, and then loads its base, so that bad data is refused early.
 
     Args:
         recipe: The recipe.
-        mesh: Its devices.
-        say: Prints a report of each source.
+        mesh: The devices.
+        print_line: Prints a report of each source.
 
     Raises:
         FileNotFoundError: If data or base are not there.
@@ -62,14 +59,16 @@ def prepare(recipe: Recipe, mesh: Mesh, say: Callable[[object], None] = print) -
     """
     objective = find_objective(recipe.train.objective)
     found = find_base(recipe.model)
-    tokenizer = found[1]
-    examples, report = objective.load(recipe.data.train, tokenizer, recipe.data)
-    say(report)
-    held_out: list[Batch] = []
+
+    def load(sources: Any) -> list[Example]:
+        examples, report = objective.load(sources, found[1], recipe.data)
+        print_line(report)
+        return examples
+
+    examples = load(recipe.data.train)
+    held_out = []
     if recipe.data.eval:
-        eval_examples, report = objective.load(recipe.data.eval, tokenizer, recipe.data)
-        say(report)
-        held_out = objective.eval_batches(eval_examples, recipe.data)
+        held_out = objective.eval_batches(load(recipe.data.eval), recipe.data)
     steps = recipe.train.steps
     if steps is None:
         batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
@@ -95,14 +94,12 @@ def recipe_mesh(recipe: Recipe) -> Mesh:
 
 
 def evaluation_mesh(cfg: MeshConfig | None) -> Mesh:
-    """The mesh of an evaluation: one device unless it is given."""
+    """The mesh of an evaluation: by default one device."""
     return one_device() if cfg is None else make_mesh(cfg)
 
 
 def check_start(cfg: AdapterConfig, source: str | None) -> None:
-    """Raises if an adapter of the config cannot start from `train.init_from`.
-
-    It is asked before the base is loaded.
+    """Checks, before the base is loaded, that an adapter can start from `train.init_from`.
 
     Raises:
         FileNotFoundError: If no adapter is there.
@@ -120,38 +117,36 @@ def check_start(cfg: AdapterConfig, source: str | None) -> None:
         )
 
 
-def initial_adapter(recipe: Recipe, run: Run, *, mesh: Mesh | None = None) -> Adapter:
-    """A new adapter, or the one to start from, which `check_start` let pass.
+def initial_adapter(
+    cfg: AdapterConfig, seed: int, source: str | None, base: Base, *, mesh: Mesh | None = None
+) -> Adapter:
+    """A new adapter, or the one at `train.init_from`, which `check_start` has let pass.
 
     Args:
-        recipe: The recipe.
-        run: From `prepare`.
+        cfg: The adapter's config.
+        seed: Seed of the initial values.
+        source: The directory of the adapter to start from, or None.
+        base: The base.
         mesh: Devices over which the adapter is sharded, as in training on them.
 
     Raises:
-        ValueError: If the one to start from was made for another base, or the recipe's adapter has
-            no room for a PEFT adapter.
+        ValueError: If the one to start from was made for another base, or has a higher rank than
+            the config.
     """
-    key, source, params = jax.random.key(recipe.train.seed), recipe.train.init_from, run.base.params
+    key, params = jax.random.key(seed), base.params
     if source is None:
-        return init_adapter(recipe.adapter, key, params, mesh=mesh)
+        return init_adapter(cfg, key, params, mesh=mesh)
     if not is_peft(source):
-        _, adapter = load_adapter(source, params, model=run.base.model, mesh=mesh)
-        return adapter.with_config(recipe.adapter)  # its dropout may be another
-    cfg: Any = recipe.adapter
+        _, adapter = load_adapter(source, params, model=base.model, mesh=mesh)
+        return adapter.with_config(cfg)  # its dropout may be another
+    lora: Any = cfg
     factors = import_peft(source, params)
     rank = max(kind.rank(leaves) or 0 for kind, leaves in by_module(factors).values())
-    if rank > cfg.rank:
+    if rank > lora.rank:
         raise ValueError(
-            f"train.init_from: {source} has rank {rank}, more than adapter.rank ({cfg.rank})"
+            f"train.init_from: {source} has rank {rank}, more than adapter.rank ({lora.rank})"
         )
     try:
-        return lora_from_factors(cfg, factors, params=params, key=key)[0]
+        return lora_from_factors(lora, factors, params=params, key=key)[0]
     except ValueError as error:
         raise ValueError(f"train.init_from: {source}: {error}") from error
-
-
-def member_recipe(recipe: Recipe, cfg: AdapterConfig, seed: int) -> Recipe:
-    """The recipe of a sweep's member: another seed, and perhaps another alpha."""
-    train = dataclasses.replace(recipe.train, seed=seed)
-    return dataclasses.replace(recipe, train=train, adapter=cfg)

@@ -28,13 +28,13 @@ DEFAULTS = StepOptions()
 )
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that changes in training.
+    """Everything that changes in training.
 
     Attributes:
         adapter: The adapter, float32.
         opt_state: The optimizer's state over `adapter.trainable`.
         step: Steps taken, int32.
-        key: Raw PRNG key of the dropout; the step's own key is folded from it.
+        key: Raw PRNG key of the dropout; each step folds its number into it.
     """
 
     adapter: Adapter
@@ -69,19 +69,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One step of one adapter; pure, and `vmap` over states trains several at once.
 
-    Args:
-        state: What the step changes.
-        params: The base's parameters.
-        batch: As the loss takes it.
-        model: The base's model.
-        optimizer: From `make_optimizer`.
-        generate: Adapter -> factors.
-        loss: What is minimised.
-        options: With `chunk` for all shards of the batch together.
-        dropout: Rate on the adapter's inputs.
-
-    Returns:
-        The next state, and the metrics that `make_train_step` names.
+    The arguments are those of `make_train_step` and of the step that it returns, but for
+    `generate` (adapter -> factors), and `options`, whose `chunk` counts the tokens of all shards.
     """
     key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.fold_in(key, state.step)
@@ -89,7 +78,8 @@ def train_step(
     def factors_of(trainable: Any) -> Any:
         return generate(replace(state.adapter, trainable=trainable))
 
-    # Once a step; the micro-batches' gradients meet at the factors and go back through here once.
+    # Factors are generated once a step, and the sum of the micro-batches' gradients is pulled back
+    # through the generators once.
     factors, pull_back = jax.vjp(factors_of, state.adapter.trainable)
 
     def micro_loss(factors: Any, rows: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,7 +95,7 @@ def train_step(
     if count == 1:
         (total, weight), gradient = compute(factors, batch, jnp.int32(0))
     else:
-        # Every count-th row, so that each micro-batch is sharded as the batch is.
+        # A micro-batch takes every count-th row, so that it is sharded as the batch is.
         rows = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
         zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, factors))
         sums, _ = jax.lax.scan(add_micro_batch, zero, (jnp.arange(count), rows))
@@ -136,7 +126,7 @@ def make_train_step(
     """A jitted step `(state, params, batch) -> (state, metrics)`; it is traced once.
 
     The state's buffers are donated. The base's parameters are an argument, not a constant, and
-    no gradient of them is ever formed.
+    no gradient of them is formed.
 
     Args:
         model: The base's model.
@@ -144,7 +134,7 @@ def make_train_step(
         optimizer: From `make_optimizer`.
         options: How the batch is computed.
         loss: What is minimised.
-        mesh: Devices over which base and batch are sharded; the state is as
+        mesh: Devices over which base and batch are sharded. The state is sharded as
             `sharding.state_specs` says, and metrics are replicated.
 
     Returns:

@@ -3,25 +3,87 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import Adapter, init_adapter
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.optim import make_optimizer
 from genlora_jax.training.step import TrainState, init_state
-from genlora_jax.training.sweep.members import Member, SweepResult
+from genlora_jax.training.sweep.members import Member
 from genlora_jax.training.sweep.program import (
     Numbers,
     SweepProgram,
     evaluate_members,
     train_members,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What became of a sweep's members.
+
+    Attributes:
+        members: As they were given.
+        loss: Training losses (nats), `[steps, members]`.
+        grad_norm: Norms of the gradients before clipping, `[steps, members]`.
+        eval_steps: Steps after which all were evaluated, `[evaluations]`.
+        eval_loss: Their losses (nats), `[evaluations, members]`; NaN or infinite if diverged.
+        best: Each member's adapter at its lowest evaluation loss, leaves `[members, ...]`;
+            its initial one if no evaluation was finite.
+        final: Their adapters after the last step.
+    """
+
+    members: tuple[Member, ...]
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    eval_steps: np.ndarray
+    eval_loss: np.ndarray
+    best: Adapter
+    final: Adapter
+
+    @property
+    def diverged(self) -> np.ndarray:
+        """First step at which a member's loss or gradient was not finite, `[members]`; 0: none."""
+        bad = ~(np.isfinite(self.loss) & np.isfinite(self.grad_norm))
+        first = np.where(bad.any(axis=0), bad.argmax(axis=0) + 1, 0)
+        # The update of the last step shows in the evaluation alone.
+        late = (first == 0) & ~np.isfinite(self.eval_loss[-1])
+        return np.where(late, len(self.loss), first)
+
+    @property
+    def _finite_eval_loss(self) -> np.ndarray:
+        return np.where(np.isfinite(self.eval_loss), self.eval_loss, np.inf)
+
+    @property
+    def best_loss(self) -> np.ndarray:
+        """Lowest evaluation losses, `[members]`; infinite if none was finite."""
+        return self._finite_eval_loss.min(axis=0)
+
+    @property
+    def best_step(self) -> np.ndarray:
+        """Steps of the lowest evaluation losses, `[members]`; 0 if none was finite."""
+        steps = self.eval_steps[self._finite_eval_loss.argmin(axis=0)]
+        return np.where(np.isfinite(self.best_loss), steps, 0)
+
+    @property
+    def ranking(self) -> list[int]:
+        """Indices of members by lowest evaluation loss, `best_loss`.
+
+        A member that diverged later keeps its place: its best adapter is from before.
+        """
+        return [int(i) for i in np.argsort(self.best_loss, kind="stable")]
+
+    def adapter(self, index: int) -> Adapter:
+        """One member's best adapter, with the config that the member's alpha makes."""
+        adapter = jax.tree.map(lambda leaf: leaf[index], self.best)
+        return adapter.with_config(self.members[index].config(adapter.config))
 
 
 def run_sweep(
@@ -39,13 +101,13 @@ def run_sweep(
 ) -> SweepResult:
     """Trains adapters that share a base and its batches, and differ in their members' numbers.
 
-    Every member is what a run of its own would make it, to float32 rounding. Sweeps of the same
+    Every member becomes what a run of it alone would make, to float32 rounding. Sweeps of the same
     program and number of members share what is compiled.
 
     Args:
         program: Model, config, optimizer, steps, options and mesh.
-        params: The base's parameters; on a mesh, sharded there.
-        members: What each has of its own.
+        params: The base's parameters, sharded over the program's mesh.
+        members: The numbers in which the members differ.
         batches: As `train_batches` makes them, `[rows, length]`; `program.steps` are taken. The
             mesh's `fsdp` divides their rows.
         held_out: Batches to evaluate on, of one shape: they select the best.
@@ -54,7 +116,7 @@ def run_sweep(
             and `eval_every`.
         make_adapter: Config, seed -> initial adapter; by default that of `init_adapter`.
         report: Called with step and losses after each evaluation.
-        stop: Asked after each call, by its last step, whether to evaluate and end here.
+        stop: Called with the last step of each call; True to evaluate and end there.
 
     Returns:
         The members' losses and adapters, up to where it ended.
@@ -82,7 +144,7 @@ def run_sweep(
             raise ValueError(f"the batches ended before step {step}; a sweep of {steps} needs more")
         states, new = train_members(states, numbers, params, _stack(taken), program=program)
         metrics.append(new)
-        # On the device, and two calls under way at most: else a stop would wait for all of them.
+        # Two calls are under way at most, or else a stop would wait for all of them.
         jax.block_until_ready(metrics[-2:-1])
         stopped = stop is not None and stop(step)
         if step % due == 0 or step == steps or stopped:
@@ -107,14 +169,23 @@ def run_sweep(
     )
 
 
-def check_passes(members_per_pass: int | None, members: int, data: int = 1) -> None:
-    """Raises ValueError if passes would not be of one size, over all of the mesh's `data`."""
-    if members_per_pass is None or members_per_pass >= members or members % data:
-        return  # without passes, or refused where members are sharded
-    sizes = [n for n in range(data, members + 1, data) if members % n == 0]
+def check_members(count: int, mesh: Mesh, members_per_pass: int | None) -> None:
+    """Checks that so many members can be sharded over the mesh's `data`, in passes of one size.
+
+    Raises:
+        ValueError: If there are none, or `data` or `members_per_pass` does not divide them.
+    """
+    data = mesh.shape["data"]
+    if not count:
+        raise ValueError("a sweep needs at least one member")
+    if count % data:
+        raise ValueError(f"{count} members cannot be sharded over mesh.data = {data}")
+    if members_per_pass is None or members_per_pass >= count:
+        return
+    sizes = [n for n in range(data, count + 1, data) if count % n == 0]
     if members_per_pass not in sizes:
         raise ValueError(
-            f"members_per_pass ({members_per_pass}) must divide the number of members ({members}) "
+            f"members_per_pass ({members_per_pass}) must divide the number of members ({count}) "
             f"and be a multiple of mesh.data ({data}): one of {', '.join(map(str, sizes))}"
         )
 
@@ -128,41 +199,29 @@ def initial_states(
     """The members' states before the first step, `[members, ...]`, and their numbers `[members]`.
 
     Raises:
-        ValueError: If there are no members, or `members_per_pass` or the mesh's `data` does not
-            divide their number.
+        ValueError: As `check_members` does.
     """
-    if not members:
-        raise ValueError("a sweep needs at least one member")
-    cfg, mesh = program.cfg, program.mesh
-    data = 1 if mesh is None else mesh.shape["data"]
-    check_passes(program.members_per_pass, len(members), data)
-
-    def draw(cfg: AdapterConfig, seed: int) -> Adapter:
-        return init_adapter(cfg, jax.random.key(seed), params)
-
-    configs = [member.config(cfg) for member in members]
+    check_members(len(members), program.mesh, program.members_per_pass)
+    cfg = program.cfg
     optimizer = make_optimizer(program.optim, program.steps)
-    singles = [
-        # One static part for all: members differ in numbers alone.
-        init_state(
-            (make_adapter or draw)(member_cfg, member.seed).with_config(cfg),
-            optimizer,
-            member.seed,
-        )
-        for member_cfg, member in zip(configs, members, strict=True)
-    ]
-    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *singles)
-    scales = [member_cfg.scale / cfg.scale for member_cfg in configs]
+
+    def initial_state(member: Member) -> TrainState:
+        if make_adapter is None:
+            adapter = init_adapter(member.config(cfg), jax.random.key(member.seed), params)
+        else:
+            adapter = make_adapter(member.config(cfg), member.seed)
+        # Members differ in numbers alone, so that all have one static part.
+        return init_state(adapter.with_config(cfg), optimizer, member.seed)
+
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(initial_state, members))
     numbers = {
         "learning_rate": jnp.array([member.learning_rate for member in members], jnp.float32),
         "generator_ratio": jnp.array([member.generator_ratio for member in members], jnp.float32),
-        "scale": jnp.array(scales, jnp.float32),
+        "scale": jnp.array([m.config(cfg).scale / cfg.scale for m in members], jnp.float32),
     }
-    if mesh is None:
-        return states, numbers
-    if len(members) % data:
-        raise ValueError(f"{len(members)} members cannot be sharded over mesh.data = {data}")
-    return jax.device_put((states, numbers), NamedSharding(mesh, P("data")))
+    # As the compiler writes the next states' sharding, so that the next call is not traced again.
+    spec = P("data") if program.mesh.shape["data"] > 1 else P()
+    return jax.device_put((states, numbers), NamedSharding(program.mesh, spec))
 
 
 def _stack(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

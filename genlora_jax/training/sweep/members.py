@@ -1,18 +1,18 @@
-"""Members of a sweep: what each has of its own, and what became of it."""
+"""The members of a sweep, and the recipe whose grid names them."""
 
-import math
-from dataclasses import dataclass
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
 
-import jax
-import numpy as np
-
-from genlora_jax.adapter import Adapter
+from genlora_jax.checks import require, require_float, require_int
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.training.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """What one member of a sweep has of its own; all else is the recipe's.
+    """The numbers in which a member of a sweep differs from the others.
 
     Attributes:
         learning_rate: As `optim.learning_rate`.
@@ -28,16 +28,11 @@ class Member:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
-        for name in ("learning_rate", "generator_ratio", "alpha"):
-            value = getattr(self, name)
-            if name == "alpha" and value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if not whole or self.seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0, got {self.seed!r}")
+        require_float("learning_rate", self.learning_rate, 0.0, above=True)
+        require_float("generator_ratio", self.generator_ratio, 0.0, above=True)
+        require_int("seed", self.seed, 0)
+        if self.alpha is not None:
+            require_float("alpha", self.alpha, 0.0, above=True)
 
     def config(self, cfg: AdapterConfig) -> AdapterConfig:
         """The sweep's config with this member's alpha.
@@ -48,58 +43,98 @@ class Member:
         return cfg if self.alpha is None else cfg.with_alpha(self.alpha)
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(Member))
+
+
 @dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What became of a sweep's members.
+class Grid:
+    """The members: every combination of the lists, or those named one by one.
 
     Attributes:
-        members: As they were given.
-        loss: Training losses (nats), `[steps, members]`.
-        grad_norm: Norms of the gradients before clipping, `[steps, members]`.
-        eval_steps: Steps after which all were evaluated, `[evaluations]`.
-        eval_loss: Their losses (nats), `[evaluations, members]`; NaN or infinite if diverged.
-        best: Each member's adapter at its lowest evaluation loss, leaves `[members, ...]`;
-            its initial one if no evaluation was finite.
-        final: Their adapters after the last step.
+        learning_rate: Values of `optim.learning_rate`.
+        generator_ratio: Values of `optim.generator_ratio`.
+        seed: Values of `train.seed`.
+        alpha: Values of `adapter.alpha`.
+        members: Instead of lists, members of any of these fields; the recipe has the others.
     """
 
-    members: tuple[Member, ...]
-    loss: np.ndarray
-    grad_norm: np.ndarray
-    eval_steps: np.ndarray
-    eval_loss: np.ndarray
-    best: Adapter
-    final: Adapter
+    learning_rate: list[float] | None = None
+    generator_ratio: list[float] | None = None
+    seed: list[int] | None = None
+    alpha: list[float] | None = None
+    members: list[dict[str, int | float]] | None = None
 
-    @property
-    def diverged(self) -> np.ndarray:
-        """First step at which a member's loss or gradient was not finite, `[members]`; 0: none."""
-        bad = ~(np.isfinite(self.loss) & np.isfinite(self.grad_norm))
-        first = np.where(bad.any(axis=0), bad.argmax(axis=0) + 1, 0)
-        late = (first == 0) & ~np.isfinite(self.eval_loss[-1])  # the last step itself
-        return np.where(late, len(self.loss), first)
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        for name in (*FIELDS, "members"):
+            empty = getattr(self, name) == []
+            require(not empty, f"grid.{name} is empty: give values, or leave it out")
+        lists = [name for name in FIELDS if getattr(self, name) is not None]
+        if self.members and lists:
+            raise ValueError(f"grid.members and grid.{lists[0]}: give either members or lists")
+        for number, member in enumerate(self.members or [], 1):
+            if unknown := sorted(set(member) - set(FIELDS)):
+                raise ValueError(
+                    f"grid.members: member {number} has an unknown field {unknown[0]}; "
+                    f"fields are {', '.join(FIELDS)}"
+                )
 
-    @property
-    def best_loss(self) -> np.ndarray:
-        """Lowest evaluation losses, `[members]`; infinite if none was finite."""
-        return np.where(np.isfinite(self.eval_loss), self.eval_loss, np.inf).min(axis=0)
 
-    @property
-    def best_step(self) -> np.ndarray:
-        """Steps of the lowest evaluation losses, `[members]`; 0 if none was finite."""
-        finite = np.where(np.isfinite(self.eval_loss), self.eval_loss, np.inf)
-        steps = self.eval_steps[finite.argmin(axis=0)]
-        return np.where(np.isfinite(self.best_loss), steps, 0)
+@dataclass(frozen=True, kw_only=True)
+class SweepRecipe(Recipe):
+    """A recipe and the grid to sweep.
 
-    @property
-    def ranking(self) -> list[int]:
-        """Indices of members by lowest evaluation loss, `best_loss`.
+    Attributes:
+        grid: The members.
+        members_per_pass: Members whose activations are in memory at a time; divides their number,
+            and is a multiple of `mesh.data`. Null for all.
+        steps_per_call: Most steps in one call of the device.
+    """
 
-        One that diverged later keeps its place: its best adapter is from before.
+    grid: Grid = field(default_factory=Grid)
+    members_per_pass: int | None = None
+    steps_per_call: int = 16
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the fields at fault."""
+        super().__post_init__()
+        require_int("steps_per_call", self.steps_per_call, 1)
+        for name in ("resume", "distributed", "wandb"):
+            given = getattr(self.train, name)
+            require(not given, f"train.{name}: a sweep has no such thing; leave it out")
+        if self.data.eval is None:
+            raise ValueError("data.eval is missing: a sweep needs it to tell which member is best")
+
+    def members(self) -> list[Member]:
+        """The members of the grid.
+
+        Raises:
+            ValueError: If a value cannot be or means nothing to the method, or two are alike.
         """
-        return [int(i) for i in np.argsort(self.best_loss, kind="stable")]
-
-    def adapter(self, index: int) -> Adapter:
-        """One member's best adapter, with the config that the member's alpha makes."""
-        adapter = jax.tree.map(lambda leaf: leaf[index], self.best)
-        return adapter.with_config(self.members[index].config(adapter.config))
+        defaults: dict[str, Any] = {
+            "learning_rate": self.optim.learning_rate,
+            "generator_ratio": self.optim.generator_ratio,
+            "seed": self.train.seed,
+            "alpha": getattr(self.adapter, "alpha", None),
+        }
+        rows = self.grid.members
+        if rows is None:
+            lists = {name: getattr(self.grid, name) for name in FIELDS}
+            lists = {name: values for name, values in lists.items() if values is not None}
+            rows = [
+                dict(zip(lists, row, strict=True)) for row in itertools.product(*lists.values())
+            ]
+        if any("generator_ratio" in row for row in rows) and not self.adapter.has_generators:
+            method = type(self.adapter).__name__
+            raise ValueError(f"grid.generator_ratio means nothing to {method}: leave it out")
+        members: list[Member] = []
+        for row in rows:
+            try:
+                member = Member(**defaults | row)
+                member.config(self.adapter)
+            except ValueError as error:
+                raise ValueError(f"grid: {error}") from None
+            if member in members:
+                raise ValueError(f"grid: {member} is there twice")
+            members.append(member)
+        return members

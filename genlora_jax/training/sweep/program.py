@@ -1,12 +1,12 @@
 """The programs of a sweep: steps and evaluations of all members, over one base.
 
 The members of a sweep differ in numbers only: rates, seed, alpha. So one program trains them all,
-by `vmap` over adapters and optimizer states; the base's products take all rows as one batch.
+by `vmap` over adapters and optimizer states. The base's products take all rows as one batch.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -18,13 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import Adapter, generate_factors
 from genlora_jax.factors import SCALED
+from genlora_jax.mesh import one_device
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.losses import Batch, Loss, cross_entropy
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.options import StepOptions
 from genlora_jax.training.step import DEFAULTS, TrainState, train_step
 
-Numbers = dict[str, jax.Array]  # rates, and scales over the config's, float32 [members]
+# "learning_rate", "generator_ratio" and "scale" (over the config's): float32 [members].
+Numbers = dict[str, jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +34,17 @@ class SweepProgram:
     """What a sweep's compiled programs depend on, beside shapes: one compilation each.
 
     Attributes:
-        model: The base's model. Its own mesh is not used: it would shard each member's rows over
+        model: The base's model. Its mesh is not used: that would shard each member's rows over
             `data`.
-        cfg: The adapters' config; members' scales are relative to its own.
-        optim: The optimizer's settings; members have their own rates.
+        cfg: The adapters' config; members' scales are relative to its scale.
+        optim: The optimizer's settings, but for the rates, which are the members'.
         steps: Length of the run.
-        options: Those of a step, with `chunk` for all members of a pass together.
+        options: The options of a step, whose `chunk` is divided among the members of a pass.
         loss: What is minimised, and what tells which member is best.
         members_per_pass: Members whose activations exist at a time; divides their number, and
             is divided by the mesh's `data`. None, or as many as there are, for all at once.
-        mesh: Members are sharded over its axis `data`, rows of the batch over `fsdp`.
+        mesh: Members are sharded over its axis `data`, rows of the batch over `fsdp`. By default
+            it has this process's first device alone.
     """
 
     model: nn.Module
@@ -51,10 +54,10 @@ class SweepProgram:
     options: StepOptions = DEFAULTS
     loss: Loss = cross_entropy
     members_per_pass: int | None = None
-    mesh: Mesh | None = None
+    mesh: Mesh = field(default_factory=one_device)
 
     def __post_init__(self) -> None:
-        """Takes the model's mesh off, and gives it an attention that `vmap` can batch."""
+        """Removes the model's mesh, and gives the model an attention that `vmap` can batch."""
         model = self.model
         if getattr(model, "mesh", None) is not None:
             model = model.clone(mesh=None)
@@ -63,7 +66,7 @@ class SweepProgram:
         object.__setattr__(self, "model", model)
 
     def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:
-        """One member's factors, as `generate_factors` makes them, with its scale (a scalar)."""
+        """One member's factors, as `generate_factors` makes them, times its scale (a scalar)."""
         flat = flatten_dict(generate_factors(self.cfg, adapter))
         return unflatten_dict({k: x * scale if k[-1] in SCALED else x for k, x in flat.items()})
 
@@ -83,24 +86,19 @@ class SweepProgram:
         return count if self.members_per_pass is None else min(self.members_per_pass, count)
 
     def shard_members(self, tree: Any, *axes: str) -> Any:
-        """Shards leaves `[members, ...]` over the mesh's `data`, further dimensions over axes.
-
-        Without a mesh the tree stays as it is.
-        """
-        if self.mesh is None:
-            return tree
+        """Shards leaves `[members, ...]` over the mesh's `data`, further dimensions over axes."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P("data", *axes)))
 
     def in_passes(self, compute: Callable[..., Any], tree: Any, numbers: Numbers) -> Any:
         """`compute(tree, numbers)` of leaves `[members, ...]`, a pass of members at a time.
 
-        What `compute` returns has leaves `[members of the pass, ...]`, and `[members, ...]` then.
+        `compute` returns leaves `[members of the pass, ...]`; they are joined to `[members, ...]`.
         """
         count, size = len(numbers["scale"]), self.pass_size(numbers)
         if size == count:
             return compute(tree, numbers)
         # A pass takes a share of every device's members, so that none of them moves.
-        devices = 1 if self.mesh is None else self.mesh.shape["data"]
+        devices = self.mesh.shape["data"]
 
         def split(x: jax.Array) -> jax.Array:
             shares = x.reshape(devices, count // size, size // devices, *x.shape[1:])
@@ -133,7 +131,7 @@ def train_members(
 
     Args:
         states: The members' states, leaves `[members, ...]`; donated.
-        numbers: What the members have of their own, `[members]`.
+        numbers: The numbers in which the members differ, `[members]`.
         params: The base's parameters.
         batches: `[steps, rows, length]`, the same for all members.
         program: The static part.
@@ -161,9 +159,8 @@ def train_members(
             return jax.vmap(member_step)(program.shard_members(states), members, copies)
 
         states, metrics = program.in_passes(one_pass, states, numbers)
-        return program.shard_members(states), {
-            name: metrics[name] for name in ("loss", "grad_norm")
-        }
+        curves = {name: metrics[name] for name in ("loss", "grad_norm")}
+        return program.shard_members(states), curves
 
     return jax.lax.scan(step, program.shard_members(states), batches)
 
@@ -183,7 +180,7 @@ def evaluate_members(
     Args:
         adapters: The members' adapters, leaves `[members, ...]`.
         best: Their best adapters before, and those adapters' losses `[members]`.
-        numbers: What the members have of their own, `[members]`.
+        numbers: The numbers in which the members differ, `[members]`.
         params: The base's parameters.
         batches: `[batches, rows, length]`.
         program: The static part.
@@ -208,7 +205,7 @@ def evaluate_members(
 
     totals, weights = program.in_passes(one_pass, adapters, numbers)
     losses = totals / weights
-    better = losses < best[1]  # never so of NaN
+    better = losses < best[1]  # False for NaN
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

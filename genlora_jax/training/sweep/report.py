@@ -9,14 +9,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from genlora_jax.training.sweep.grid import FIELDS
-from genlora_jax.training.sweep.members import SweepResult
+from genlora_jax.training.sweep.loop import SweepResult
+from genlora_jax.training.sweep.members import FIELDS
 
 POINTS = 200  # of a training curve in results.jsonl
 
 
 def print_progress(step: int, losses: np.ndarray) -> None:
-    """A line of progress."""
+    """Prints a line of progress."""
     finite = losses[np.isfinite(losses)]
     lowest = f"lowest eval loss {finite.min():.4f}" if len(finite) else "no finite eval loss"
     print(f"step {step}: {lowest}, {len(finite)} of {len(losses)} members finite")
@@ -41,21 +41,21 @@ def summaries(result: SweepResult) -> list[dict[str, Any]]:
 
 
 def write_results(directory: Path, result: SweepResult) -> None:
-    """`results.jsonl` and `metrics.jsonl`; what is not finite is null there."""
+    """Writes `results.jsonl` and `metrics.jsonl`, with null for what is not finite."""
     evaluations = dict(zip(result.eval_steps.tolist(), result.eval_loss.tolist(), strict=True))
-    metrics: list[dict[str, Any]] = []
-    for i, losses in enumerate(result.loss):
-        record = {"step": i + 1, "loss": losses.tolist(), "grad_norm": result.grad_norm[i].tolist()}
-        if i + 1 in evaluations:
-            record["eval_loss"] = evaluations[i + 1]
-        metrics.append(record)
+    curves = zip(result.loss.tolist(), result.grad_norm.tolist(), strict=True)
+    metrics: list[dict[str, Any]] = [
+        {"step": step, "loss": losses, "grad_norm": norms}
+        | ({"eval_loss": evaluations[step]} if step in evaluations else {})
+        for step, (losses, norms) in enumerate(curves, 1)
+    ]
     for name, records in (("results", summaries(result)), ("metrics", metrics)):
         text = "".join(json.dumps(_strict(record), allow_nan=False) + "\n" for record in records)
         (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """A value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _strict(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -64,7 +64,7 @@ def _strict(value: Any) -> Any:
 
 
 def at_edge(result: SweepResult) -> str | None:
-    """What to widen the grid by, if the best rate is the lowest or highest of several."""
+    """Where to widen the grid, if the best rate is the lowest or highest of several."""
     rates = sorted({member.learning_rate for member in result.members})
     best = result.members[result.ranking[0]].learning_rate
     if len(rates) < 2 or best not in (rates[0], rates[-1]):
@@ -74,7 +74,7 @@ def at_edge(result: SweepResult) -> str | None:
 
 
 def print_results(result: SweepResult) -> None:
-    """A table of the members, best first."""
+    """Prints a table of the members, best first."""
     table = Table("rate", "ratio", "seed", "alpha", "best loss", "at step", "last loss", "")
     for record in summaries(result):
         diverged = record["diverged_at"]
