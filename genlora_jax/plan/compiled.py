@@ -1,8 +1,9 @@
 """What the compiler says of a step: memory, and bytes that its collectives move."""
 
+import math
 import os
 import re
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +83,8 @@ def collective_bytes(text: str) -> dict[str, int]:
         text: The program, as XLA prints it.
     """
     computations = _computations(text)
-    found: dict[tuple[str, str], int] = {}
-    times: dict[str, int] = defaultdict(int)
+    found: Counter[tuple[str, str]] = Counter()
+    times: Counter[str] = Counter()
     (entry,) = [name for name in computations if name.startswith("ENTRY ")]
     pending = [(entry, 1)]
     while pending:
@@ -94,9 +95,9 @@ def collective_bytes(text: str) -> dict[str, int]:
         for line in computations[name]:
             if (collective := _collective(line)) is not None:
                 kind, channel, size = collective
-                found[kind, channel] = max(found.get((kind, channel), 0), size * count)
+                found[kind, channel] = max(found[kind, channel], size * count)
             pending += [(called, count * runs) for called, runs in _calls(line, computations)]
-    totals: dict[str, int] = defaultdict(int)
+    totals: Counter[str] = Counter()
     for (kind, _), size in found.items():
         totals[kind] += size
     return dict(totals)
@@ -144,7 +145,4 @@ def _trips(condition: list[str]) -> int:
 def _size(shape: tuple[str, str]) -> int:
     """Bytes of an array, from its dtype and its dimensions as XLA prints them."""
     kind, dimensions = shape
-    size = BYTES.get(kind, 4)
-    for n in dimensions.split(","):
-        size *= int(n or 1)
-    return size
+    return BYTES.get(kind, 4) * math.prod(int(n or 1) for n in dimensions.split(","))

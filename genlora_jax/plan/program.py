@@ -54,26 +54,21 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
     shapes = parameter_shapes(model.clone(mesh=None))
     sharding.check_params(mesh, shapes)
     optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
-    state = jax.eval_shape(
-        lambda params: init_state(
-            init_adapter(recipe.adapter, jax.random.key(0), params), optimizer
-        ),
-        shapes,
+    adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), shapes)
+    state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer), adapter)
+    placed = (
+        sharding.state_shardings(mesh, state),
+        sharding.named(mesh, sharding.param_specs(shapes)),
     )
-    rows = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    rows["loss_mask"] = jnp.bool_
+    state, params = jax.tree.map(lambda x, where: x.update(sharding=where), (state, shapes), placed)
     size = (recipe.data.batch_size, recipe.data.length)
-    step = make_train_step(model, recipe.adapter, optimizer, recipe.step_options, mesh=mesh)
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
     return Program(
-        step=step,
-        state=jax.tree.map(_on, state, sharding.state_shardings(mesh, state)),
-        params=jax.tree.map(_on, shapes, sharding.named(mesh, sharding.param_specs(shapes))),
+        step=make_train_step(model, recipe.adapter, optimizer, recipe.step_options, mesh=mesh),
+        state=state,
+        params=params,
         batch={
-            name: jax.ShapeDtypeStruct(size, kind, sharding=NamedSharding(mesh, P(BATCH)))
-            for name, kind in rows.items()
+            **dict.fromkeys(("input_ids", "segment_ids", "positions"), tokens),
+            "loss_mask": tokens.update(dtype=jnp.bool_),
         },
     )
-
-
-def _on(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

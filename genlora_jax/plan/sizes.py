@@ -38,10 +38,9 @@ def shapes_of(recipe: Recipe) -> Shapes:
     """The shapes of a recipe's base, adapter and factors."""
     config = model_shape(recipe)
     params = parameter_shapes(LlamaForCausalLM(config))
-    init = functools.partial(init_adapter, recipe.adapter, jax.random.key(0))
-    adapter = jax.eval_shape(init, params)
-    generate = functools.partial(generate_factors, recipe.adapter)
-    return Shapes(config, params, adapter, jax.eval_shape(generate, adapter))
+    adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), params)
+    factors = jax.eval_shape(lambda a: generate_factors(recipe.adapter, a), adapter)
+    return Shapes(config, params, adapter, factors)
 
 
 def shard_values(mesh: MeshConfig, tree: Any, specs: Any) -> int:
@@ -99,8 +98,8 @@ class Step:
     @property
     def layer_bytes(self) -> int:
         """Bytes of one layer's parameters once `fsdp` has all-gathered them."""
-        layers = self.config.num_hidden_layers
-        return self.layers_values // layers * self.width // self.mesh.tensor
+        of_layer = self.layers_values // self.config.num_hidden_layers
+        return of_layer * self.width // self.mesh.tensor
 
     @property
     def head_values(self) -> int:
