@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from genlora_jax.factors import by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.files import new_directory
-from genlora_jax.hf.names import LAYERS, natural_order
+from genlora_jax.hf.names import module_name, natural_order
 from genlora_jax.methods.config import AdapterConfig
 
 PREFIX = "base_model.model."
@@ -102,13 +102,12 @@ def _modules(factors: Mapping[str, Any]) -> tuple[Kind, dict[str, Leaves]]:
         arrays = {leaf: np.asarray(value, dtype=np.float32) for leaf, value in leaves.items()}
         leaf, axes = next(iter(kind.axes.items()))
         if arrays[leaf].ndim == len(axes):
-            modules[".".join(path)] = arrays
+            modules[module_name(path, None)] = arrays
             continue
-        at = path.index(LAYERS) + 1
         for i in range(len(arrays[leaf])):
             layer = {leaf: value[i] for leaf, value in arrays.items()}
             if any(value.any() for value in layer.values()):  # else the layer is not adapted
-                modules[".".join([*path[:at], str(i), *path[at:]])] = layer
+                modules[module_name(path, i)] = layer
     if len(kinds) > 1:
         found = " and ".join(f"{kind.name} ({name})" for kind, name in kinds.items())
         raise ValueError(f"a PEFT adapter is of one kind; these factors are {found}")

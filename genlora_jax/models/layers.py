@@ -67,6 +67,16 @@ class Blueprint:
         """
         return self.constrain(x, "tensor", None)
 
+    def embed(self) -> nn.Embed:
+        """The embedding of tokens."""
+        return nn.Embed(
+            self.cfg.vocab_size,
+            self.cfg.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
+
     def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
         """A projection."""
         return nn.Dense(

@@ -47,14 +47,7 @@ class LlamaModel(nn.Module):
 
     def setup(self) -> None:
         blueprint = self.blueprint
-        cfg = blueprint.cfg
-        self.embed_tokens = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            dtype=blueprint.dtype,
-            param_dtype=blueprint.param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
-        )
+        self.embed_tokens = blueprint.embed()
         block: Any = LlamaDecoderLayer
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -67,11 +60,11 @@ class LlamaModel(nn.Module):
                 variable_axes={"params": 0, "genlora": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
-                length=cfg.num_hidden_layers,
+                length=blueprint.cfg.num_hidden_layers,
             )(blueprint)
         else:
             self.layers = _UnrolledLayers(
-                lambda name: block(blueprint, name=name), cfg.num_hidden_layers
+                lambda name: block(blueprint, name=name), blueprint.cfg.num_hidden_layers
             )
         self.norm = blueprint.norm()
 
@@ -132,14 +125,10 @@ class LlamaForCausalLM(nn.Module):
         Returns:
             Logits `[batch, length, vocab]` in `dtype`.
         """
-        return self.head(
-            self.hidden_states(
-                input_ids,
-                attention_mask=attention_mask,
-                positions=positions,
-                segment_ids=segment_ids,
-            )
+        hidden = self.hidden_states(
+            input_ids, attention_mask=attention_mask, positions=positions, segment_ids=segment_ids
         )
+        return self.head(hidden)
 
     def hidden_states(
         self,

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from genlora_jax import sharding
 from genlora_jax.adapter import init_adapter
-from genlora_jax.hf.checkpoint import locate_config, model_config
+from genlora_jax.hf.checkpoint import CONFIG, locate, model_config
+from genlora_jax.hf.load import sharded_shapes
 from genlora_jax.mesh import BATCH
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
+from genlora_jax.sharding import state_shardings
 from genlora_jax.training.optim import make_optimizer
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import init_state, make_train_step
@@ -31,9 +32,8 @@ class Program:
 
 def model_shape(recipe: Recipe) -> LlamaConfig:
     """The shape of a recipe's model: its `model.shape`, or else the checkpoint's."""
-    return recipe.model.shape or model_config(
-        locate_config(recipe.model.path, revision=recipe.model.revision)
-    )
+    model = recipe.model
+    return model.shape or model_config(locate(model.path, revision=model.revision, files=[CONFIG]))
 
 
 def build(recipe: Recipe, mesh: Mesh) -> Program:
@@ -52,15 +52,12 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
         mesh=mesh,
     )
     shapes = parameter_shapes(model.clone(mesh=None))
-    sharding.check_params(mesh, shapes)
+    params = sharded_shapes(mesh, shapes)
     optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
     adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), shapes)
     state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer), adapter)
-    placed = (
-        sharding.state_shardings(mesh, state),
-        sharding.named(mesh, sharding.param_specs(shapes)),
-    )
-    state, params = jax.tree.map(lambda x, where: x.update(sharding=where), (state, shapes), placed)
+    where = state_shardings(mesh, state)
+    state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, where)
     size = (recipe.data.batch_size, recipe.data.length)
     tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
     return Program(

@@ -68,9 +68,9 @@ def _details(chosen: Estimate, compiled: Compiled | None, topology: Topology) ->
     def left(held: Estimate | Compiled) -> float:
         return topology.chip.memory - held.arguments - held.temporaries
 
-    row("arguments", chosen.arguments, compiled and compiled.arguments)
-    row("temporaries", chosen.temporaries, compiled and compiled.temporaries)
-    row("memory left", left(chosen), compiled and left(compiled))
+    row("arguments", chosen.arguments, compiled.arguments if compiled else None)
+    row("temporaries", chosen.temporaries, compiled.temporaries if compiled else None)
+    row("memory left", left(chosen), left(compiled) if compiled else None)
     for name, size in chosen.moved.items():
         row(f"received for {name}", size)
     for name, size in (compiled.collectives if compiled else {}).items():
