@@ -51,10 +51,6 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
 def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
     """The shape of the model that the contents of a `config.json` describe.
 
-    Args:
-        file: The file, for errors to name it.
-        data: Its contents.
-
     Raises:
         ValueError: If the architecture, or an option of it, is not supported; names the field.
     """

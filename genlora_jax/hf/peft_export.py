@@ -68,24 +68,16 @@ def export_peft(
         "target_modules": names,
         "fan_in_fan_out": False,
         "inference_mode": True,
-    } | _kind_settings(kind, rank, cfg.dropout if cfg else 0.0)
+    }
+    dropout = cfg.dropout if cfg else 0.0
+    if kind.peft_type == "HIRA":
+        config |= {"peft_type": "HIRA", "hira_dropout": dropout}
+    else:
+        config |= {"peft_type": "LORA", "lora_alpha": rank, "lora_dropout": dropout}
+        config |= {"use_rslora": False, "use_dora": kind.peft_dora, "bias": "none"}
     with new_directory(out_dir, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
-
-
-def _kind_settings(kind: Kind, rank: int, dropout: float) -> dict[str, Any]:
-    """The fields of `adapter_config.json` that depend on the kind."""
-    if kind.peft_type == "HIRA":
-        return {"peft_type": "HIRA", "hira_dropout": dropout}
-    return {
-        "peft_type": kind.peft_type,
-        "lora_alpha": rank,
-        "lora_dropout": dropout,
-        "use_rslora": False,
-        "use_dora": kind.peft_dora,
-        "bias": "none",
-    }
 
 
 def _modules(factors: Mapping[str, Any]) -> tuple[Kind, dict[str, Leaves]]:

@@ -23,11 +23,8 @@ def choose(
 ) -> Attention:
     """The implementation that `implementation` stands for: itself, unless it is `"auto"`.
 
-    Args:
-        implementation: As for `attend`.
-        platform: `"cpu"`, `"gpu"` or `"tpu"`.
-        devices: Number of devices that share the work.
-        suits_splash: Whether splash attention takes the arrays.
+    The choice is for so many devices of a platform: `"cpu"`, `"gpu"` or `"tpu"`. `suits_splash`
+    says whether splash attention takes the arrays.
     """
     if implementation != "auto":
         return implementation
@@ -110,17 +107,8 @@ def attend_as_one_batch(
     """Attention whose `vmap` makes one larger batch of rows.
 
     JAX's batching rule of cuDNN attention refuses a mask that is the same for all heads. The
-    backward pass runs the forward pass again, which `remat` does anyway.
-
-    Args:
-        q: `[batch, length, heads, head_dim]`.
-        k: `[batch, length, kv_heads, head_dim]`.
-        v: Like k.
-        mask: As for `attend`.
-        implementation: As for `jax.nn.dot_product_attention`.
-
-    Returns:
-        `[batch, length, heads, head_dim]`.
+    backward pass runs the forward pass again, which `remat` does anyway. Arrays are as for
+    `attend`, the implementation as for `jax.nn.dot_product_attention`.
     """
     return _one_batch_forward(q, k, v, mask, implementation)[0]
 

@@ -28,18 +28,9 @@ def suits(q: Array, k: Array, mesh: Mesh | None) -> bool:
 def splash(
     q: Array, k: Array, v: Array, segments: Array, mesh: Mesh | None, *, interpret: bool = False
 ) -> Array:
-    """Causal softmax attention within segments.
+    """Causal softmax attention within segments; arrays and mesh as for `attention.attend`.
 
-    Args:
-        q: `[batch, length, heads, head_dim]`.
-        k: `[batch, length, kv_heads, head_dim]`.
-        v: Like k.
-        segments: Int `[batch, length]`.
-        mesh: Devices that shard the batch and the heads.
-        interpret: Run as plain JAX, on any device.
-
-    Returns:
-        `[batch, length, heads, head_dim]`.
+    With `interpret` it runs as plain JAX, on any device.
     """
     # Imported where it runs: Pallas is slow to import.
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
@@ -50,8 +41,9 @@ def splash(
         mask = pallas.MultiHeadMask([pallas.CausalMask((length, length))] * (heads // groups))
         block = next(b for b in (BLOCK, 256, LANES) if length % b == 0)
         names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+        sizes: dict[str, Any] = dict.fromkeys(names, block)
         attend_one_group: Any = pallas.make_splash_mqa_single_device(
-            mask, block_sizes=pallas.BlockSizes(**dict.fromkeys(names, block)), interpret=interpret
+            mask, block_sizes=pallas.BlockSizes(**sizes), interpret=interpret
         )
         scaled = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
         scaled = scaled.reshape(batch, length, groups, heads // groups, size)

@@ -74,13 +74,10 @@ def compile_step(recipe: Recipe, topology: Topology, mesh: MeshConfig) -> Compil
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes of the results of a program's collectives, by kind.
+    """Bytes of the results of the collectives, by kind, of a program as XLA prints it.
 
     A collective in a loop counts as often as the loop runs. One that the compiler has split, to
     overlap it with other work, appears several times under one channel and counts once.
-
-    Args:
-        text: The program, as XLA prints it.
     """
     computations = _computations(text)
     found: Counter[tuple[str, str]] = Counter()
@@ -118,7 +115,9 @@ def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int
     """The computations that a line calls, and how often."""
     calls = [(called, 1) for called in re.findall(r"(?:calls|to_apply)=%([\w.-]+)", line)]
     if loop := re.search(r"condition=%([\w.-]+), body=%([\w.-]+)", line):
-        calls.append((loop[2], _trips(computations[loop[1]])))
+        # A loop runs as often as the number says that its condition compares with.
+        numbers = re.findall(r"constant\((\d+)\)", "\n".join(computations[loop[1]]))
+        calls.append((loop[2], max(map(int, numbers), default=1)))
     for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
         calls += [(branch.strip(" %"), 1) for branch in branches.split(",")]
     return calls
@@ -134,12 +133,6 @@ def _computations(text: str) -> dict[str, list[str]]:
         else:
             lines.append(line)
     return computations
-
-
-def _trips(condition: list[str]) -> int:
-    """How often a loop runs: the number that its condition compares with."""
-    numbers = [int(n) for n in re.findall(r"constant\((\d+)\)", "\n".join(condition))]
-    return max(numbers, default=1)
 
 
 def _size(shape: tuple[str, str]) -> int:

@@ -118,10 +118,7 @@ def step_flops(step: Step) -> float:
 def step_seconds(step: Step, flops: float, received: float) -> float:
     """Seconds of a step by the roofline: the longest of computing, reading and receiving.
 
-    Args:
-        step: The step.
-        flops: FLOP of a step on a chip.
-        received: Bytes that a chip receives from the others in a step.
+    A chip computes `flops` FLOP and receives `received` bytes.
     """
     cfg, chip = step.config, step.chip
     base = step.passes * (step.layers_values + step.head_values + step.stored_values)

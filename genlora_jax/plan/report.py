@@ -13,12 +13,7 @@ SHOWN = 8
 
 
 def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None:
-    """Prints what a recipe needs on a topology.
-
-    Args:
-        recipe: The recipe.
-        topology: The chips.
-        compiled: Compile the chosen mesh's step where that can be done.
+    """Prints what a recipe needs on a topology; `compiled`: by the compiler as well, if it can.
 
     Raises:
         ValueError: If the recipe's mesh does not fit the topology, or no mesh has the memory.
