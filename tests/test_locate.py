@@ -9,7 +9,7 @@ from huggingface_hub.errors import GatedRepoError
 from genlora_jax.cli import main
 from genlora_jax.hf.checkpoint import CONFIG as CONFIG_FILE
 from genlora_jax.hf.checkpoint import locate
-from genlora_jax.plan.program import model_shape
+from genlora_jax.plan.sizes import model_shape
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
 

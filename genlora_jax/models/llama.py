@@ -155,21 +155,14 @@ class LlamaForCausalLM(nn.Module):
             positions = jnp.maximum(jnp.cumsum(attention_mask != 0, axis=1) - 1, 0)
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
-        hidden, _ = self._run(input_ids, positions, mask, 0, length, None, segments)
-        return hidden
+        return self._run(input_ids, positions, mask, segments, 0, None)[0]
 
     def _run(
-        self,
-        input_ids: Array,
-        positions: Array,
-        mask: Array | None,
-        start: Any,
-        slots: int,
-        cache: Cache,
-        segments: Array | None,
+        self, input_ids: Array, positions: Array, mask: Any, segments: Any, start: Any, cache: Cache
     ) -> tuple[Array, Cache]:
         """Hidden states and cache, with the masks of sliding windows."""
         cfg, sliding_mask, slides = self.config, None, None
+        slots = input_ids.shape[1] if cache is None else cache["k"].shape[2]
         if cfg.sliding_window is not None and cfg.sliding_window < slots:
             segments = None  # a token's view now depends on its window as well
             query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
@@ -179,8 +172,7 @@ class LlamaForCausalLM(nn.Module):
                 mask, sliding_mask = sliding_mask, None
             else:
                 mask = causal
-                chosen = [i in cfg.sliding_layers for i in range(cfg.num_hidden_layers)]
-                slides = jnp.array(chosen)
+                slides = jnp.array([i in cfg.sliding_layers for i in range(cfg.num_hidden_layers)])
         context = Context(rotary(cfg, positions), mask, sliding_mask, start, segments)
         return self.model(input_ids, context, slides, cache)
 
@@ -205,10 +197,9 @@ class LlamaForCausalLM(nn.Module):
         Returns:
             Logits `[batch, length, vocab]` and the new cache.
         """
-        slots = visible.shape[1]
-        query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)
+        query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(visible.shape[1])
         mask = ((key <= query) & visible[:, None, :] | (key == query))[:, None]
-        hidden, cache = self._run(input_ids, positions, mask, start, slots, cache, None)
+        hidden, cache = self._run(input_ids, positions, mask, None, start, cache)
         return self.head(hidden), cache
 
     def init_cache(self, batch: int, slots: int) -> Cache:

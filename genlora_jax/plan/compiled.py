@@ -1,4 +1,7 @@
-"""What the compiler says of a step: memory, and bytes that its collectives move."""
+"""A recipe's step as a program, and what the compiler says of it: memory, and bytes moved.
+
+The program is made from shapes alone: nothing is allocated.
+"""
 
 import math
 import os
@@ -7,13 +10,34 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from genlora_jax.mesh import MeshConfig, make_mesh
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from genlora_jax.adapter import init_adapter
+from genlora_jax.hf.load import sharded_shapes
+from genlora_jax.mesh import BATCH, MeshConfig, make_mesh
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Topology
-from genlora_jax.plan.program import build
+from genlora_jax.plan.sizes import model_shape
+from genlora_jax.sharding import state_shardings
+from genlora_jax.training.optim import make_optimizer
 from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.step import init_state, make_train_step
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step's function and its arguments."""
+
+    step: Any
+    state: Any
+    params: Any
+    batch: Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,41 @@ class Compiled:
     arguments: int
     temporaries: int
     collectives: dict[str, int]
+
+
+def build(recipe: Recipe, mesh: Mesh) -> Program:
+    """The step of a recipe on a mesh, whose devices need not be there.
+
+    Raises:
+        ValueError: If the mesh does not divide the model or the batch.
+    """
+    model = LlamaForCausalLM(
+        model_shape(recipe),
+        dtype=jnp.dtype(recipe.model.dtype),
+        param_dtype=jnp.dtype(recipe.model.param_dtype),
+        scan=recipe.model.scan,
+        remat=recipe.model.remat,
+        attention=recipe.model.attention,
+        mesh=mesh,
+    )
+    shapes = parameter_shapes(model.clone(mesh=None))
+    params = sharded_shapes(mesh, shapes)
+    optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
+    adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), shapes)
+    state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer), adapter)
+    where = state_shardings(mesh, state)
+    state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, where)
+    size = (recipe.data.batch_size, recipe.data.length)
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
+    return Program(
+        step=make_train_step(model, recipe.adapter, optimizer, recipe.step_options, mesh=mesh),
+        state=state,
+        params=params,
+        batch={
+            **dict.fromkeys(("input_ids", "segment_ids", "positions"), tokens),
+            "loss_mask": tokens.update(dtype=jnp.bool_),
+        },
+    )
 
 
 def topology_devices(topology: Topology) -> Any:

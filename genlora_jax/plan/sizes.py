@@ -10,17 +10,23 @@ import jax.numpy as jnp
 
 from genlora_jax.adapter import Adapter, generate_factors, init_adapter
 from genlora_jax.factors import by_module
+from genlora_jax.hf.checkpoint import CONFIG, locate, model_config
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Chip
-from genlora_jax.plan.program import model_shape
 from genlora_jax.training.recipe import Recipe
 
 # Derived, by `model.remat`: a forward and a backward pass over the layers, and a second forward
 # pass where nothing was kept.
 PASSES = {"none": 2, "dots": 2, "full": 3}
 FLOAT32 = 4  # bytes
+
+
+def model_shape(recipe: Recipe) -> LlamaConfig:
+    """The shape of a recipe's model: its `model.shape`, or else the checkpoint's."""
+    model = recipe.model
+    return model.shape or model_config(locate(model.path, revision=model.revision, files=[CONFIG]))
 
 
 @dataclass(frozen=True)
