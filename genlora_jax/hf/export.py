@@ -47,7 +47,8 @@ def export_hf(
         FileExistsError: If the directory exists and is not to be overwritten.
         ValueError: If the parameters are not those of the base's architecture.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory  # imported where it is needed
+    # Imported where it is used: it is slow to import.
+    from huggingface_hub import split_state_dict_into_shards_factory
 
     source = locate(base)
     flat = flatten_dict(dict(params))
