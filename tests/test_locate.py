@@ -7,8 +7,9 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 
 from genlora_jax.cli import main
-from genlora_jax.hf.checkpoint import locate, locate_config
-from genlora_jax.plan.program import model_shape
+from genlora_jax.hf.checkpoint import CONFIG as CONFIG_FILE
+from genlora_jax.hf.checkpoint import locate
+from genlora_jax.plan.sizes import model_shape
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
 
@@ -40,20 +41,15 @@ def recipe_file(tmp_path):
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """The calls of the hub's functions; it has one `config.json`."""
+    """The calls of the hub's function; it has one `config.json`."""
     calls = []
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text(json.dumps(CONFIG))
 
-    def hf_hub_download(name, file, *, revision=None, token=None):
-        calls.append((name, file, revision, token))
-        return str(tmp_path / "hub" / file)
-
-    def snapshot_download(name, **options):
-        calls.append((name, "everything"))
+    def snapshot_download(name, *, revision, token, allow_patterns):
+        calls.append((name, *allow_patterns, revision, token))
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return calls
 
@@ -62,7 +58,6 @@ def refuse_with(monkeypatch, error):
     def refuse(*args, **options):
         raise error
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
 
 
@@ -82,32 +77,32 @@ def test_a_shape_in_the_recipe_asks_for_nothing(recipe_file, asked):
 
 
 def test_the_token_is_passed_on_and_the_shape_is_that_of_the_file(asked):
-    directory = locate_config("someone/model", token="secret")
+    directory = locate("someone/model", token="secret", files=[CONFIG_FILE])
     assert json.loads((directory / "config.json").read_text()) == CONFIG
     assert asked == [("someone/model", "config.json", None, "secret")]
 
 
 def test_local_directories_are_taken_as_they_are(tmp_path, asked):
-    assert locate_config(tmp_path) == locate(tmp_path) == tmp_path
+    assert locate(tmp_path, files=[CONFIG_FILE]) == locate(tmp_path) == tmp_path
     assert asked == []
 
 
-@pytest.mark.parametrize("find", [locate, locate_config])
-def test_a_gated_model_is_refused_with_what_to_do(find, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"files": [CONFIG_FILE]}], ids=["all", "config"])
+def test_a_gated_model_is_refused_with_what_to_do(options, monkeypatch):
     refuse_with(monkeypatch, GATED)
     with pytest.raises(
         FileNotFoundError, match=r"someone/model is a gated model.* HF_TOKEN"
     ) as info:
-        find("someone/model")
+        locate("someone/model", **options)
     assert "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("find", [locate, locate_config])
-def test_other_refusals_are_one_line_with_the_hubs_reason(find, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"files": [CONFIG_FILE]}], ids=["all", "config"])
+def test_other_refusals_are_one_line_with_the_hubs_reason(options, monkeypatch):
     refuse_with(monkeypatch, RuntimeError("404\n\n  no such repository"))
     message = "someone/model is no local directory, and the hub did not give it: 404 no such"
     with pytest.raises(FileNotFoundError, match=message) as info:
-        find("someone/model")
+        locate("someone/model", **options)
     assert "\n" not in str(info.value)
 
 

@@ -13,9 +13,8 @@ import genlora_jax as gl
 from genlora_jax.cli import main
 from genlora_jax.mesh import MeshConfig, make_mesh, resolve
 from genlora_jax.plan.chips import CHIPS, GIB, parse_topology
-from genlora_jax.plan.compiled import collective_bytes
+from genlora_jax.plan.compiled import build, collective_bytes
 from genlora_jax.plan.estimate import MARGIN, candidates, estimate, rank_meshes
-from genlora_jax.plan.program import build
 from genlora_jax.plan.sizes import PASSES
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe

@@ -12,15 +12,9 @@ MAX_NEW_TOKENS = 256  # lm-eval's default
 
 
 def loglikelihood(subject: Subject, requests: Sequence[tuple[str, str]]) -> list[Score]:
-    """Scores of continuations.
+    """Scores of texts (context, continuation), in order.
 
-    Args:
-        subject: The model, and how many rows a batch has.
-        requests: Texts (context, continuation); an empty context stands for the beginning of a
-            text.
-
-    Returns:
-        Their scores, in order.
+    An empty context stands for the beginning of a text.
 
     Raises:
         ValueError: As `log_likelihoods` does.
@@ -34,20 +28,13 @@ def loglikelihood_rolling(subject: Subject, texts: Sequence[str]) -> list[float]
     The token that begins a text comes before each and is not predicted. (lm-eval's model for
     PyTorch predicts a second one where the tokenizer adds it.)
 
-    Args:
-        subject: The model, and how many rows a batch has.
-        texts: Texts of any length; the empty text scores 0.
-
-    Returns:
-        A sum for each text, in order.
+    Texts may have any length; the empty text scores 0.
 
     Raises:
         ValueError: If the tokenizer has no token that begins or ends a text.
     """
-    windows = [
-        list(_windows(subject.encode(text, special=False), subject.prefix, subject.positions))
-        for text in texts
-    ]
+    encoded = [subject.encode(text, special=False) for text in texts]
+    windows = [list(_windows(ids, subject.prefix, subject.positions)) for ids in encoded]
     scores = iter(log_likelihoods(subject, list(itertools.chain.from_iterable(windows))))
     return [sum(next(scores).logprob for _ in pairs) for pairs in windows]
 
@@ -64,7 +51,7 @@ def _windows(ids: list[int], prefix: int, positions: int) -> Iterator[Pair]:
 def generate_until(
     subject: Subject, requests: Sequence[tuple[str, Mapping[str, Any]]], *, seed: int = 0
 ) -> list[str]:
-    """Continuations.
+    """Continuations, in order.
 
     Args:
         subject: The model, and how many rows a batch has.
@@ -72,13 +59,10 @@ def generate_until(
             `temperature` and `top_p`.
         seed: Seed of the sampling.
 
-    Returns:
-        A text for each request, in order.
-
     Raises:
         ValueError: If a setting is another that changes what is generated.
     """
-    continuations: dict[int, str] = {}
+    continuations = [""] * len(requests)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, (_, settings) in enumerate(requests):
         groups.setdefault(_settings(settings), []).append(i)
@@ -93,7 +77,7 @@ def generate_until(
         )
         for i, (text,) in zip(chosen, texts, strict=True):
             continuations[i] = cut(text, stop)
-    return [continuations[i] for i in range(len(requests))]
+    return continuations
 
 
 def _settings(requested: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float, float]:
@@ -101,9 +85,8 @@ def _settings(requested: Mapping[str, Any]) -> tuple[tuple[str, ...], int, float
     settings = dict(requested)
     until = settings.pop("until", None) or ()
     stop = (until,) if isinstance(until, str) else tuple(until)
-    max_new_tokens = int(
-        settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None) or MAX_NEW_TOKENS
-    )
+    longest = settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None)
+    max_new_tokens = int(longest or MAX_NEW_TOKENS)
     temperature = float(settings.pop("temperature", None) or 0.0)
     if settings.pop("do_sample", temperature > 0) and not temperature > 0:
         temperature = 1.0

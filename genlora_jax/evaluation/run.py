@@ -18,25 +18,18 @@ from genlora_jax.evaluation.tasks.choices import ChoicesConfig
 from genlora_jax.evaluation.tasks.code import CodeConfig
 from genlora_jax.evaluation.tasks.match import MatchConfig
 from genlora_jax.evaluation.tasks.perplexity import PerplexityConfig
-from genlora_jax.evaluation.tasks.task import PromptConfig, read_examples
+from genlora_jax.evaluation.tasks.task import AnswerConfig, PromptConfig, read_examples
 from genlora_jax.files import new_directory, refuse_existing
 from genlora_jax.generation.answers import room
-from genlora_jax.generation.subject import subject_of
+from genlora_jax.generation.subject import Subject, subject_of
 from genlora_jax.hf.base import ModelConfig, find_base, load_base
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.settings import parse, report_errors
 from genlora_jax.training.provenance import digest, provenance
 from genlora_jax.training.setup import evaluation_mesh
 
-TASKS: dict[str, Any] = {
-    "perplexity": perplexity,
-    "match": match,
-    "choices": choices,
-    "code": code,
-}
-
-# Checks of a task's rows against its settings, for tasks where they may not go together.
-CHECKS: dict[str, Any] = {"match": match.check, "choices": choices.check}
+TASKS: dict[str, Any] = {"perplexity": perplexity, "match": match, "choices": choices, "code": code}
+Items = dict[tuple[str, str], list[Any]]  # the rows of each task's sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +71,49 @@ class Evaluation:
 def evaluate(cfg: Evaluation) -> dict[str, Any]:
     """Runs an evaluation; returns what it writes to `results.json`."""
     refuse_existing(cfg.output, overwrite=cfg.overwrite)
-    asked = {name: getattr(cfg, name) for name in TASKS if getattr(cfg, name)}
+    asked = {name: task for name in TASKS if (task := getattr(cfg, name))}
     # Every row is read, and the sandbox tried, before minutes of loading and not after.
+    items = _read(asked)
+    walls = check_sandbox(cfg.code) if cfg.code else None
+    mesh = evaluation_mesh(cfg.mesh)
+    base = load_base(cfg.model, find_base(cfg.model), mesh)
+    subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
+    scores, lines = _run(subject, asked, items)
+    report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
+    report |= provenance()
+    with new_directory(cfg.output, overwrite=cfg.overwrite) as directory:
+        (directory / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+        for name, text in lines.items():
+            if text:
+                (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return report
+
+
+def _read(asked: dict[str, Any]) -> Items:
+    """The rows of every source of every task, and checks of them against the task's settings."""
     items = {
         (name, source): TASKS[name].read(source, task.limit)
         for name, task in asked.items()
         for source in task.sources
     }
     for (name, _), rows in items.items():
-        if name in CHECKS:
-            CHECKS[name](asked[name], rows)
+        if check := getattr(TASKS[name], "check", None):
+            check(asked[name], rows)
     for name, task in asked.items():
         if isinstance(task, PromptConfig):
             read_examples(task, TASKS[name].read)
-    walls = check_sandbox(cfg.code) if cfg.code else None
-    mesh = evaluation_mesh(cfg.mesh)
-    base = load_base(cfg.model, find_base(cfg.model), mesh)
-    subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
+    return items
+
+
+def _run(
+    subject: Subject, asked: dict[str, Any], items: Items
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Metrics by task and source, and the lines of each task's file."""
     for task in asked.values():
-        if isinstance(task, MatchConfig | CodeConfig):
+        if isinstance(task, AnswerConfig):
             room(subject, task.max_new_tokens)
     scores: dict[str, dict[str, Any]] = {name: {} for name in asked}
-    lines: dict[str, list[str]] = {name: [] for name in asked}
+    lines = dict.fromkeys(asked, "")
     for (name, source), rows in items.items():
         began = time.monotonic()
         result = TASKS[name].run(subject, asked[name], rows)
@@ -108,17 +122,10 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
             "seconds": round(time.monotonic() - began, 2),
             "sha256": digest(source),
         }
-        lines[name] += [json.dumps({"data": source} | row) + "\n" for row in result.rows]
+        lines[name] += "".join(json.dumps({"data": source} | row) + "\n" for row in result.rows)
         shown = ", ".join(f"{metric} {value:.6g}" for metric, value in result.metrics.items())
         print(f"{name}, {source}, {len(rows):,} rows: {shown}")
-    report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
-    report |= provenance()
-    with new_directory(cfg.output, overwrite=cfg.overwrite) as directory:
-        (directory / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-        for name in asked:
-            if lines[name]:
-                (directory / f"{name}.jsonl").write_text("".join(lines[name]), encoding="utf-8")
-    return report
+    return scores, lines
 
 
 def check_sandbox(cfg: CodeConfig) -> dict[str, bool]:

@@ -40,14 +40,9 @@ def encode_pair(subject: Subject, context: str, continuation: str) -> Pair:
 
 
 def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
-    """Scores continuations; a context too long for the model loses its beginning.
+    """Scores of continuations, in order, summed in float32.
 
-    Args:
-        subject: The model, and how many rows a batch has.
-        pairs: Contexts of at least one token and their continuations.
-
-    Returns:
-        Their scores, in order; sums in float32.
+    A context too long for the model loses its beginning.
 
     Raises:
         ValueError: If a context or a continuation is empty, or a continuation alone is too long.
@@ -62,7 +57,7 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
             )
         # The last token is predicted, not seen.
         rows.append(([*context, *continuation][-subject.positions - 1 :], len(continuation)))
-    scores: dict[int, Score] = {}
+    scores = [Score(0.0, False)] * len(rows)
     # The longest first: a batch that is too large for the device fails at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for start in range(0, len(order), subject.batch_size):
@@ -80,7 +75,7 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
         )
         for row, i in enumerate(chosen):
             scores[i] = Score(float(sums[row]), bool(greedy[row]))
-    return [scores[i] for i in range(len(rows))]
+    return scores
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,6 +1,7 @@
 """Answers: continuations of many prompts as text, in batches of few shapes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -91,12 +92,6 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 def _text(subject: Subject, prompt: list[int], new: list[int]) -> str:
     """New tokens as text, decoded after their prompt: some tokenizers drop a text's first space."""
-    whole, before = (
-        str(
-            subject.tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
-        for ids in (prompt + new, prompt)
-    )
+    options: Any = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    whole, before = (str(subject.tokenizer.decode(x, **options)) for x in (prompt + new, prompt))
     return whole[len(before) :]

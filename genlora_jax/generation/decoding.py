@@ -1,6 +1,7 @@
 """Decoding: greedy or sampled continuation of prompts, with a key-value cache."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,13 +74,7 @@ def decode(
             sampled=temperature > 0,
         )
     )
-    return [_until(row.tolist(), set(stop)) for row in new]
-
-
-def _until(ids: list[int], stop: set[int]) -> list[int]:
-    """Token ids up to the first stop token."""
-    end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-    return ids[:end]
+    return [list(itertools.takewhile(lambda i: i not in stop, row)) for row in new.tolist()]
 
 
 def _pick(

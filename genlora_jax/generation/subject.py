@@ -45,11 +45,10 @@ class Subject:
     @property
     def prefix(self) -> int:
         """The token that begins a text without context."""
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *self.stop)
-        known = [token for token in ids if token is not None]
-        if not known:
-            raise ValueError("the tokenizer has no token that begins or ends a text")
-        return known[0]
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, *self.stop):
+            if token is not None:
+                return token
+        raise ValueError("the tokenizer has no token that begins or ends a text")
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text to be continued: with the token that begins it, none that ends it."""
@@ -80,22 +79,16 @@ class Subject:
 
 
 def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) -> Subject:
-    """A loaded base, alone or with an adapter.
-
-    Args:
-        base: From `load_base`.
-        adapter: An adapter's directory, one of `save_adapter` or of PEFT.
-        batch_size: Rows of a batch.
+    """A loaded base, alone or with an adapter: a directory of `save_adapter` or of PEFT.
 
     Raises:
         FileNotFoundError: If there is no such adapter.
         ValueError: If it was made for another base.
     """
-    factors = {} if adapter is None else load_factors(adapter, base.params, base.model)
     return Subject(
         model=base.model,
         params=base.params,
-        factors=factors,
+        factors={} if adapter is None else load_factors(adapter, base.params, base.model),
         tokenizer=base.tokenizer,
         stop=tuple(stop_tokens(base.source)),
         batch_size=batch_size,

@@ -1,6 +1,5 @@
 """The base of a run: which model, how it is computed, and its tokenizer."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,25 +66,16 @@ def find_base(cfg: ModelConfig) -> tuple[Path, "PreTrainedTokenizerFast"]:
         ValueError: If it has no usable tokenizer, or its shape is not the `shape` that is given.
     """
     source = locate(cfg.path, revision=cfg.revision)
-    _check_shape(cfg, source)
+    if cfg.shape is not None and cfg.shape != (config := model_config(source)):
+        for field, given in vars(cfg.shape).items():
+            if given != (found := getattr(config, field)):
+                raise ValueError(f"model.shape: {field} is {given}; the checkpoint has {found}")
     return source, load_tokenizer(source)
 
 
 def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], mesh: Mesh) -> Base:
     """Loads the base that `find_base` found onto a mesh; raises as `load_llama` does."""
     source, tokenizer = found
-    options = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-    del options["path"], options["shape"]
+    options = {k: v for k, v in vars(cfg).items() if k not in ("path", "shape")}
     model, params = load_llama(source, **options, mesh=mesh)
     return Base(source, tokenizer, model, params)
-
-
-def _check_shape(cfg: ModelConfig, source: Path) -> None:
-    """Raises ValueError if the config's shape of the model, where it has one, is another."""
-    if cfg.shape is None:
-        return
-    config = model_config(source)
-    for field in dataclasses.fields(config):
-        given, found = (getattr(shape, field.name) for shape in (cfg.shape, config))
-        if given != found:
-            raise ValueError(f"model.shape: {field.name} is {given}; the checkpoint has {found}")

@@ -1,8 +1,7 @@
 """A Hugging Face checkpoint as a directory: its config and its safetensors, one file or sharded."""
 
-import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +15,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-CONFIG = "config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+CONFIG, GENERATION = "config.json", "generation_config.json"
+# What an export copies, as far as it is there: the tokenizer's files, and how answers end.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", GENERATION),
 )
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
-def locate(path: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+def locate(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    files: Sequence[str] = FILES,
+) -> Path:
     """The directory of a checkpoint: a local one itself, a hub id downloaded to the cache.
+
+    Args:
+        path: Local directory or hub id.
+        revision: Branch, tag or commit on the hub.
+        token: Access token for the hub.
+        files: Patterns of the files that are downloaded; `[CONFIG]` for the model's shape alone.
 
     Raises:
         FileNotFoundError: If it is neither a local directory nor to be had from the hub.
@@ -38,41 +45,12 @@ def locate(path: str | Path, *, revision: str | None = None, token: str | None =
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
-
-    with _hub_errors(path):
-        return Path(
-            snapshot_download(
-                str(path),
-                revision=revision,
-                token=token,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
-            )
-        )
-
-
-def locate_config(
-    path: str | Path, *, revision: str | None = None, token: str | None = None
-) -> Path:
-    """The directory of a checkpoint's `config.json`; from the hub, no other file is downloaded.
-
-    Raises:
-        FileNotFoundError: If it is neither a local directory nor to be had from the hub.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(path):
-        return Path(hf_hub_download(str(path), CONFIG, revision=revision, token=token)).parent
-
-
-@contextlib.contextmanager
-def _hub_errors(path: str | Path) -> Iterator[None]:
-    """Turns what the hub's client raises into one line that says what to do."""
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        yield
+        return Path(
+            snapshot_download(str(path), revision=revision, token=token, allow_patterns=[*files])
+        )
     except GatedRepoError as error:
         raise FileNotFoundError(
             f"{path} is a gated model: ask for access on its page at huggingface.co, then set "
@@ -101,8 +79,7 @@ def model_config(directory: Path) -> LlamaConfig:
     Raises:
         ValueError: If the architecture, or an option of it, is not supported; names the field.
     """
-    file = directory / CONFIG
-    return parse_config(file, read_json(file))
+    return parse_config(directory / CONFIG, read_json(directory / CONFIG))
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
@@ -130,7 +107,7 @@ def checkpoint_dtype(directory: Path) -> str:
 
 def stop_tokens(directory: Path) -> list[int]:
     """Ids of the tokens that end a text, as generation config or else config has them."""
-    for name in ("generation_config.json", CONFIG):
+    for name in (GENERATION, CONFIG):
         if (directory / name).is_file():
             ids = read_json(directory / name).get("eos_token_id")
             if ids is not None:

@@ -14,15 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.files import new_directory
-from genlora_jax.hf.checkpoint import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    TOKENIZER_FILES,
-    locate,
-    model_config,
-    read_json,
-)
+from genlora_jax.hf.checkpoint import COMPANIONS, CONFIG, INDEX, locate, model_config, read_json
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import TensorWriter, in_threads, transpose, transposes_on_host
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
@@ -55,24 +47,33 @@ def export_hf(
         FileExistsError: If the directory exists and is not to be overwritten.
         ValueError: If the parameters are not those of the base's architecture.
     """
+    # Imported where it is used: it is slow to import.
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     source = locate(base)
     flat = flatten_dict(dict(params))
     _check_shapes(source, params, flat)
     kind = np.dtype(dtype) if dtype is not None else next(iter(flat.values())).dtype
-    shards = _shards(
-        sorted(tensors(params), key=lambda t: natural_order(t.name)), flat, kind, max_shard_bytes
+    order = sorted(tensors(params), key=lambda t: natural_order(t.name))
+    stored = {
+        t.name: jax.ShapeDtypeStruct(t.shape_in_file(flat[t.path].shape), kind) for t in order
+    }
+    split = split_state_dict_into_shards_factory(
+        stored,
+        get_storage_size=lambda tensor: tensor.size * kind.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
     with new_directory(out_dir, overwrite=overwrite) as directory:
-        names = (
-            [SINGLE]
-            if len(shards) == 1
-            else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        )
-        _write_files([directory / name for name in names], shards, flat, kind)
-        if len(shards) > 1:
-            files = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-            size = sum(_bytes(t, flat, kind) for shard in shards for t in shard)
-            index = {"metadata": {"total_size": size}, "weight_map": files}
+        with contextlib.ExitStack() as stack:
+            writers: dict[str, TensorWriter] = {}
+            for file, names in split.filename_to_tensors.items():
+                shapes = {name: stored[name] for name in names}
+                writer = stack.enter_context(TensorWriter(directory / file, shapes))
+                writers |= dict.fromkeys(names, writer)
+            _write_tensors(writers, order, flat, kind)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         _copy_companions(source, directory, kind)
 
@@ -89,53 +90,27 @@ def _check_shapes(source: Path, params: Mapping[str, Any], flat: Mapping[Any, An
             raise ValueError(f"{'.'.join(path)} has shape {given}; the base {source} has {stored}")
 
 
-def _bytes(tensor: Tensor, flat: Mapping[Any, Any], kind: np.dtype) -> int:
-    return int(np.prod(tensor.shape_in_file(flat[tensor.path].shape))) * kind.itemsize
-
-
-def _shards(
-    order: list[Tensor], flat: Mapping[Any, Any], kind: np.dtype, limit: int
-) -> list[list[Tensor]]:
-    """Tensors by file, in order, each file within the limit unless one tensor exceeds it."""
-    shards: list[list[Tensor]] = [[]]
-    room = limit
-    for tensor in order:
-        size = _bytes(tensor, flat, kind)
-        if shards[-1] and size > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(tensor)
-        room -= size
-    return shards
-
-
-def _write_files(
-    files: list[Path], shards: list[list[Tensor]], flat: Mapping[Any, Any], kind: np.dtype
+def _write_tensors(
+    writers: Mapping[str, TensorWriter],
+    order: list[Tensor],
+    flat: Mapping[Any, Any],
+    kind: np.dtype,
 ) -> None:
-    """Writes every shard to its file; threads write while the next tensors are fetched."""
+    """Writes every tensor to its file; threads write while the next tensors are fetched."""
     on_host = transposes_on_host()
 
-    def fetched(writers: list[TensorWriter]) -> Iterator[tuple[TensorWriter, Tensor, Any]]:
-        for writer, shard in zip(writers, shards, strict=True):
-            for tensor in shard:
-                transposed = tensor.transposed and not on_host
-                yield writer, tensor, _fetch(flat[tensor.path], tensor.index, kind, transposed)
+    def fetched() -> Iterator[tuple[Tensor, Any]]:
+        for tensor in order:
+            transposed = tensor.transposed and not on_host
+            yield tensor, _fetch(flat[tensor.path], tensor.index, kind, transposed)
 
-    def write(item: tuple[TensorWriter, Tensor, Any]) -> None:
-        writer, tensor, value = item
-        value = np.asarray(value)
-        writer.write(tensor.name, transpose(value) if tensor.transposed and on_host else value)
+    def write(item: tuple[Tensor, Any]) -> None:
+        tensor, value = item[0], np.asarray(item[1])
+        value = transpose(value) if tensor.transposed and on_host else value
+        writers[tensor.name].write(tensor.name, value)
 
-    with contextlib.ExitStack() as stack:
-        writers = []
-        for file, shard in zip(files, shards, strict=True):
-            shapes = {
-                t.name: jax.ShapeDtypeStruct(t.shape_in_file(flat[t.path].shape), kind)
-                for t in shard
-            }
-            writers.append(stack.enter_context(TensorWriter(file, shapes)))
-        for _ in in_threads(write, fetched(writers)):
-            pass
+    for _ in in_threads(write, fetched()):
+        pass
 
 
 def _fetch(leaf: Any, index: int | None, kind: np.dtype, transposed: bool) -> Any:
@@ -171,6 +146,6 @@ def _copy_companions(source: Path, directory: Path, kind: np.dtype) -> None:
     field = "dtype" if "dtype" in config else "torch_dtype"
     config[field] = jnp.dtype(kind).name
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -11,24 +11,25 @@ from typing import Any
 from genlora_jax.models.config import LlamaConfig, RopeScaling
 
 Fields = dict[str, Any]
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+# Fields that all families have, and `LlamaConfig` under the same name.
+COMMON = (
+    *SIZES,
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    "tie_word_embeddings",
+)
 
 
 def _biases(config: Any) -> Fields:
-    return {
-        "attention_bias": config.attention_bias,
-        "attention_output_bias": config.attention_bias,
-    }
+    return dict.fromkeys(("attention_bias", "attention_output_bias"), config.attention_bias)
 
 
 def _windows(config: Any) -> Fields:
     sliding = [i for i, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
     if not sliding:
         return {}
-    every = len(sliding) == config.num_hidden_layers
-    return {
-        "sliding_window": config.sliding_window,
-        "sliding_layers": None if every else tuple(sliding),
-    }
+    layers = None if len(sliding) == config.num_hidden_layers else tuple(sliding)
+    return {"sliding_window": config.sliding_window, "sliding_layers": layers}
 
 
 # By `model_type`: fields of `LlamaConfig` beyond those that all families have. The argument is the
@@ -50,13 +51,6 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
 def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
     """The shape of the model that the contents of a `config.json` describe.
 
-    Args:
-        file: The file, for errors to name it.
-        data: Its contents.
-
-    Returns:
-        The shape.
-
     Raises:
         ValueError: If the architecture, or an option of it, is not supported; names the field.
     """
@@ -69,7 +63,7 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
         )
     if "quantization_config" in data:
         raise ValueError(f"{file}: quantized checkpoints are not supported; take the original")
-    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+    for field in SIZES:
         if field not in data:  # `transformers` would fill in the default size of the family
             raise ValueError(f"{file}: field {field!r} is missing")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
@@ -78,20 +72,12 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
         config = CONFIG_MAPPING[kind].from_dict(dict(data))
         if config.hidden_act != "silu":
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
-        heads = config.num_attention_heads
+        size = config.hidden_size // config.num_attention_heads
         return LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
+            **{field: getattr(config, field) for field in COMMON},
+            head_dim=getattr(config, "head_dim", None) or size,
             rope_theta=float(config.rope_parameters["rope_theta"]),
             rope_scaling=scaling,
-            tie_word_embeddings=config.tie_word_embeddings,
             **FAMILIES[kind](config),
         )
     except KeyError as error:

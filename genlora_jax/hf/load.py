@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from genlora_jax import sharding
 from genlora_jax.hf.checkpoint import Checkpoint, locate, model_config
@@ -57,22 +57,15 @@ def load_llama(
     """
     directory = locate(path, revision=revision, token=token)
     config = model_config(directory)
-    model = LlamaForCausalLM(
-        config,
-        dtype=parse_dtype(dtype),
-        param_dtype=parse_dtype(param_dtype),
-        scan=scan,
-        remat=remat,
-        attention=attention,
-        mesh=mesh,
-    )
+    dtype, param_dtype = parse_dtype(dtype), parse_dtype(param_dtype)
+    model = LlamaForCausalLM(config, dtype, param_dtype, scan, remat, attention, mesh)
     shapes = parameter_shapes(model)
     if mesh is not None:
-        sharding.check_params(mesh, shapes)
+        shapes = sharded_shapes(mesh, shapes)
     order = list(tensors(shapes))
     checkpoint = Checkpoint(directory)
     _refuse_unknown(directory, checkpoint.names() - {t.name for t in order}, config)
-    return model, unflatten_dict(_read_leaves(checkpoint, order, flatten_dict(shapes), mesh))
+    return model, unflatten_dict(_read_leaves(checkpoint, order, flatten_dict(shapes)))
 
 
 def parse_dtype(dtype: Any) -> Any:
@@ -102,83 +95,65 @@ def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """A leaf of the tree of parameters that is to be filled.
+def sharded_shapes(mesh: Mesh, shapes: Mapping[str, Any]) -> Any:
+    """The shapes of parameters, each with its sharding.
 
-    Attributes:
-        shape: Its shape and dtype.
-        where: Its sharding; None for JAX's default device.
+    Raises:
+        ValueError: If the mesh does not divide one.
     """
-
-    shape: jax.ShapeDtypeStruct
-    where: NamedSharding | None
+    sharding.check_params(mesh, shapes)
+    where = sharding.named(mesh, sharding.param_specs(shapes))
+    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), shapes, where)
 
 
 def _read_leaves(
-    checkpoint: Checkpoint,
-    order: list[Tensor],
-    shapes: Mapping[tuple[str, ...], Any],
-    mesh: Mesh | None,
+    checkpoint: Checkpoint, order: list[Tensor], shapes: Mapping[tuple[str, ...], Any]
 ) -> dict[tuple[str, ...], jax.Array]:
     """Every leaf, filled in place on the devices, a tensor at a time."""
-    plan = {path: _Leaf(shape, None) for path, shape in shapes.items()}
-    if mesh is not None:
-        specs = flatten_dict(sharding.param_specs(unflatten_dict(dict(shapes))))
-        plan = {
-            path: _Leaf(shape, NamedSharding(mesh, specs[path])) for path, shape in shapes.items()
-        }
     on_host = transposes_on_host()
+    leaves: dict[tuple[str, ...], jax.Array] = {}
 
     def read(tensor: Tensor) -> jax.Array:
-        return _read(checkpoint, tensor, plan[tensor.path], mesh)
+        return _read(checkpoint, tensor, shapes[tensor.path], tensor.transposed and on_host)
 
-    leaves: dict[tuple[str, ...], jax.Array] = {}
     for tensor, value in zip(order, in_threads(read, order), strict=True):
-        leaf = plan[tensor.path]
-        transposed = tensor.transposed and not on_host
-        leaves[tensor.path] = _fill(leaves.get(tensor.path), value, tensor.index, leaf, transposed)
-        leaves[tensor.path].block_until_ready()  # or tensors would pile up before the device
+        path, transposed = tensor.path, tensor.transposed and not on_host
+        leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
+        leaves[path].block_until_ready()  # or tensors would pile up before the device
     return leaves
 
 
-def _read(checkpoint: Checkpoint, tensor: Tensor, leaf: _Leaf, mesh: Mesh | None) -> jax.Array:
-    """One tensor on the devices, transposed on the way where the host does that."""
-    stored = tensor.shape_in_file(leaf.shape.shape)
-    transposed = tensor.transposed and transposes_on_host()
-
-    def rows(index: Any) -> np.ndarray:
-        axis = -1 if transposed else 0  # the file's rows, as the array has them
-        part = checkpoint.read(tensor.name, stored, index[axis] if index else slice(None))
-        return transpose(part) if transposed else part
-
-    if mesh is None:
-        return jax.device_put(rows(None))
+def _read(
+    checkpoint: Checkpoint, tensor: Tensor, leaf: jax.ShapeDtypeStruct, transposed: bool
+) -> jax.Array:
+    """One tensor on the devices; `transposed` says whether the host transposes it on the way."""
+    stored = tensor.shape_in_file(leaf.shape)
     shape = stored[::-1] if transposed else stored
-    where = leaf.where  # no copy is then needed on a single device
-    if mesh.size > 1 or where is None or shape != leaf.shape.shape:
-        where = _reading_sharding(mesh, shape, axis=len(shape) - 1 if transposed else 0)
-    return jax.make_array_from_callback(shape, where, rows)
+    axis = len(shape) - 1 if transposed else 0  # the file's rows, as the array has them
 
+    def read(index: Any) -> np.ndarray:
+        rows = checkpoint.read(tensor.name, stored, index[axis])
+        return transpose(rows) if transposed else rows
 
-def _reading_sharding(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:
-    """The file's rows sharded over all devices, so that each row is read once in all.
-
-    From there the devices send them to where they belong, faster than any disk.
-    """
-    if shape[axis] % mesh.size:
-        return sharding.replicated(mesh)
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXES))
+    where: Any = leaf.sharding
+    if where is None:
+        return jax.device_put(read((slice(None),) * len(shape)))
+    if where.mesh.size > 1 or shape != leaf.shape:  # else no copy is needed on the device
+        # All devices share the file's rows, so that each is read once in all. From there the
+        # devices send them to where they belong, faster than any disk.
+        divides = shape[axis] % where.mesh.size == 0
+        where = NamedSharding(where.mesh, P(*(None,) * axis, AXES) if divides else P())
+    return jax.make_array_from_callback(shape, where, read)
 
 
 def _fill(
-    filled: jax.Array | None, value: jax.Array, index: int | None, leaf: _Leaf, transposed: bool
+    filled: jax.Array | None, value: jax.Array, index: int | None, leaf: Any, transposed: bool
 ) -> jax.Array:
     """A leaf with one more tensor in it; `filled` is None before the first, and is donated."""
-    dtype, where = leaf.shape.dtype, leaf.where
+    dtype, where = leaf.dtype, leaf.sharding
     if index is not None:
         if filled is None:
-            filled = jnp.zeros(leaf.shape.shape, dtype, device=where)
+            filled = jnp.zeros(leaf.shape, dtype, device=where)
         return _place(filled, value, index, transposed, where)
     if transposed or value.dtype != dtype or (where is not None and value.sharding != where):
         return _convert(value, dtype, transposed, where)

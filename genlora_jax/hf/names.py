@@ -45,15 +45,18 @@ class Tensor:
 def tensors(params: Mapping[str, Any]) -> Iterator[Tensor]:
     """Every tensor of a tree of parameters, scanned or unrolled, in the tree's order."""
     for path, leaf in flatten_dict(dict(params)).items():
-        *modules, name_here = path
-        name_there, transposed = LEAVES[name_here]
-        if LAYERS not in modules or modules[modules.index(LAYERS) + 1].isdecimal():
-            yield Tensor(".".join([*modules, name_there]), path, None, transposed)
-            continue
-        at = modules.index(LAYERS) + 1
-        for i in range(leaf.shape[0]):
-            name = ".".join([*modules[:at], str(i), *modules[at:], name_there])
-            yield Tensor(name, path, i, transposed)
+        name, transposed = LEAVES[path[-1]]
+        scanned = LAYERS in path and not path[path.index(LAYERS) + 1].isdecimal()
+        for i in range(leaf.shape[0]) if scanned else [None]:
+            yield Tensor(f"{module_name(path[:-1], i)}.{name}", path, i, transposed)
+
+
+def module_name(module: tuple[str, ...], layer: int | None) -> str:
+    """Hugging Face's name of a module, or of one layer of a scanned one."""
+    if layer is None:
+        return ".".join(module)
+    at = module.index(LAYERS) + 1
+    return ".".join((*module[:at], str(layer), *module[at:]))
 
 
 def natural_order(name: str) -> list[int | str]:

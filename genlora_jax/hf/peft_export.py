@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from genlora_jax.factors import by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.files import new_directory
-from genlora_jax.hf.names import LAYERS, natural_order
+from genlora_jax.hf.names import module_name, natural_order
 from genlora_jax.methods.config import AdapterConfig
 
 PREFIX = "base_model.model."
@@ -68,24 +68,16 @@ def export_peft(
         "target_modules": names,
         "fan_in_fan_out": False,
         "inference_mode": True,
-    } | _kind_settings(kind, rank, cfg.dropout if cfg else 0.0)
+    }
+    dropout = cfg.dropout if cfg else 0.0
+    if kind.peft_type == "HIRA":
+        config |= {"peft_type": "HIRA", "hira_dropout": dropout}
+    else:
+        config |= {"peft_type": "LORA", "lora_alpha": rank, "lora_dropout": dropout}
+        config |= {"use_rslora": False, "use_dora": kind.peft_dora, "bias": "none"}
     with new_directory(out_dir, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
-
-
-def _kind_settings(kind: Kind, rank: int, dropout: float) -> dict[str, Any]:
-    """The fields of `adapter_config.json` that depend on the kind."""
-    if kind.peft_type == "HIRA":
-        return {"peft_type": "HIRA", "hira_dropout": dropout}
-    return {
-        "peft_type": kind.peft_type,
-        "lora_alpha": rank,
-        "lora_dropout": dropout,
-        "use_rslora": False,
-        "use_dora": kind.peft_dora,
-        "bias": "none",
-    }
 
 
 def _modules(factors: Mapping[str, Any]) -> tuple[Kind, dict[str, Leaves]]:
@@ -102,13 +94,12 @@ def _modules(factors: Mapping[str, Any]) -> tuple[Kind, dict[str, Leaves]]:
         arrays = {leaf: np.asarray(value, dtype=np.float32) for leaf, value in leaves.items()}
         leaf, axes = next(iter(kind.axes.items()))
         if arrays[leaf].ndim == len(axes):
-            modules[".".join(path)] = arrays
+            modules[module_name(path, None)] = arrays
             continue
-        at = path.index(LAYERS) + 1
         for i in range(len(arrays[leaf])):
             layer = {leaf: value[i] for leaf, value in arrays.items()}
             if any(value.any() for value in layer.values()):  # else the layer is not adapted
-                modules[".".join([*path[:at], str(i), *path[at:]])] = layer
+                modules[module_name(path, i)] = layer
     if len(kinds) > 1:
         found = " and ".join(f"{kind.name} ({name})" for kind, name in kinds.items())
         raise ValueError(f"a PEFT adapter is of one kind; these factors are {found}")

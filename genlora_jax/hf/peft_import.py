@@ -22,19 +22,9 @@ from genlora_jax.hf.peft_export import PREFIX, SETTINGS, TENSORS
 
 # Settings under which an adapter is more than factors on the base's kernels as they are.
 REFUSED = (
-    "lora_bias",
-    "use_qalora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "fan_in_fan_out",
-    "velora_config",
-    "monteclora_config",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
+    *("lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out"),
+    *("layer_replication", "target_parameters", "alora_invocation_tokens", "velora_config"),
+    *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
 )
 # Initialisations that subtract the initial delta from the base.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -64,28 +54,20 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
     path = Path(path)
     settings = read_json(path / SETTINGS)
     _refuse_other_than_lora(path / SETTINGS, settings)
-    kernels = {
-        tensor.name.removesuffix(".weight"): tensor
-        for tensor in tensors(params)
-        if tensor.path[-1] == "kernel"
-    }
+    kernels = {t.name.removesuffix(".weight"): t for t in tensors(params) if t.path[-1] == "kernel"}
     shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(params)).items()}
     stacks: dict[tuple[str, ...], dict[int | None, Leaves]] = {}
-    kind = next(
-        kind
-        for kind in KINDS
-        if (kind.peft_type, kind.peft_dora)
-        == (settings["peft_type"], bool(settings.get("use_dora")))
-    )
+    wanted = (settings["peft_type"], bool(settings.get("use_dora")))
+    kind = next(kind for kind in KINDS if (kind.peft_type, kind.peft_dora) == wanted)
     found = _read_modules(path / TENSORS, kind)
     for name, leaves in sorted(found.items(), key=lambda item: natural_order(item[0])):
         if name not in kernels:
             raise ValueError(f"{path}: adapts {name}, which the base does not have")
         kernel = kernels[name]
-        if not kind.fits(leaves, shapes[kernel.path][-2:]):
+        if not kind.fits(leaves, shape := shapes[kernel.path][-2:]):
             raise ValueError(
                 f"{path}: {name} has factors {kind.describe(leaves)}; the base's kernel has shape "
-                f"{shapes[kernel.path][-2:]}"
+                f"{shape}"
             )
         if "b" in leaves:  # HiRA knows no scale, and peft ignores its `rank_pattern`
             scale = _scale(path / SETTINGS, settings, name, leaves["a"].shape[1])

@@ -85,8 +85,7 @@ class TensorFile:
             skip = first * kind.itemsize * int(np.prod(shape[1:]))
             shape = (last - first, *shape[1:])
         value = _empty(shape, kind)
-        data: Any = value.reshape(-1).view(np.uint8)
-        view = memoryview(data)
+        view = memoryview(value.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + skip)
             while view:  # a read may stop at 2 GiB
@@ -97,11 +96,9 @@ class TensorFile:
 
 
 class TensorWriter:
-    """A new file of tensors of known names, dtypes and shapes, to be written in any order.
+    """A new file of tensors, to be written in any order.
 
-    Args:
-        file: The file to make.
-        tensors: By name, anything with `shape` and `dtype`.
+    `tensors` has, by name, anything with `shape` and `dtype`.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Any]):
@@ -120,11 +117,7 @@ class TensorWriter:
         self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.truncate(self._file, 8 + len(text) + end)
         self._put(struct.pack("<Q", len(text)) + text, 0)
-        self._places = {
-            name: [8 + len(text) + offset for offset in field["data_offsets"]]
-            for name, field in header.items()
-            if name != "__metadata__"
-        }
+        self._header, self._first = header, 8 + len(text)
 
     def write(self, name: str, value: np.ndarray) -> None:
         """Writes one tensor; threads may write several at once.
@@ -132,10 +125,10 @@ class TensorWriter:
         Raises:
             ValueError: If it is not of the size that was announced.
         """
-        start, end = self._places[name]
+        start, end = self._header[name]["data_offsets"]
         if value.nbytes != end - start:
             raise ValueError(f"tensor {name} has {value.nbytes} bytes, not {end - start}")
-        self._put(np.ascontiguousarray(value).reshape(-1).view(np.uint8), start)
+        self._put(np.ascontiguousarray(value).reshape(-1).view(np.uint8), self._first + start)
 
     def _put(self, data: Any, start: int) -> None:
         view = memoryview(data)

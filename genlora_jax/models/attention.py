@@ -1,16 +1,18 @@
 """Softmax attention with grouped key-value heads: which implementation runs where.
 
-`dot_product` holds XLA's and cuDNN's, `splash` the TPU's, `blocks` the one for CPUs.
+XLA's and cuDNN's are here, `splash` holds the TPU's, `blocks` the one for CPUs.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh
 
 from genlora_jax.models import splash
 from genlora_jax.models.blocks import attend_in_blocks
-from genlora_jax.models.dot_product import attend_as_one_batch, plain_attention
 
 Attention = Literal["auto", "xla", "cudnn", "cudnn_vmap", "blocks", "splash"]
 Array = jax.Array
@@ -21,11 +23,8 @@ def choose(
 ) -> Attention:
     """The implementation that `implementation` stands for: itself, unless it is `"auto"`.
 
-    Args:
-        implementation: As for `attend`.
-        platform: `"cpu"`, `"gpu"` or `"tpu"`.
-        devices: Number of devices that share the work.
-        suits_splash: Whether splash attention takes the arrays.
+    The choice is for so many devices of a platform: `"cpu"`, `"gpu"` or `"tpu"`. `suits_splash`
+    says whether splash attention takes the arrays.
     """
     if implementation != "auto":
         return implementation
@@ -92,3 +91,67 @@ def attend(
     if chosen == "cudnn_vmap":
         return attend_as_one_batch(q, k, v, mask)
     return plain_attention(q, k, v, mask, chosen)
+
+
+def plain_attention(q: Array, k: Array, v: Array, mask: Array | None, implementation: Any) -> Array:
+    """`jax.nn.dot_product_attention`, causal where there is no mask; as `attend`."""
+    # JAX itself mixes bfloat16 and float32 in there.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=mask is None, implementation=implementation
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_as_one_batch(
+    q: Array, k: Array, v: Array, mask: Array | None, implementation: str = "cudnn"
+) -> Array:
+    """Attention whose `vmap` makes one larger batch of rows.
+
+    JAX's batching rule of cuDNN attention refuses a mask that is the same for all heads. The
+    backward pass runs the forward pass again, which `remat` does anyway. Arrays are as for
+    `attend`, the implementation as for `jax.nn.dot_product_attention`.
+    """
+    return _one_batch_forward(q, k, v, mask, implementation)[0]
+
+
+def _one_batch_forward(
+    q: Array, k: Array, v: Array, mask: Array | None, implementation: str
+) -> tuple[Array, Any]:
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
+
+    def run(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        attention = functools.partial(plain_attention, mask=mask, implementation=implementation)
+        # The backward pass runs it in this form. Under remat the compiler then sees one call.
+        return jax.vjp(attention, q, k, v)[0]
+
+    return _fold_vmap_into_rows(run)(q, k, v, mask), (q, k, v, mask)
+
+
+def _one_batch_backward(implementation: str, residuals: Any, d_out: Array) -> Any:
+    def run(q: Array, k: Array, v: Array, mask: Array | None, d_out: Array) -> Any:
+        attention = functools.partial(plain_attention, mask=mask, implementation=implementation)
+        return jax.vjp(attention, q, k, v)[1](d_out)
+
+    return (*_fold_vmap_into_rows(run)(*residuals, d_out), None)
+
+
+attend_as_one_batch.defvjp(_one_batch_forward, _one_batch_backward)
+
+
+def _fold_vmap_into_rows(function: Any) -> Any:
+    """A function of arrays `[rows, ...]` that under `vmap` is called once, with all rows."""
+    wrapped = custom_vmap(function)
+
+    @wrapped.def_vmap
+    def rule(size: int, batched: Any, *operands: Any) -> Any:
+        def fold(x: Array, has_axis: bool) -> Array:
+            x = x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = wrapped(*jax.tree.map(fold, operands, tuple(batched)))
+        unfolded = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return unfolded, jax.tree.map(lambda _: True, out)
+
+    return wrapped

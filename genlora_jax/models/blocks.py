@@ -4,7 +4,6 @@ Whole scores are several times a CPU's cache, and half of them are masked. Here 
 cache, the masked half is skipped, and the backward pass recomputes them.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -20,14 +19,7 @@ BLOCK, MOST_BLOCKS = 32, 16
 def attend_in_blocks(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     """Attention of a block of queries at a time, each block with the keys up to its last query.
 
-    Args:
-        q: `[batch, length, heads, head_dim]`.
-        k: `[batch, length, kv_heads, head_dim]`.
-        v: Like k.
-        mask: As for `attention.attend`.
-
-    Returns:
-        `[batch, length, heads, head_dim]`.
+    Arrays are as for `attention.attend`, with as many keys as queries.
     """
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
     q = q.reshape(*q.shape[:2], groups, heads // groups, q.shape[3]).transpose(0, 2, 3, 1, 4)
@@ -83,17 +75,15 @@ def _row_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, No
     scale = q.shape[-1] ** -0.5
     d_qs, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _blocks(q.shape[2]):
-        within = functools.partial(
-            jax.lax.slice_in_dim, start_index=start, limit_index=stop, axis=2
-        )
-        weights = jnp.exp(_scores(q, k, mask, start, stop) - within(norm))
+        rows = slice(start, stop)
+        weights = jnp.exp(_scores(q, k, mask, start, stop) - norm[:, :, rows])
         d_v = d_v.at[:, :stop].add(
-            _product("grts,grtd->gsd", weights.astype(v.dtype), within(d_out))
+            _product("grts,grtd->gsd", weights.astype(v.dtype), d_out[:, :, rows])
         )
-        d_weights = _product("grtd,gsd->grts", within(d_out), v[:, :stop])
-        d_scores = (weights * (d_weights - within(dot)) * scale).astype(q.dtype)
+        d_weights = _product("grtd,gsd->grts", d_out[:, :, rows], v[:, :stop])
+        d_scores = (weights * (d_weights - dot[:, :, rows]) * scale).astype(q.dtype)
         d_qs.append(_product("grts,gsd->grtd", d_scores, k[:, :stop]))
-        d_k = d_k.at[:, :stop].add(_product("grts,grtd->gsd", d_scores, within(q)))
+        d_k = d_k.at[:, :stop].add(_product("grts,grtd->gsd", d_scores, q[:, :, rows]))
     d_q = jnp.concatenate(d_qs, axis=2).astype(q.dtype)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 

@@ -67,6 +67,16 @@ class Blueprint:
         """
         return self.constrain(x, "tensor", None)
 
+    def embed(self) -> nn.Embed:
+        """The embedding of tokens."""
+        return nn.Embed(
+            self.cfg.vocab_size,
+            self.cfg.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
+
     def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
         """A projection."""
         return nn.Dense(
@@ -114,21 +124,19 @@ class LlamaAttention(nn.Module):
         self, x: Array, context: Context, mask: Array | None, cache: Cache
     ) -> tuple[Array, Cache]:
         """Returns the output, and the cache with these positions in it if there is one."""
-        cfg, dense, norm = self.blueprint.cfg, self.blueprint.dense, self.blueprint.norm
+        blueprint, cfg = self.blueprint, self.blueprint.cfg
+        dense, norm, constrain = blueprint.dense, blueprint.norm, blueprint.constrain
         heads, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         widths = {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size}
         if cfg.fused_projections:
             fused = dense(sum(widths.values()), cfg.attention_bias, "qkv_proj")(x)
-            boundaries = (heads * size, (heads + groups) * size)
-            q, k, v = jnp.split(fused, boundaries, axis=-1)
+            q, k, v = jnp.split(fused, (heads * size, (heads + groups) * size), axis=-1)
         else:
             q, k, v = (dense(n, cfg.attention_bias, name)(x) for name, n in widths.items())
         if cfg.qk_norm == "whole":
             q, k = norm("q_norm")(q), norm("k_norm")(k)
-        constrain = self.blueprint.constrain
-        q, k, v = (
-            constrain(part.reshape(*x.shape[:2], -1, size), "tensor", None) for part in (q, k, v)
-        )
+        q, k, v = (part.reshape(*x.shape[:2], -1, size) for part in (q, k, v))
+        q, k, v = (constrain(part, "tensor", None) for part in (q, k, v))
         if cfg.qk_norm == "head":
             q, k = norm("q_norm")(q), norm("k_norm")(k)
         q, k = (constrain(rotate(part, context.rope), "tensor", None) for part in (q, k))
@@ -136,7 +144,6 @@ class LlamaAttention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, context.start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, context.start, axis=1)
             cache = {"k": k, "v": v}
-        blueprint = self.blueprint
         out = attend(
             q, k, v, mask, blueprint.attention, segments=context.segments, mesh=blueprint.mesh
         )

@@ -47,14 +47,7 @@ class LlamaModel(nn.Module):
 
     def setup(self) -> None:
         blueprint = self.blueprint
-        cfg = blueprint.cfg
-        self.embed_tokens = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            dtype=blueprint.dtype,
-            param_dtype=blueprint.param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
-        )
+        self.embed_tokens = blueprint.embed()
         block: Any = LlamaDecoderLayer
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -67,11 +60,11 @@ class LlamaModel(nn.Module):
                 variable_axes={"params": 0, "genlora": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
-                length=cfg.num_hidden_layers,
+                length=blueprint.cfg.num_hidden_layers,
             )(blueprint)
         else:
             self.layers = _UnrolledLayers(
-                lambda name: block(blueprint, name=name), cfg.num_hidden_layers
+                lambda name: block(blueprint, name=name), blueprint.cfg.num_hidden_layers
             )
         self.norm = blueprint.norm()
 
@@ -132,14 +125,10 @@ class LlamaForCausalLM(nn.Module):
         Returns:
             Logits `[batch, length, vocab]` in `dtype`.
         """
-        return self.head(
-            self.hidden_states(
-                input_ids,
-                attention_mask=attention_mask,
-                positions=positions,
-                segment_ids=segment_ids,
-            )
+        hidden = self.hidden_states(
+            input_ids, attention_mask=attention_mask, positions=positions, segment_ids=segment_ids
         )
+        return self.head(hidden)
 
     def hidden_states(
         self,
@@ -166,21 +155,14 @@ class LlamaForCausalLM(nn.Module):
             positions = jnp.maximum(jnp.cumsum(attention_mask != 0, axis=1) - 1, 0)
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
-        hidden, _ = self._run(input_ids, positions, mask, 0, length, None, segments)
-        return hidden
+        return self._run(input_ids, positions, mask, segments, 0, None)[0]
 
     def _run(
-        self,
-        input_ids: Array,
-        positions: Array,
-        mask: Array | None,
-        start: Any,
-        slots: int,
-        cache: Cache,
-        segments: Array | None,
+        self, input_ids: Array, positions: Array, mask: Any, segments: Any, start: Any, cache: Cache
     ) -> tuple[Array, Cache]:
         """Hidden states and cache, with the masks of sliding windows."""
         cfg, sliding_mask, slides = self.config, None, None
+        slots = input_ids.shape[1] if cache is None else cache["k"].shape[2]
         if cfg.sliding_window is not None and cfg.sliding_window < slots:
             segments = None  # a token's view now depends on its window as well
             query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)[None]
@@ -190,8 +172,7 @@ class LlamaForCausalLM(nn.Module):
                 mask, sliding_mask = sliding_mask, None
             else:
                 mask = causal
-                chosen = [i in cfg.sliding_layers for i in range(cfg.num_hidden_layers)]
-                slides = jnp.array(chosen)
+                slides = jnp.array([i in cfg.sliding_layers for i in range(cfg.num_hidden_layers)])
         context = Context(rotary(cfg, positions), mask, sliding_mask, start, segments)
         return self.model(input_ids, context, slides, cache)
 
@@ -216,10 +197,10 @@ class LlamaForCausalLM(nn.Module):
         Returns:
             Logits `[batch, length, vocab]` and the new cache.
         """
-        slots = visible.shape[1]
-        query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)[None]
+        query = start + jnp.arange(input_ids.shape[1])[:, None]
+        key = jnp.arange(visible.shape[1])[None]
         mask = ((key <= query)[None] & visible[:, None, :] | (key == query)[None])[:, None]
-        hidden, cache = self._run(input_ids, positions, mask, start, slots, cache, None)
+        hidden, cache = self._run(input_ids, positions, mask, None, start, cache)
         return self.head(hidden), cache
 
     def init_cache(self, batch: int, slots: int) -> Cache:

@@ -1,6 +1,5 @@
 """Splash attention, a Pallas program for TPUs that never writes scores to memory, on a mesh."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from genlora_jax.mesh import BATCH
+from genlora_jax.mesh import BATCH, batch_shards
 
 BLOCK, LANES = 512, 128
 Array = jax.Array
@@ -17,7 +16,7 @@ Array = jax.Array
 def suits(q: Array, k: Array, mesh: Mesh | None) -> bool:
     """Whether splash attention takes these: no cache, whole blocks, heads that the mesh divides."""
     tensor = 1 if mesh is None else mesh.shape["tensor"]
-    rows = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+    rows = 1 if mesh is None else batch_shards(mesh)
     return (
         q.shape[1] == k.shape[1]
         and q.shape[1] % LANES == 0
@@ -29,18 +28,9 @@ def suits(q: Array, k: Array, mesh: Mesh | None) -> bool:
 def splash(
     q: Array, k: Array, v: Array, segments: Array, mesh: Mesh | None, *, interpret: bool = False
 ) -> Array:
-    """Causal softmax attention within segments.
+    """Causal softmax attention within segments; arrays and mesh as for `attention.attend`.
 
-    Args:
-        q: `[batch, length, heads, head_dim]`.
-        k: `[batch, length, kv_heads, head_dim]`.
-        v: Like k.
-        segments: Int `[batch, length]`.
-        mesh: Devices that shard the batch and the heads.
-        interpret: Run as plain JAX, on any device.
-
-    Returns:
-        `[batch, length, heads, head_dim]`.
+    With `interpret` it runs as plain JAX, on any device.
     """
     # Imported where it runs: Pallas is slow to import.
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
@@ -50,16 +40,10 @@ def splash(
         groups = k.shape[2]
         mask = pallas.MultiHeadMask([pallas.CausalMask((length, length))] * (heads // groups))
         block = next(b for b in (BLOCK, 256, LANES) if length % b == 0)
-        sizes = pallas.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        )
+        names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+        sizes: dict[str, Any] = dict.fromkeys(names, block)
         attend_one_group: Any = pallas.make_splash_mqa_single_device(
-            mask, block_sizes=sizes, interpret=interpret
+            mask, block_sizes=pallas.BlockSizes(**sizes), interpret=interpret
         )
         scaled = (q.astype(jnp.float32) * size**-0.5).astype(q.dtype)
         scaled = scaled.reshape(batch, length, groups, heads // groups, size)

@@ -1,18 +1,43 @@
-"""What the compiler says of a step: memory, and bytes that its collectives move."""
+"""A recipe's step as a program, and what the compiler says of it: memory, and bytes moved.
 
+The program is made from shapes alone: nothing is allocated.
+"""
+
+import math
 import os
 import re
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from genlora_jax.mesh import MeshConfig, make_mesh
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from genlora_jax.adapter import init_adapter
+from genlora_jax.hf.load import sharded_shapes
+from genlora_jax.mesh import BATCH, MeshConfig, make_mesh
+from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Topology
-from genlora_jax.plan.program import build
+from genlora_jax.plan.sizes import model_shape
+from genlora_jax.sharding import state_shardings
+from genlora_jax.training.optim import make_optimizer
 from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.step import init_state, make_train_step
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step's function and its arguments."""
+
+    step: Any
+    state: Any
+    params: Any
+    batch: Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +53,41 @@ class Compiled:
     arguments: int
     temporaries: int
     collectives: dict[str, int]
+
+
+def build(recipe: Recipe, mesh: Mesh) -> Program:
+    """The step of a recipe on a mesh, whose devices need not be there.
+
+    Raises:
+        ValueError: If the mesh does not divide the model or the batch.
+    """
+    model = LlamaForCausalLM(
+        model_shape(recipe),
+        dtype=jnp.dtype(recipe.model.dtype),
+        param_dtype=jnp.dtype(recipe.model.param_dtype),
+        scan=recipe.model.scan,
+        remat=recipe.model.remat,
+        attention=recipe.model.attention,
+        mesh=mesh,
+    )
+    shapes = parameter_shapes(model.clone(mesh=None))
+    params = sharded_shapes(mesh, shapes)
+    optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
+    adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), shapes)
+    state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer), adapter)
+    where = state_shardings(mesh, state)
+    state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, where)
+    size = (recipe.data.batch_size, recipe.data.length)
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=NamedSharding(mesh, P(BATCH)))
+    return Program(
+        step=make_train_step(model, recipe.adapter, optimizer, recipe.step_options, mesh=mesh),
+        state=state,
+        params=params,
+        batch={
+            **dict.fromkeys(("input_ids", "segment_ids", "positions"), tokens),
+            "loss_mask": tokens.update(dtype=jnp.bool_),
+        },
+    )
 
 
 def topology_devices(topology: Topology) -> Any:
@@ -73,17 +133,14 @@ def compile_step(recipe: Recipe, topology: Topology, mesh: MeshConfig) -> Compil
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes of the results of a program's collectives, by kind.
+    """Bytes of the results of the collectives, by kind, of a program as XLA prints it.
 
     A collective in a loop counts as often as the loop runs. One that the compiler has split, to
     overlap it with other work, appears several times under one channel and counts once.
-
-    Args:
-        text: The program, as XLA prints it.
     """
     computations = _computations(text)
-    found: dict[tuple[str, str], int] = {}
-    times: dict[str, int] = defaultdict(int)
+    found: Counter[tuple[str, str]] = Counter()
+    times: Counter[str] = Counter()
     (entry,) = [name for name in computations if name.startswith("ENTRY ")]
     pending = [(entry, 1)]
     while pending:
@@ -94,9 +151,9 @@ def collective_bytes(text: str) -> dict[str, int]:
         for line in computations[name]:
             if (collective := _collective(line)) is not None:
                 kind, channel, size = collective
-                found[kind, channel] = max(found.get((kind, channel), 0), size * count)
+                found[kind, channel] = max(found[kind, channel], size * count)
             pending += [(called, count * runs) for called, runs in _calls(line, computations)]
-    totals: dict[str, int] = defaultdict(int)
+    totals: Counter[str] = Counter()
     for (kind, _), size in found.items():
         totals[kind] += size
     return dict(totals)
@@ -117,7 +174,9 @@ def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int
     """The computations that a line calls, and how often."""
     calls = [(called, 1) for called in re.findall(r"(?:calls|to_apply)=%([\w.-]+)", line)]
     if loop := re.search(r"condition=%([\w.-]+), body=%([\w.-]+)", line):
-        calls.append((loop[2], _trips(computations[loop[1]])))
+        # A loop runs as often as the number says that its condition compares with.
+        numbers = re.findall(r"constant\((\d+)\)", "\n".join(computations[loop[1]]))
+        calls.append((loop[2], max(map(int, numbers), default=1)))
     for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
         calls += [(branch.strip(" %"), 1) for branch in branches.split(",")]
     return calls
@@ -135,16 +194,7 @@ def _computations(text: str) -> dict[str, list[str]]:
     return computations
 
 
-def _trips(condition: list[str]) -> int:
-    """How often a loop runs: the number that its condition compares with."""
-    numbers = [int(n) for n in re.findall(r"constant\((\d+)\)", "\n".join(condition))]
-    return max(numbers, default=1)
-
-
 def _size(shape: tuple[str, str]) -> int:
     """Bytes of an array, from its dtype and its dimensions as XLA prints them."""
     kind, dimensions = shape
-    size = BYTES.get(kind, 4)
-    for n in dimensions.split(","):
-        size *= int(n or 1)
-    return size
+    return BYTES.get(kind, 4) * math.prod(int(n or 1) for n in dimensions.split(","))

@@ -1,5 +1,6 @@
 """What a step needs on a mesh, from shapes alone: its memory, traffic and compute."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,16 +8,30 @@ from jax.sharding import AbstractMesh
 
 from genlora_jax.mesh import AXES, MeshConfig
 from genlora_jax.plan.chips import Chip, Topology
-from genlora_jax.plan.compute import step_flops, step_seconds
 from genlora_jax.plan.memory import argument_bytes, temporary_bytes
-from genlora_jax.plan.sizes import Step, shapes_of
-from genlora_jax.plan.traffic import received_bytes
+from genlora_jax.plan.sizes import FLOAT32, Step, shapes_of
 from genlora_jax.sharding import check_params
 from genlora_jax.training.recipe import Recipe
 
 # Measured: estimates of memory are this near to the compilers' figures, or nearer
 # (train/benchmarks/results: plan.json, two_gpus.json).
 MARGIN = 0.15
+FLOP_PER_PRODUCT = 2  # derived: a multiplication and an addition
+# Derived: those of a query with all keys, and of its weights with all values. The masked half
+# counts, though some implementations skip it: this is an upper bound.
+ATTENTION_PRODUCTS = 2
+# Derived: forward, forward again in the backward pass of the chunked loss, and the gradient of the
+# hidden states.
+PASSES_OVER_HEAD = 3
+# Assumed, not measured: arrays of the hidden size that a layer reads and writes over all passes.
+ACTIVATIONS_READ_PER_LAYER = 30
+# Derived: an all-reduce is a reduce-scatter and an all-gather, and over n chips each of them
+# receives (n - 1) / n of the array.
+ALL_REDUCE = 2
+# Derived: attention and the feed-forward network each end in one.
+ALL_REDUCES_PER_LAYER = 2
+# Derived: every micro-batch all-gathers the head for its forward and for its backward pass.
+GATHERS_OF_HEAD = 2
 
 
 @dataclass(frozen=True)
@@ -60,18 +75,17 @@ def estimate(recipe: Recipe, chip: Chip, mesh: MeshConfig) -> Estimate:
 
 def candidates(recipe: Recipe, topology: Topology) -> Iterator[MeshConfig]:
     """Every mesh of so many chips that divides the recipe's model and batch."""
-    shapes = shapes_of(recipe).params
-    sizes = [n for n in range(1, topology.count + 1) if topology.count % n == 0]
-    for data in sizes:
-        for fsdp in (n for n in sizes if topology.count % (data * n) == 0):
-            mesh = MeshConfig(data=data, fsdp=fsdp, tensor=topology.count // (data * fsdp))
-            if recipe.data.batch_size % (data * fsdp * recipe.train.accumulate):
-                continue
-            try:
-                check_params(_abstract(mesh), shapes)
-            except ValueError:
-                continue
-            yield mesh
+    shapes, count = shapes_of(recipe).params, topology.count
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for data, fsdp in itertools.product(divisors, repeat=2):
+        shards, tensor = data * fsdp, count // (data * fsdp)
+        if count % shards or recipe.data.batch_size % (shards * recipe.train.accumulate):
+            continue
+        try:
+            check_params(AbstractMesh((data, fsdp, tensor), AXES), shapes)
+        except ValueError:
+            continue
+        yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
 
 
 def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
@@ -89,5 +103,59 @@ def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
     return sorted(found, key=lambda e: (not e.fits, sum(e.moved.values())))
 
 
-def _abstract(mesh: MeshConfig) -> AbstractMesh:
-    return AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
+def step_flops(step: Step) -> float:
+    """FLOP of a step on a chip."""
+    cfg, passes = step.config, step.passes
+    attention = ATTENTION_PRODUCTS * step.recipe.data.length * cfg.num_attention_heads
+    attention *= cfg.num_hidden_layers * cfg.head_dim
+    products = passes * (step.layers_values + attention) + PASSES_OVER_HEAD * step.head_values
+    # Factors take one product more than the base: that of their gradient.
+    products += (passes + 1) * (step.factor_values + step.formed_values)
+    tokens = step.recipe.train.accumulate * step.tokens
+    return tokens * (FLOP_PER_PRODUCT * products) / step.mesh.tensor
+
+
+def step_seconds(step: Step, flops: float, received: float) -> float:
+    """Seconds of a step by the roofline: the longest of computing, reading and receiving.
+
+    A chip computes `flops` FLOP and receives `received` bytes.
+    """
+    cfg, chip = step.config, step.chip
+    base = step.passes * (step.layers_values + step.head_values + step.stored_values)
+    layers = cfg.num_hidden_layers * step.tokens * cfg.hidden_size * step.width
+    read = base * step.width / step.mesh.tensor + ACTIVATIONS_READ_PER_LAYER * layers
+    read *= step.recipe.train.accumulate
+    return max(flops / chip.flops, read / chip.bandwidth, received / chip.link)
+
+
+def received_bytes(step: Step) -> dict[str, float]:
+    """Bytes received, by what for: `base`, `activations`, `gradients`."""
+    mesh, cfg = step.mesh, step.config
+    micro_batches = step.recipe.train.accumulate
+    gathered = (mesh.fsdp - 1) / mesh.fsdp
+    reduced = ALL_REDUCE * (mesh.tensor - 1) / mesh.tensor
+    # Kernel-sized factors are all-gathered like kernels. What a step forms out of factors and a
+    # kernel takes that kernel once more, for its gradient.
+    others = (
+        GATHERS_OF_HEAD * step.head_values
+        + step.passes * step.stored_values
+        + (step.passes + 1) * step.formed_values
+    )
+    layers = step.passes * cfg.num_hidden_layers * step.layer_bytes
+    hidden = cfg.num_hidden_layers * step.tokens * cfg.hidden_size * step.width
+    return {
+        "base": micro_batches * gathered * (layers + others * step.width / mesh.tensor),
+        "activations": micro_batches * reduced * ALL_REDUCES_PER_LAYER * step.passes * hidden,
+        "gradients": micro_batches * FLOAT32 * _gradient_values(step) / mesh.tensor,
+    }
+
+
+def _gradient_values(step: Step) -> float:
+    """Values of gradients received, for one micro-batch and with `tensor` still to divide."""
+    mesh = step.mesh
+    # Replicated factors: an all-reduce over all shards of the batch.
+    replicated = step.factor_values - step.stored_values
+    values = ALL_REDUCE * replicated * (1 - 1 / (mesh.data * mesh.fsdp))
+    # Sharded ones: a reduce-scatter over `fsdp`, and an all-reduce of each shard over `data`.
+    scattered = (mesh.fsdp - 1) / mesh.fsdp
+    return values + step.stored_values * (scattered + ALL_REDUCE * (1 - 1 / mesh.data) / mesh.fsdp)

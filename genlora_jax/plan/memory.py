@@ -47,21 +47,17 @@ def argument_bytes(step: Step) -> int:
     frozen = sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen))
     base = shard_values(mesh, step.shapes.params, param_specs(step.shapes.params))
     batch = step.tokens * step.recipe.train.accumulate
-    return (
-        base * _stored_bytes(step)
-        + FLOAT32 * (COPIES_OF_TRAINED * trained + frozen)
-        + BATCH_BYTES_PER_TOKEN * batch
-    )
+    state = FLOAT32 * (COPIES_OF_TRAINED * trained + frozen)
+    return base * _stored_bytes(step) + state + BATCH_BYTES_PER_TOKEN * batch
 
 
 def temporary_bytes(step: Step) -> int:
     """Bytes of all that a step computes and holds at once, at its peak."""
     factors = shard_values(step.mesh, step.shapes.factors, factor_specs(step.shapes.factors))
-    kept = _kept_bytes(step)
     # Factors have a copy in the dtype of the computation, and so have their gradients during the
     # layers' backward pass.
     in_a_layer = _layer_bytes(step) + factors * step.width
-    peak = kept + factors * step.width + max(in_a_layer, _head_bytes(step))
+    peak = _kept_bytes(step) + factors * step.width + max(in_a_layer, _head_bytes(step))
     if step.recipe.train.accumulate > 1:
         peak += FLOAT32 * factors  # the sum of the micro-batches' gradients
     return peak + _transposed_values(step) * _stored_bytes(step)
@@ -135,7 +131,5 @@ def _transposed_values(step: Step) -> int:
         return 0
     pattern = TRANSPOSED_ON_TPU if step.chip.tpu else TRANSPOSED_ON_GPU
     layers: dict[tuple[str, ...], Any] = flatten_dict(step.shapes.params["model"]["layers"])
-    kernels = {
-        path: leaf for path, leaf in layers.items() if pattern.fullmatch(".".join(path[-2:]))
-    }
+    kernels = {path: x for path, x in layers.items() if pattern.fullmatch(".".join(path[-2:]))}
     return shard_values(step.mesh, kernels, flatten_dict(param_specs(unflatten_dict(kernels))))

@@ -13,12 +13,7 @@ SHOWN = 8
 
 
 def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None:
-    """Prints what a recipe needs on a topology.
-
-    Args:
-        recipe: The recipe.
-        topology: The chips.
-        compiled: Compile the chosen mesh's step where that can be done.
+    """Prints what a recipe needs on a topology; `compiled`: by the compiler as well, if it can.
 
     Raises:
         ValueError: If the recipe's mesh does not fit the topology, or no mesh has the memory.
@@ -27,8 +22,7 @@ def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None
     asked = resolve(recipe.mesh, topology.count)
     ranked = rank_meshes(recipe, topology)
     console.print(_meshes(ranked, asked, topology))
-    chosen = ranked[0]
-    if not chosen.fits:
+    if not (chosen := ranked[0]).fits:
         raise ValueError(
             f"no mesh of {topology.name} has the memory by this estimate: try model.remat full, "
             "a larger train.accumulate, a shorter data.length, or more chips"
@@ -42,17 +36,10 @@ def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None
 
 def _meshes(ranked: list[Estimate], asked: MeshConfig, topology: Topology) -> Table:
     """The best meshes, and the recipe's wherever it ranks."""
-    table = Table(
-        "data x fsdp x tensor",
-        "GiB a chip",
-        "received GiB",
-        "seconds",
-        "",
-        title=f"{topology.name}: estimates, best first",
-    )
+    columns = ("data x fsdp x tensor", "GiB a chip", "received GiB", "seconds", "")
+    table = Table(*columns, title=f"{topology.name}: estimates, best first")
     for found in [e for i, e in enumerate(ranked) if i < SHOWN or e.mesh == asked]:
-        notes = [] if found.fits else ["too large"]
-        notes += ["the recipe's"] if found.mesh == asked else []
+        notes = ["too large"] * (not found.fits) + ["the recipe's"] * (found.mesh == asked)
         table.add_row(
             f"{found.mesh.data} x {found.mesh.fsdp} x {found.mesh.tensor}",
             f"{(found.arguments + found.temporaries) / GIB:.2f}",
@@ -73,18 +60,16 @@ def _details(chosen: Estimate, compiled: Compiled | None, topology: Topology) ->
         shown = "-" if found is None else f"{found / GIB:.2f} GiB"
         table.add_row(name, f"{estimate / GIB:.2f} GiB", shown)
 
-    memory, temporaries = topology.chip.memory, chosen.temporaries
-    held: tuple[float | None, ...] = (None, None, None)
-    if compiled is not None:
-        left = memory - compiled.arguments - compiled.temporaries
-        held = (compiled.arguments, compiled.temporaries, left)
-    row("arguments", chosen.arguments, held[0])
-    row("temporaries", temporaries, held[1])
-    row("memory left", memory - chosen.arguments - temporaries, held[2])
+    def left(held: Estimate | Compiled) -> float:
+        return topology.chip.memory - held.arguments - held.temporaries
+
+    row("arguments", chosen.arguments, compiled.arguments if compiled else None)
+    row("temporaries", chosen.temporaries, compiled.temporaries if compiled else None)
+    row("memory left", left(chosen), left(compiled) if compiled else None)
     for name, size in chosen.moved.items():
-        table.add_row(f"received for {name}", f"{size / GIB:.2f} GiB", "-")
+        row(f"received for {name}", size)
     for name, size in (compiled.collectives if compiled else {}).items():
-        table.add_row(f"{name}", "-", f"{size / GIB:.2f} GiB")
+        table.add_row(name, "-", f"{size / GIB:.2f} GiB")
     table.add_row("TFLOP", f"{chosen.flops / 1e12:.1f}", "-")
     table.add_row("step, by its roofline", f"{chosen.seconds:.3g} s", "-")
     return table

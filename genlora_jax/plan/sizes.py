@@ -10,17 +10,23 @@ import jax.numpy as jnp
 
 from genlora_jax.adapter import Adapter, generate_factors, init_adapter
 from genlora_jax.factors import by_module
+from genlora_jax.hf.checkpoint import CONFIG, locate, model_config
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Chip
-from genlora_jax.plan.program import model_shape
 from genlora_jax.training.recipe import Recipe
 
 # Derived, by `model.remat`: a forward and a backward pass over the layers, and a second forward
 # pass where nothing was kept.
 PASSES = {"none": 2, "dots": 2, "full": 3}
 FLOAT32 = 4  # bytes
+
+
+def model_shape(recipe: Recipe) -> LlamaConfig:
+    """The shape of a recipe's model: its `model.shape`, or else the checkpoint's."""
+    model = recipe.model
+    return model.shape or model_config(locate(model.path, revision=model.revision, files=[CONFIG]))
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,9 @@ def shapes_of(recipe: Recipe) -> Shapes:
     """The shapes of a recipe's base, adapter and factors."""
     config = model_shape(recipe)
     params = parameter_shapes(LlamaForCausalLM(config))
-    init = functools.partial(init_adapter, recipe.adapter, jax.random.key(0))
-    adapter = jax.eval_shape(init, params)
-    generate = functools.partial(generate_factors, recipe.adapter)
-    return Shapes(config, params, adapter, jax.eval_shape(generate, adapter))
+    adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), params)
+    factors = jax.eval_shape(lambda a: generate_factors(recipe.adapter, a), adapter)
+    return Shapes(config, params, adapter, factors)
 
 
 def shard_values(mesh: MeshConfig, tree: Any, specs: Any) -> int:
@@ -99,8 +104,8 @@ class Step:
     @property
     def layer_bytes(self) -> int:
         """Bytes of one layer's parameters once `fsdp` has all-gathered them."""
-        layers = self.config.num_hidden_layers
-        return self.layers_values // layers * self.width // self.mesh.tensor
+        of_layer = self.layers_values // self.config.num_hidden_layers
+        return of_layer * self.width // self.mesh.tensor
 
     @property
     def head_values(self) -> int:

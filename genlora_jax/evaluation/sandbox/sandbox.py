@@ -57,12 +57,8 @@ def run(program: str, *, seconds: float = 5.0, mib: int = 1024) -> Outcome:
     """Runs a Python program in a sandbox.
 
     It has passed only if its last line was reached: a token that the program does not know is
-    written after it. Exiting early, with whatever status, is a failure.
-
-    Args:
-        program: Source text.
-        seconds: Limit of wall-clock time.
-        mib: Limit of address space, MiB.
+    written after it. Exiting early, with whatever status, is a failure. Limits are `seconds` of
+    wall-clock time and `mib` MiB of address space.
     """
     token = secrets.token_hex(16)
     request = {"program": program, "token": token, "seconds": seconds, "mib": mib}
@@ -115,8 +111,5 @@ def isolation() -> dict[str, bool]:
         raise OSError(f"the sandbox runs no program on this machine: {outcome.detail}")
     with tempfile.TemporaryDirectory() as outside:
         Path(outside).chmod(0o777)
-        tried = {
-            name: program.format(outside=outside, process=os.getpid())
-            for name, program in ESCAPES.items()
-        }
-        return {name: not run(program).passed for name, program in tried.items()}
+        place = {"outside": outside, "process": os.getpid()}
+        return {name: not run(text.format(**place)).passed for name, text in ESCAPES.items()}

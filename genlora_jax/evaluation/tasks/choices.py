@@ -124,11 +124,6 @@ def check(cfg: ChoicesConfig, items: list[Item]) -> None:
 def run(subject: Subject, cfg: ChoicesConfig, items: list[Item]) -> Result:
     """Scores every option of every question.
 
-    Args:
-        subject: The model, and how many rows a batch has.
-        cfg: How it is asked.
-        items: From `read`.
-
     Returns:
         `accuracy` by the options' log-likelihoods; for options as text, `accuracy_per_character`
         by those over the options' lengths (lm-eval's acc and acc_norm); and `cut_prompts`, how

@@ -132,11 +132,6 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     """Has the model write programs, and runs them.
 
-    Args:
-        subject: The model, and how many rows a batch has.
-        cfg: How it is asked.
-        exercises: From `read`.
-
     Returns:
         `pass@k` for every k, and `cut_prompts`, how many prompts were too long and lost their
         beginning.
@@ -148,35 +143,28 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     examples = read_examples(cfg, read)
     if any(example.solution is None for example in examples):
         raise ValueError(f"{cfg.examples}: a worked example has neither code nor solution")
-    shown = [
-        (e.request, f"```python\n{e.solution}\n```") if cfg.chat else (e.prompt, str(e.solution))
-        for e in examples
-    ]
-    prompts = [
-        with_examples(e.request if cfg.chat else e.prompt, shown, chat=cfg.chat) for e in exercises
-    ]
-    stop = [[] if cfg.chat else exercise.stop for exercise in exercises]
-    answers, too_long = ask(subject, cfg, prompts, stop)
+    fence = "```python\n{}\n```" if cfg.chat else "{}"
+    shown = [(_question(cfg, e), fence.format(e.solution)) for e in examples]
+    prompts = [with_examples(_question(cfg, e), shown, chat=cfg.chat) for e in exercises]
+    answers, too_long = ask(subject, cfg, prompts, [[] if cfg.chat else e.stop for e in exercises])
     programs = [
         program(e, text) for e, texts in zip(exercises, answers, strict=True) for text in texts
     ]
     outcomes = iter(sandbox.run_all(programs, seconds=cfg.seconds, mib=cfg.mib))
     rows: list[dict[str, Any]] = []
     for prompt, texts in zip(prompts, answers, strict=True):
-        of_prompt = [next(outcomes) for _ in texts]
-        rows.append(
-            {
-                "prompt": prompt,
-                "answers": texts,
-                "passed": [outcome.passed for outcome in of_prompt],
-                "details": [outcome.detail for outcome in of_prompt],
-            }
-        )
+        ended = [next(outcomes) for _ in texts]
+        passed, details = [o.passed for o in ended], [o.detail for o in ended]
+        rows.append({"prompt": prompt, "answers": texts, "passed": passed, "details": details})
     metrics: dict[str, Any] = {
         f"pass@{k}": float(np.mean([pass_at_k(cfg.samples, sum(r["passed"]), k) for r in rows]))
         for k in cfg.k
     }
     return Result(metrics | {"cut_prompts": too_long}, rows)
+
+
+def _question(cfg: CodeConfig, exercise: Exercise) -> str:
+    return exercise.request if cfg.chat else exercise.prompt
 
 
 def check_allowed(cfg: CodeConfig) -> None:

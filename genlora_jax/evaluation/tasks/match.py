@@ -1,7 +1,6 @@
 """Exact match: the model answers, and its answer equals the row's or does not."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
@@ -77,11 +76,8 @@ def final_number(text: str) -> Decimal | None:
     Dollar signs, and commas between digits in threes, do not count: "$1,250.50" is 1250.5.
     """
     text = _without_marks(text)
-    marked = NUMBER.search(text.partition(MARK)[2])
-    if marked is not None:
-        return Decimal(marked[0])
-    numbers = NUMBER.findall(text)
-    return Decimal(numbers[-1]) if numbers else None
+    numbers = NUMBER.findall(text.partition(MARK)[2])[:1] or NUMBER.findall(text)[-1:]
+    return Decimal(numbers[0]) if numbers else None
 
 
 def _without_marks(text: str) -> str:
@@ -110,11 +106,6 @@ def check(cfg: MatchConfig, problems: list[Problem]) -> None:
 def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     """Has the model answer, and counts the right answers.
 
-    Args:
-        subject: The model, and how many rows a batch has.
-        cfg: How it is asked, and what must agree.
-        problems: From `read`.
-
     Returns:
         `exact_match`, the share of right answers, and `cut_prompts`, how many prompts were too
         long and lost their beginning.
@@ -124,7 +115,9 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     """
     shown = read_examples(cfg, read)
     prompts = [with_examples(p.prompt, shown, chat=cfg.chat) for p in problems]
-    answers, too_long = ask(subject, cfg, prompts, [_stop(cfg, prompt) for prompt in prompts])
+    usual = [AFTER_ANSWER if isinstance(prompt, str) else () for prompt in prompts]
+    stop = usual if cfg.stop is None else [cfg.stop] * len(prompts)
+    answers, too_long = ask(subject, cfg, prompts, stop)
     rows = [
         {
             "prompt": prompt,
@@ -136,9 +129,3 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     ]
     exact_match = float(np.mean([row["right"] for row in rows]))
     return Result({"exact_match": exact_match, "cut_prompts": too_long}, rows)
-
-
-def _stop(cfg: MatchConfig, prompt: Prompt) -> Sequence[str]:
-    if cfg.stop is not None:
-        return cfg.stop
-    return AFTER_ANSWER if isinstance(prompt, str) else ()

@@ -36,11 +36,6 @@ def read(source: str, limit: int | None = None) -> list[tuple[str, dict[str, Any
 def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str, Any]]]) -> Result:
     """Loss over the completions of rows.
 
-    Args:
-        subject: The model, and how many rows a batch has.
-        cfg: The shape of the batches.
-        rows: From `read`.
-
     Returns:
         `loss` (mean over their tokens, nats), `perplexity` (its exponential), and counts: of
         examples, their tokens, and rows longer than `cfg.length`.
@@ -49,10 +44,7 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
         ValueError: If a row has no field that can be predicted, or no row is left.
     """
     shape = DataConfig(
-        train="perplexity",
-        length=cfg.length,
-        batch_size=subject.batch_size,
-        overlong=cfg.overlong,
+        train="perplexity", length=cfg.length, batch_size=subject.batch_size, overlong=cfg.overlong
     )
     examples, report = encode(iter(rows), subject.tokenizer, shape, "perplexity")
     batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]

@@ -1,4 +1,8 @@
-"""What the tasks have in common: rows of a source, worked examples, results."""
+"""What the tasks have in common: rows of a source, worked examples, results.
+
+A task is a module with `read(source, limit)`, which returns its items, `run(subject, cfg, items)`,
+which returns a `Result`, and, where items may not go with the settings, `check(cfg, items)`.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -174,15 +178,8 @@ def ask(
             chat template for a conversation.
     """
     encoded = [subject.encode_prompt(prompt) for prompt in prompts]
-    continuations = answers(
-        subject,
-        encoded,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        samples=cfg.samples,
-        seed=cfg.seed,
-    )
+    names = ("max_new_tokens", "temperature", "top_p", "samples", "seed")
+    continuations = answers(subject, encoded, **{name: getattr(cfg, name) for name in names})
     texts = [
         [cut(text, strings) for text in samples]
         for samples, strings in zip(continuations, stop, strict=True)
