@@ -200,12 +200,23 @@ RECIPES = {
 }
 
 
+def _recipe_main(command: str) -> Callable[[Sequence[str]], None]:
+    """Entry point of a command whose settings are a recipe."""
+    # Imported here: they take the extra `train`, which the other commands do without.
+    try:
+        found: Callable[[Sequence[str]], None] = importlib.import_module(RECIPES[command]).main
+    except ModuleNotFoundError as error:
+        if (error.name or "genlora_jax").startswith("genlora_jax"):
+            raise
+        sys.exit(f'error: {command} needs {error.name}: pip install "genlora_jax[train]"')
+    return found
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the installed `genlora` command."""
     args = sys.argv[1:] if args is None else args
     if args and args[0] in RECIPES:
-        # Imported here, as they need the extra `train`, which other commands do not.
-        importlib.import_module(RECIPES[args[0]]).main(args[1:])
+        _recipe_main(args[0])(args[1:])
         return
     parser = jsonargparse.ArgumentParser(prog="genlora", description=__doc__, exit_on_error=False)
     subcommands = parser.add_subcommands()

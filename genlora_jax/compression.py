@@ -19,6 +19,7 @@ from genlora_jax.merge import pair_kernels
 from genlora_jax.methods.config import Groups
 from genlora_jax.methods.genlora import GenLoRAConfig
 from genlora_jax.methods.lora import LoRAConfig
+from genlora_jax.targets import is_scanned, kernel_path
 
 _NOISE = 0.3  # of the generators at first, over the identity in the first of them
 
@@ -193,8 +194,13 @@ def _kernel_shapes(factors: Mapping[str, Any]) -> dict[tuple[str, ...], jax.Shap
     shapes = {}
     for path, (_, leaves) in by_module(factors).items():
         shape = (*leaves["a"].shape[:-1], leaves["b"].shape[-1])
-        shapes[(*path, "kernel")] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return shapes
+        shapes[kernel_path(path)] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    # Factors are a Dense's. A bias says so where kernels alone do not tell that they are a stack.
+    return shapes | {
+        (*path[:-1], "bias"): jax.ShapeDtypeStruct((kernel.shape[0], kernel.shape[2]), jnp.float32)
+        for path, kernel in shapes.items()
+        if len(kernel.shape) == 3 and not is_scanned(path[:-1], shapes)
+    }
 
 
 def _check_covered(adapter: Adapter, factors: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Injection: factors meet a Linen model by interception; the model knows nothing of them."""
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ from genlora_jax.factors import LEAVES, by_module, kind_of, refuse_uncombinable
 from genlora_jax.factors.kind import DenseCall, Leaves
 
 COLLECTION = "genlora"
+# What the innermost block notes the modules in. A block around it leaves the modules alone, or
+# their outputs would be changed twice.
+_INNERMOST: contextvars.ContextVar[set[tuple[str, ...]] | None] = contextvars.ContextVar(
+    "innermost", default=None
+)
 
 
 @contextlib.contextmanager
@@ -22,7 +28,8 @@ def inject(
     """Injects factors into the Dense layers of whatever Linen model is applied inside the block.
 
     For code that calls `model.apply` itself; `gl.apply` is this around one call. Enter it inside a
-    jitted function, not around one: the `jit` cache does not see it.
+    jitted function, not around one: the `jit` cache does not see it. Of nested blocks the innermost
+    one injects.
 
         with gl.inject(factors) as collection:
             out = model.apply({"params": params, **collection}, inputs)
@@ -43,8 +50,12 @@ def inject(
     if adapter_index is not None:
         refuse_uncombinable(factors, "adapter_index")
     used: set[tuple[str, ...]] = set()
-    with nn.intercept_methods(_interceptor(dropout, adapter_index, used)):
-        yield {COLLECTION: factors}
+    token = _INNERMOST.set(used)
+    try:
+        with nn.intercept_methods(_interceptor(dropout, adapter_index, used)):
+            yield {COLLECTION: factors}
+    finally:
+        _INNERMOST.reset(token)
     if missed := sorted(".".join(path) for path in set(modules) - used):
         raise ValueError(
             f"factors that met no Dense of the model: {', '.join(missed)}. Is the model that of "
@@ -101,6 +112,8 @@ def _interceptor(
         module = context.module
         y = next_call(*args, **kwargs)
         if not isinstance(module, nn.Dense) or context.method_name != "__call__":
+            return y
+        if _INNERMOST.get() is not used:
             return y
         leaves: Leaves = {
             leaf: module.get_variable(COLLECTION, leaf)

@@ -132,9 +132,10 @@ def is_scanned(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> 
 
     Only parameters are known here, and a stack of Dense kernels has as many dimensions as the
     kernel of a `DenseGeneral` or of a one-dimensional `Conv`. A scan shows in the tree: all leaves
-    of the scanned module have the layers as their first axis, and none of its kernels has fewer
-    than three. Where a module around holds nothing but such kernels of one shape, its name must
-    say that it is scanned (`layers`, or `Scan...`, which Linen gives).
+    of the scanned module have the layers as their first axis. Besides, its name says so (`layers`,
+    or `Scan...`, which Linen gives), or it holds more than kernels: biases or norms, `[layers, n]`.
+    Kernels alone share a first axis without a scan, too: the inputs of several `DenseGeneral`, or
+    the width of several `Conv`; and the scale `[n]` of a norm before them is as long.
 
     Args:
         module: Path of the module.
@@ -148,11 +149,13 @@ def is_scanned(module: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> 
         leaves = {path: leaf.shape for path, leaf in flat.items() if path[:depth] == scanned}
         if any(not shape or shape[0] != layers for shape in leaves.values()):
             return False
+        # The children of an unrolled `layers` are numbers.
+        if scanned and _SCANNED.fullmatch(scanned[-1]) and not module[depth].isdecimal():
+            return True
         kernels = [shape for path, shape in leaves.items() if path[-1] == "kernel"]
         if min(map(len, kernels)) < 3:
             return False
-        named = any(map(_SCANNED.fullmatch, scanned))
-        if named or len(leaves) > len(kernels) or len(set(kernels)) > 1:
+        if any(len(shape) > 1 for path, shape in leaves.items() if path[-1] != "kernel"):
             return True
     return False
 

@@ -35,6 +35,54 @@ LAYERS = {
 }
 
 
+class Siblings(nn.Module):
+    """Kernels that share their first axis without a scan."""
+
+    norm: bool
+    make_layers: Callable[[], list[nn.Module]]
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.RMSNorm(name="norm")(x) if self.norm else x
+        first, second = self.make_layers()
+        return first(x), second(x)
+
+
+SIBLINGS = {
+    "dense_general_after_a_norm": Siblings(
+        True, lambda: [nn.DenseGeneral((2, 3), use_bias=False, name=n) for n in ("other", "value")]
+    ),
+    "dense_general_of_two_shapes": Siblings(
+        False,
+        lambda: [
+            nn.DenseGeneral((2, 3), use_bias=False, name="other"),
+            nn.DenseGeneral((4, 3), use_bias=False, name="value"),
+        ],
+    ),
+    "conv_of_two_shapes": Siblings(
+        False,
+        lambda: [
+            nn.Conv(n, (3,), use_bias=False, name=name) for name, n in (("other", 4), ("v", 8))
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_kernels_that_share_their_first_axis_are_no_stack(name):
+    params = SIBLINGS[name].init(jax.random.key(0), X)["params"]
+    cfg = gl.LoRAConfig(rank=2, targets=["other"])
+    with pytest.raises(ValueError, match=r"^other is no Dense"):
+        gl.init_adapter(cfg, jax.random.key(0), params)
+
+
+def test_modules_under_an_unrolled_layers_are_no_stack():
+    kernel = jax.ShapeDtypeStruct((6, 2, 3), jnp.float32)
+    params = {"layers": {str(i): {"query": {"kernel": kernel}} for i in range(2)}}
+    with pytest.raises(ValueError, match=r"^layers\.0\.query is no Dense"):
+        gl.init_adapter(CFG, jax.random.key(0), params)
+
+
 def model_with(name):
     model = Other(LAYERS[name])
     return model, model.init(jax.random.key(0), X)["params"]
@@ -127,6 +175,48 @@ def test_a_stack_is_known_by_its_scan(settings, perturb):
     assert_merged_equals_adapted(model, params, factors, X)
 
 
+@pytest.mark.parametrize("cfg", [CFG, gl.GenLoRAConfig(rank=2, group_size=2)])
+def test_factors_of_a_stack_are_compressed_without_its_base(cfg, perturb):
+    params = Stack(name_of_scan="encoder", bias=True).init(jax.random.key(0), X)["params"]
+    factors = moved_factors(CFG, params, perturb)
+    adapter, _ = gl.compress(cfg, factors, steps=2)
+    (target,) = adapter.spec.targets
+    assert (target.name, target.depth, target.kernels[0].stack) == ("encoder.proj", 3, 3)
+
+
+class Scale(nn.Module):
+    """A parameter called `kernel` that is a vector."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("kernel", nn.initializers.ones, x.shape[-1:])
+
+
+class ScaledBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return Scale(name="scale")(nn.Dense(6, name="proj")(x)), None
+
+
+class ScaledStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            ScaledBlock,
+            variable_axes={"params": 0, "genlora": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return scan(name="layers")(x, None)[0]
+
+
+def test_a_stack_with_another_kernel_is_known_by_its_name(perturb):
+    params = ScaledStack().init(jax.random.key(0), X)["params"]
+    cfg = gl.LoRAConfig(rank=2, targets=["proj"])
+    factors = moved_factors(cfg, params, perturb)
+    assert_merged_equals_adapted(ScaledStack(), params, factors, X)
+
+
 # Variables beside the parameters.
 
 
@@ -196,3 +286,23 @@ def test_an_error_in_the_block_is_not_hidden_by_factors_that_met_no_dense(normed
     _, factors, _ = normed
     with pytest.raises(KeyError, match="of the block"), gl.inject(factors):
         raise KeyError("of the block")
+
+
+def test_of_nested_blocks_the_innermost_injects(normed, perturb):
+    variables, factors, _ = normed
+    other = perturb(factors, seed=5)
+
+    def applied(collection):
+        return Normed().apply({**variables, **collection}, X)
+
+    with gl.inject(factors) as outer:
+        first = applied(outer)
+        inside = gl.apply(Normed(), variables, other, X)
+        with gl.inject(other) as inner:
+            nested = applied(inner)
+        last = applied(outer)
+    expected = gl.apply(Normed(), variables, other, X)
+    np.testing.assert_array_equal(inside, expected)
+    np.testing.assert_array_equal(nested, expected)
+    np.testing.assert_array_equal(first, gl.apply(Normed(), variables, factors, X))
+    np.testing.assert_array_equal(last, first)

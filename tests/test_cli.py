@@ -13,6 +13,7 @@ from tiny_base import write_base
 from transformers import AutoTokenizer
 
 import genlora_jax as gl
+from genlora_jax import cli
 from genlora_jax.cli import main
 from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.settings import report_errors
@@ -377,3 +378,12 @@ def test_the_shop_is_as_it_was(shop, genlora, tmp_path):
     before = listing(copy)
     assert genlora("merge", copy, shop / "float32-adapter", tmp_path / "out")[0] == 0
     assert listing(copy) == before
+
+
+def test_a_command_says_which_extra_it_lacks(tmp_path, monkeypatch):
+    (tmp_path / "takes_the_extra.py").write_text("import a_library_of_the_extra\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.RECIPES, "sweep", "takes_the_extra")
+    message = r"^error: sweep needs a_library_of_the_extra: pip install \"genlora_jax\[train\]\"$"
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["sweep", "--help"])

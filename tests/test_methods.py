@@ -306,3 +306,14 @@ def test_settings_that_mean_nothing_are_refused(random_llama):
 @pytest.mark.parametrize("cfg", METHODS.values(), ids=METHODS)
 def test_a_config_goes_to_json_and_back(cfg):
     assert config_from_json(json.loads(json.dumps(config_to_json(cfg)))) == cfg
+
+
+def test_latents_and_side_a_may_both_be_seeded(random_llama, perturb):
+    _, params = random_llama()
+    cfg = gl.GenLoRAConfig(rank=4, group_size=8, latents="seeded", side_a="seeded")
+    adapter = gl.init_adapter(cfg, jax.random.key(0), params)
+    sides = [set(side) for side in adapter.trainable["generators"].values()]
+    assert set(adapter.trainable) == {"generators"}
+    assert all(side == {"b"} for side in sides)
+    leaves = gl.generate_factors(cfg, perturb(adapter))["model"]["layers"]["mlp"]["up_proj"]
+    assert jnp.abs(leaves["a"] @ leaves["b"]).max() > 0

@@ -258,6 +258,8 @@ class GenLoRAConfig(TwoSidedConfig):
             for part, shape in generators.weight_shapes(self, target.d_in).items():
                 if shares[part] > 0:
                     shapes[part] = (self._sets(target), *shape)
+        if not shapes:  # all that is random is seeded
+            return {}
         sizes = [math.prod(shape) for shape in shapes.values()]
         flat = jax.random.normal(key, (sum(sizes),), jnp.float32)
         parts = jnp.split(flat, np.cumsum(sizes)[:-1])
