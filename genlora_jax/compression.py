@@ -35,18 +35,16 @@ def compress(
 ) -> tuple[Adapter, FitReport]:
     """Compresses factors, of a trained LoRA say, to an adapter of fewer parameters.
 
-    What is fitted is the delta of each layer, never A and B themselves, so scale, sign and any
-    other mixing (`A M`, `M^-1 B`) of the factors are free. GenLoRA is fitted by Adam from each
-    delta's first pair of singular vectors, all layers at once; no delta is ever formed. For LoRA
-    see `lora_from_factors`.
+    What is fitted is the delta of each layer, never A and B themselves. GenLoRA is fitted by Adam
+    from each delta's first pair of singular vectors; no delta is ever formed. For LoRA see
+    `lora_from_factors`.
 
     Args:
         cfg: A `GenLoRAConfig`, whose targets and layers are those of `factors`, less the layers
             without a delta; or a `LoRAConfig`.
         factors: Result of `import_peft`, or of `generate_factors`.
-        params: The base's parameters, of which names and shapes matter. With them the adapter
-            can be saved for that base; without, it fits a base of these kernels alone, and loads
-            into no other.
+        params: The base's parameters, of which names and shapes matter. Without them the adapter
+            fits a base of these kernels alone, and loads into no other.
         key: PRNG key of the initial generators.
         steps: Number of steps.
         learning_rate: Peak of the rate, relative to the size of what it changes.
@@ -226,8 +224,7 @@ def _with_missing_layers(adapter: Adapter, factors: Mapping[str, Any]) -> dict[s
         there = [kernel.path for kernel in target.kernels if (*kernel.path, "a") in flat]
         for kernel in target.kernels if there else ():
             for side in "ab":
-                like = flat[(*there[0], side)]
-                flat.setdefault((*kernel.path, side), jnp.zeros_like(like))
+                flat.setdefault((*kernel.path, side), jnp.zeros_like(flat[(*there[0], side)]))
     return unflatten_dict(flat)
 
 
@@ -255,10 +252,7 @@ def _lora(
 def _start(
     cfg: GenLoRAConfig, adapter: Adapter, deltas: Mapping[str, Triple[jax.Array]], key: jax.Array
 ) -> Adapter:
-    """Latents from the first singular vectors, and generators of which the first passes them on.
-
-    Without normalisation this is LoRA of rank 1 at its best, plus noise.
-    """
+    """Latents from the first singular vectors, and generators of which the first passes them on."""
     trainable = jax.tree.map(lambda leaf: leaf, adapter.trainable)
     for i, (name, (u, s, v)) in enumerate(deltas.items()):
         largest = s[:, 0].mean()
