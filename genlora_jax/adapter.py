@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from genlora_jax.methods.config import AdapterConfig, Groups, Kernels
-from genlora_jax.sharding import lay_out, state_specs
+from genlora_jax.sharding import constrain_tree, state_specs
 from genlora_jax.targets import Target, find_targets, kernel_path, split_layer
 
 SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
@@ -176,7 +176,7 @@ def _init(
         for tree, groups in zip((trainable, frozen), parts, strict=True):
             for group, named in groups.items():
                 tree[group] = named | tree.get(group, {})
-    return lay_out(mesh, Adapter(trainable=trainable, frozen=frozen, spec=spec), state_specs)
+    return constrain_tree(mesh, Adapter(trainable=trainable, frozen=frozen, spec=spec), state_specs)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 from genlora_jax.adapter import Adapter, AdapterSpec, adapter_shapes, adapter_spec, base_fingerprint
-from genlora_jax.files import new_directory
+from genlora_jax.atomic_files import new_directory
 from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.sharding import place_state

@@ -14,9 +14,9 @@ from rich.table import Table
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import load_adapter
 from genlora_jax.analysis import count_above, effective_rank, parameters_by_target
+from genlora_jax.atomic_files import refuse_existing
 from genlora_jax.factors import HIRA, by_module
 from genlora_jax.factors.kind import Kind, Leaves
-from genlora_jax.files import refuse_existing
 from genlora_jax.generation.answers import answers
 from genlora_jax.generation.subject import Prompt, load_subject
 from genlora_jax.hf.checkpoint import checkpoint_dtype, locate

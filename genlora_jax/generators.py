@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from genlora_jax.bases import FAMILIES, gaussian_rbf
-from genlora_jax.seeded import seeded_normal
+from genlora_jax.basis_functions import FAMILIES, gaussian_rbf
+from genlora_jax.seeded_random import seeded_normal
 
 if TYPE_CHECKING:  # the config's file imports this one
     from genlora_jax.methods.genlora import GenLoRAConfig

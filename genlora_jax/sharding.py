@@ -106,7 +106,7 @@ def constrain(x: jax.Array, where: NamedSharding | None) -> jax.Array:
     return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
-def lay_out(mesh: Mesh | None, tree: Any, rule: Callable[[Any], Any]) -> Any:
+def constrain_tree(mesh: Mesh | None, tree: Any, rule: Callable[[Any], Any]) -> Any:
     """Inside a program: a tree sharded as its rule says; without a mesh as it is.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from genlora_jax.checks import require, require_int
+from genlora_jax.validation import require, require_int
 
 _INDEXED = re.compile(r"(.+)_(\d+)")
 _SCANNED = re.compile(r"layers|Scan.*")  # names that say `nn.scan`: ours, and Linen's own

@@ -20,7 +20,7 @@ from genlora_jax.data.encode import load_examples
 from genlora_jax.data.packing import eval_batches, train_batches
 from genlora_jax.evaluation.tasks import match
 from genlora_jax.training.losses import cross_entropy, next_token_targets
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import genlora_jax as gl
 from genlora_jax import generators
-from genlora_jax.bases import FAMILIES, Family, gaussian_rbf
-from genlora_jax.seeded import seeded_normal
+from genlora_jax.basis_functions import FAMILIES, Family, gaussian_rbf
+from genlora_jax.seeded_random import seeded_normal
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
 
@@ -308,7 +308,7 @@ REBUILT = """
 import hashlib, json
 import jax, numpy as np
 import genlora_jax as gl
-from genlora_jax.seeded import seeded_normal, seeded_uniform
+from genlora_jax.seeded_random import seeded_normal, seeded_uniform
 
 digest = lambda x: [str(x.dtype), hashlib.sha256(np.asarray(x).tobytes()).hexdigest()]
 base = {"layers": {"proj": {"kernel": jax.ShapeDtypeStruct((2, 12, 20), np.float32)}}}

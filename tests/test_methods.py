@@ -21,7 +21,7 @@ from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.training.losses import cross_entropy
 from genlora_jax.training.optim import OptimConfig, make_optimizer
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
 
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
 

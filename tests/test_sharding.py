@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 import genlora_jax as gl
 from genlora_jax import sharding
 from genlora_jax.mesh import MeshConfig, make_mesh
-from genlora_jax.training.options import StepOptions
 from genlora_jax.training.step import init_state, make_eval_step, make_train_step
+from genlora_jax.training.step_options import StepOptions
 
 MESHES = {
     "fsdp": MeshConfig(fsdp=8),

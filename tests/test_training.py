@@ -14,8 +14,8 @@ import genlora_jax as gl
 from genlora_jax.training import losses
 from genlora_jax.training.losses import cross_entropy, next_token_targets
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
-from genlora_jax.training.options import StepOptions
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
+from genlora_jax.training.step_options import StepOptions
 
 # No two of these are alike, so that a shape tells what an array is. 4 rows of 12 tokens.
 SIZES = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from genlora_jax.checks import require, require_choice, require_int
+from genlora_jax.validation import require, require_choice, require_int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.evaluation.sandbox.sandbox import isolation
 from genlora_jax.evaluation.tasks import choices, code, match, perplexity
 from genlora_jax.evaluation.tasks.choices import ChoicesConfig
@@ -19,10 +20,9 @@ from genlora_jax.evaluation.tasks.code import CodeConfig
 from genlora_jax.evaluation.tasks.match import MatchConfig
 from genlora_jax.evaluation.tasks.perplexity import PerplexityConfig
 from genlora_jax.evaluation.tasks.task import AnswerConfig, PromptConfig, read_examples
-from genlora_jax.files import new_directory, refuse_existing
 from genlora_jax.generation.answers import room
 from genlora_jax.generation.subject import Subject, subject_of
-from genlora_jax.hf.base import ModelConfig, find_base, load_base
+from genlora_jax.hf.base_model import ModelConfig, find_base, load_base
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.settings import parse, report_errors
 from genlora_jax.training.provenance import digest, provenance

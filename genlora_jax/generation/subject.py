@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from genlora_jax.hf.base import Base, ModelConfig, find_base, load_base
+from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
 from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.hf.peft_import import load_factors
 from genlora_jax.mesh import one_device

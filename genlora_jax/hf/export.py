@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from genlora_jax.files import new_directory
+from genlora_jax.atomic_files import new_directory
 from genlora_jax.hf.checkpoint import COMPANIONS, CONFIG, INDEX, locate, model_config, read_json
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import TensorWriter, in_threads, transpose, transposes_on_host

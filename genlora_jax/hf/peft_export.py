@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from genlora_jax.atomic_files import new_directory
 from genlora_jax.factors import by_module
 from genlora_jax.factors.kind import Kind, Leaves
-from genlora_jax.files import new_directory
 from genlora_jax.hf.names import module_name, natural_order
 from genlora_jax.methods.config import AdapterConfig
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from genlora_jax.checks import require, require_choice, require_float, require_int
 from genlora_jax.factors.hira import as_gain
 from genlora_jax.factors.kind import Leaves
 from genlora_jax.targets import Target, TargetSelection
+from genlora_jax.validation import require, require_choice, require_float, require_int
 
 Groups = dict[str, Any]  # leaves by group and name: {group: {name: ...}}
 Kernels = tuple[jax.Array, ...]  # a target's kernels in the base, [layers, d_in, d_out] each

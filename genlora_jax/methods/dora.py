@@ -6,12 +6,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from genlora_jax.checks import require
 from genlora_jax.factors.dora import column_norm
 from genlora_jax.factors.kind import Leaves
 from genlora_jax.methods.config import Groups, Kernels
 from genlora_jax.methods.lora import LoRAConfig
 from genlora_jax.targets import Target
+from genlora_jax.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)

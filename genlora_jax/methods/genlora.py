@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from genlora_jax import generators
-from genlora_jax.bases import FAMILIES
-from genlora_jax.checks import require, require_choice, require_float, require_int
+from genlora_jax.basis_functions import FAMILIES
 from genlora_jax.factors.kind import Leaves
 from genlora_jax.methods.config import Groups, Kernels, TwoSidedConfig
-from genlora_jax.seeded import seeded_normal
+from genlora_jax.seeded_random import seeded_normal
 from genlora_jax.targets import Target
+from genlora_jax.validation import require, require_choice, require_float, require_int
 
 SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
 
@@ -40,7 +40,7 @@ class GenLoRAConfig(TwoSidedConfig):
         kernels: Number K of basis functions; 0 leaves the linear residual alone.
         basis: Family of the basis functions: `"rbf"` (Gaussian RBFs, on R^g when groupwise),
             `"fourier"`, `"chebyshev"` or `"bspline"` (K scalar functions of each coordinate); see
-            `genlora_jax.bases`.
+            `genlora_jax.basis_functions`.
         generator: Research option. `"groupwise"`: each generator is one network R^g -> R^g that
             serves every group; `"elementwise"`: every group has scalar functions of its own.
         residual: Research option. Whether the generator has the linear residual.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from genlora_jax.factors.kind import Leaves
 from genlora_jax.methods.config import Groups, Kernels, TwoSidedConfig
-from genlora_jax.seeded import seeded_uniform
+from genlora_jax.seeded_random import seeded_uniform
 from genlora_jax.targets import Target
 
 

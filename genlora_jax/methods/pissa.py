@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from genlora_jax.base.kernel import read_kernel
-from genlora_jax.checks import require
 from genlora_jax.factors.kind import Leaves
 from genlora_jax.methods.config import Groups, Kernels
 from genlora_jax.methods.lora import LoRAConfig
 from genlora_jax.targets import Target
+from genlora_jax.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from genlora_jax.checks import require_float
 from genlora_jax.factors.kind import Leaves
 from genlora_jax.methods.config import Groups, Kernels, LowRankConfig
-from genlora_jax.seeded import seeded_uniform
+from genlora_jax.seeded_random import seeded_uniform
 from genlora_jax.targets import Target
+from genlora_jax.validation import require_float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from genlora_jax.factors import in_dtype
 from genlora_jax.inject import apply
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
 
 HEAD = "lm_head"
 Batch = Mapping[str, jax.Array]

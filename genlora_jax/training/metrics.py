@@ -8,7 +8,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from genlora_jax.files import write_whole
+from genlora_jax.atomic_files import write_whole
 
 FILE = "metrics.jsonl"
 PLAIN_LINES = 20  # of progress in a run whose output is no terminal

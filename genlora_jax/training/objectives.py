@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from genlora_jax.checks import require_choice
 from genlora_jax.data.encode import load_examples
 from genlora_jax.data.packing import eval_batches, train_batches
 from genlora_jax.training.losses import Loss, cross_entropy
+from genlora_jax.validation import require_choice
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from genlora_jax.checks import require, require_float
+from genlora_jax.validation import require, require_float
 
 Number = float | jax.Array
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from genlora_jax.files import refuse_unwritable, write_whole
+from genlora_jax.atomic_files import refuse_unwritable, write_whole
 from genlora_jax.settings import dump, parse
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe

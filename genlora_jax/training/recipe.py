@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from genlora_jax.checks import require, require_int
 from genlora_jax.data.config import DataConfig
-from genlora_jax.hf.base import ModelConfig
+from genlora_jax.hf.base_model import ModelConfig
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.methods.genlora import GenLoRAConfig
 from genlora_jax.training.optim import OptimConfig
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
+from genlora_jax.validation import require, require_int
 
 
 @dataclass(frozen=True, kw_only=True)

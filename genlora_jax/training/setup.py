@@ -13,7 +13,7 @@ from genlora_jax.adapter_files import load_adapter, load_config
 from genlora_jax.compression import lora_from_factors
 from genlora_jax.data.encode import Example
 from genlora_jax.factors import by_module
-from genlora_jax.hf.base import Base, find_base, load_base
+from genlora_jax.hf.base_model import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
 from genlora_jax.mesh import MeshConfig, batch_shards, make_mesh, one_device
 from genlora_jax.methods import config_to_json

@@ -15,7 +15,7 @@ from genlora_jax import sharding
 from genlora_jax.adapter import Adapter, generate_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.losses import Batch, Loss, cross_entropy
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
 
 Metrics = dict[str, jax.Array]
 DEFAULTS = StepOptions()
@@ -143,7 +143,7 @@ def make_train_step(
     """
 
     def generate(adapter: Adapter) -> Any:
-        return sharding.lay_out(mesh, generate_factors(cfg, adapter), sharding.factor_specs)
+        return sharding.constrain_tree(mesh, generate_factors(cfg, adapter), sharding.factor_specs)
 
     compute = functools.partial(
         train_step,
@@ -158,7 +158,7 @@ def make_train_step(
     def step(
         state: TrainState, params: Mapping[str, Any], batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        return sharding.lay_out(mesh, compute(state, params, batch), sharding.state_specs)
+        return sharding.constrain_tree(mesh, compute(state, params, batch), sharding.state_specs)
 
     return jax.jit(step, donate_argnums=0)
 

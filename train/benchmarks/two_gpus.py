@@ -28,8 +28,8 @@ import genlora_jax as gl
 from genlora_jax import sharding
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.training.optim import OptimConfig, make_optimizer
-from genlora_jax.training.options import StepOptions
 from genlora_jax.training.step import init_state, make_train_step
+from genlora_jax.training.step_options import StepOptions
 from train.benchmarks.measuring import GIB, RESULTS, time_step, write_result
 from train.benchmarks.random_base import SIZES, Size, random_base, random_batch
 

@@ -5,9 +5,9 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-from genlora_jax.checks import require, require_float, require_int
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.recipe import Recipe
+from genlora_jax.validation import require, require_float, require_int
 
 
 @dataclass(frozen=True, kw_only=True)

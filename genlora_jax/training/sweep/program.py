@@ -22,8 +22,8 @@ from genlora_jax.mesh import one_device
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.losses import Batch, Loss, cross_entropy
 from genlora_jax.training.optim import OptimConfig, make_optimizer
-from genlora_jax.training.options import StepOptions
 from genlora_jax.training.step import DEFAULTS, TrainState, train_step
+from genlora_jax.training.step_options import StepOptions
 
 # "learning_rate", "generator_ratio" and "scale" (over the config's): float32 [members].
 Numbers = dict[str, jax.Array]

@@ -19,7 +19,7 @@ import numpy as np
 
 from genlora_jax.adapter import Adapter
 from genlora_jax.adapter_files import save_adapter
-from genlora_jax.files import new_directory, refuse_existing
+from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import run_command

@@ -14,7 +14,7 @@ import numpy as np
 
 import genlora_jax as gl
 from genlora_jax.training.optim import OptimConfig
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
 from genlora_jax.training.sweep.loop import run_sweep
 from genlora_jax.training.sweep.members import Member
 from genlora_jax.training.sweep.program import SweepProgram

@@ -18,7 +18,7 @@ from safetensors.flax import load_file, save_file
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, init_params
 from genlora_jax.training.losses import cross_entropy
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
 
 ROWS, STEPS_PER_CALL = 64, 10
 REPEATS = 4  # of a task's rows in the pretraining, in the regime `known`

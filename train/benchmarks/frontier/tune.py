@@ -23,7 +23,7 @@ from genlora_jax.factors import LOW_RANK, by_module
 from genlora_jax.methods import config_to_json
 from genlora_jax.training.losses import next_token_targets
 from genlora_jax.training.optim import OptimConfig
-from genlora_jax.training.options import StepOptions
+from genlora_jax.training.step_options import StepOptions
 from genlora_jax.training.sweep.loop import run_sweep
 from genlora_jax.training.sweep.members import Member
 from genlora_jax.training.sweep.program import SweepProgram
