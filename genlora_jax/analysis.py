@@ -106,8 +106,9 @@ def subspace_overlap(
     for side, left, right in (("a", u, other_u), ("b", v, other_v)):
         cosines = exact_matmul(left.swapaxes(-1, -2), right)
         shared = jnp.square(cosines).cumsum(-1).cumsum(-2)
-        i, j = (jnp.arange(1, size + 1) for size in shared.shape[-2:])
-        overlap[side] = shared / jnp.minimum(i[:, None], j)
+        i, j = (jnp.arange(1.0, size + 1) for size in shared.shape[-2:])
+        smaller = jnp.minimum(i[:, None], j[None])
+        overlap[side] = shared / jnp.broadcast_to(smaller, shared.shape)
     return overlap
 
 

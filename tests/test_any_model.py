@@ -189,7 +189,8 @@ class Scale(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return x * self.param("kernel", nn.initializers.ones, x.shape[-1:])
+        scale = self.param("kernel", nn.initializers.ones, x.shape[-1:])
+        return x * jnp.broadcast_to(scale, x.shape)
 
 
 class ScaledBlock(nn.Module):

@@ -81,8 +81,8 @@ def test_a_bfloat16_merge_is_the_float32_sum_rounded_once(lead):
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((*lead, 16, 24)).astype(ml_dtypes.bfloat16)
     a, b = eighths(rng, (*lead, 16, 4), 500) / 64, eighths(rng, (*lead, 4, 24), 500) / 64
-    merged = gl.merge({"proj": {"kernel": jnp.asarray(kernel)}}, {"proj": {"a": a, "b": b}})
-    ours = np.asarray(merged["proj"]["kernel"])
+    merged = gl.merge({"layers": {"kernel": jnp.asarray(kernel)}}, {"layers": {"a": a, "b": b}})
+    ours = np.asarray(merged["layers"]["kernel"])
     once = (kernel.astype(np.float32) + a @ b).astype(ml_dtypes.bfloat16)
     twice = kernel + (a @ b).astype(ml_dtypes.bfloat16)
     assert ours.dtype == kernel.dtype
