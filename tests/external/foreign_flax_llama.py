@@ -12,6 +12,10 @@ from transformers import FlaxLlamaForCausalLM, LlamaConfig
 
 import genlora_jax as gl
 
+# The models of transformers promote dtypes and ranks.
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
 IDS = np.random.default_rng(0).integers(0, 97, (4, 24))
 
 
