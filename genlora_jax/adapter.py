@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,6 @@ from jax.sharding import Mesh
 from genlora_jax.methods.config import AdapterConfig, Groups, Kernels
 from genlora_jax.sharding import constrain_tree, state_specs
 from genlora_jax.targets import Target, find_targets, kernel_path, split_layer
-
-SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +227,7 @@ def _place(value: jax.Array, stack: int | None, layers: tuple[int, ...]) -> jax.
 def _warn_unattainable(spec: AdapterSpec) -> None:
     """Warns where a rank is asked for that the factors cannot have."""
     for target in spec.targets:
-        for side, n in zip(SIDES, (target.d_in, target.d_out), strict=True):
+        for side, n in target.lengths.items():
             limit = spec.config.attainable_rank(n, side)
             rank = getattr(spec.config, "rank", 0)
             if limit is not None and rank > limit:

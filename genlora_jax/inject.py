@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -137,12 +138,10 @@ def _interceptor(
         if dropout > 0.0:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
-        stored: Any = module.get_variable("params", "kernel")
         call = DenseCall(
             x=x,
             y=y,
-            kernel=lambda: read_kernel(stored, y.dtype),
-            stored_kernel=lambda: read_kernel(stored, jnp.float32),
+            kernel=functools.partial(read_kernel, module.get_variable("params", "kernel")),
             bias=module.get_variable("params", "bias") if module.use_bias else None,
             dropped=dropout > 0.0,
             adapter_index=adapter_index,

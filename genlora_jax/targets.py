@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
@@ -86,6 +86,11 @@ class Target:
     d_in: int
     d_out: int
     kernels: tuple[KernelLocation, ...]
+
+    @property
+    def lengths(self) -> dict[Literal["a", "b"], int]:
+        """Lengths of the sides: of A's columns, and of B's rows."""
+        return {"a": self.d_in, "b": self.d_out}
 
     @property
     def depth(self) -> int:

@@ -23,10 +23,9 @@ from genlora_jax.evaluation.tasks.task import AnswerConfig, PromptConfig, read_e
 from genlora_jax.generation.answers import room
 from genlora_jax.generation.subject import Subject, subject_of
 from genlora_jax.hf.base_model import ModelConfig, find_base, load_base
-from genlora_jax.mesh import MeshConfig
+from genlora_jax.mesh import MeshConfig, make_mesh, one_device
 from genlora_jax.settings import parse, report_errors
 from genlora_jax.training.provenance import digest, provenance
-from genlora_jax.training.setup import evaluation_mesh
 
 TASKS: dict[str, Any] = {"perplexity": perplexity, "match": match, "choices": choices, "code": code}
 Items = dict[tuple[str, str], list[Any]]  # the rows of each task's sources
@@ -75,7 +74,7 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
     # Every row is read, and the sandbox tried, before minutes of loading and not after.
     items = _read(asked)
     walls = check_sandbox(cfg.code) if cfg.code else None
-    mesh = evaluation_mesh(cfg.mesh)
+    mesh = one_device() if cfg.mesh is None else make_mesh(cfg.mesh)
     base = load_base(cfg.model, find_base(cfg.model), mesh)
     subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
     scores, lines = _run(subject, asked, items)

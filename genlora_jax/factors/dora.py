@@ -58,11 +58,11 @@ class DoRA(Kind):
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
         change = low_rank_change(call, leaves)
         if call.dropped:  # as in PEFT, the dropped inputs' part of the output is rescaled
-            base = call.x @ call.kernel()
+            base = call.x @ call.kernel(call.y.dtype)
         else:
             base = call.y if call.bias is None else call.y - _row(call.bias, call.y)
         # A constant to the gradient, as in the paper's section 4.3.
-        norm = jax.lax.stop_gradient(adapted_column_norm(call.stored_kernel(), leaves))
+        norm = jax.lax.stop_gradient(adapted_column_norm(call.kernel(jnp.float32), leaves))
         scale = column_scale(leaves["magnitude"], norm)
         # Not `scale * (base + change)`: in bfloat16 a scale near 1 would be rounded to 1.
         return call.y + _row(scale - 1, call.y) * base + _row(scale, call.y) * change

@@ -37,7 +37,7 @@ class HiRA(Kind):
 
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
         a, b = (leaves[leaf].astype(call.x.dtype) for leaf in self.axes)
-        return call.y + _times_gained(call.x, call.kernel(), a, b)
+        return call.y + _times_gained(call.x, call.kernel(call.y.dtype), a, b)
 
     def merge(self, kernel: jax.Array, leaves: Leaves) -> jax.Array:
         return kernel * (1 + exact_matmul(leaves["gain_a"], leaves["gain_b"]))

@@ -24,8 +24,7 @@ class DenseCall:
     Attributes:
         x: Inputs of the adapter `[..., d_in]`, after its dropout, in the dtype of `y`.
         y: Output of the Dense `[..., d_out]`.
-        kernel: Returns the frozen kernel `[d_in, d_out]` in the dtype of `y`.
-        stored_kernel: Returns the frozen kernel in float32.
+        kernel: Returns the frozen kernel `[d_in, d_out]` in a dtype.
         bias: The Dense's bias, or None.
         dropped: Whether dropout zeroed some of `x`.
         adapter_index: Int `[batch]`, each row's adapter; None if there is one for all rows.
@@ -33,8 +32,7 @@ class DenseCall:
 
     x: jax.Array
     y: jax.Array
-    kernel: Callable[[], jax.Array]
-    stored_kernel: Callable[[], jax.Array]
+    kernel: Callable[[Any], jax.Array]
     bias: jax.Array | None
     dropped: bool
     adapter_index: jax.Array | None

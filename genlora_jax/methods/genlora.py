@@ -18,8 +18,6 @@ from genlora_jax.seeded_random import seeded_normal
 from genlora_jax.targets import Target
 from genlora_jax.validation import require, require_choice, require_float, require_int
 
-SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenLoRAConfig(TwoSidedConfig):
@@ -241,7 +239,7 @@ class GenLoRAConfig(TwoSidedConfig):
             served = jnp.broadcast_to(z, (self._sets(target), z.shape[1]))[:, None]
         scale = functools.partial(generators.init_weights, self, centers=centers)
         noise = {part: normals[part] for part in normals if not part.startswith("latents/")}
-        return jax.vmap(lambda noise, z: scale(noise, z))(noise, served)
+        return jax.vmap(scale)(noise, served)
 
     def _normals(self, key: jax.Array, target: Target) -> Leaves:
         """N(0, 1) numbers for all that is random at first, by name.
@@ -269,17 +267,14 @@ class GenLoRAConfig(TwoSidedConfig):
         }
 
     def _seeded_latents(self, target: Target, side: Literal["a", "b"]) -> jax.Array:
-        n = target.d_in if side == "a" else target.d_out
         rows = 1 if self.share_latents else target.depth
         name = f"{target.name}/{side}/latents"
-        return self.latent_std * seeded_normal(self.seed, name, (rows, n))
+        return self.latent_std * seeded_normal(self.seed, name, (rows, target.lengths[side]))
 
     def _lengths(self, target: Target) -> dict[Literal["a", "b"], int]:
         """Lengths of the sides that are generated."""
-        lengths = dict(zip(SIDES, (target.d_in, target.d_out), strict=True))
-        if self.side_a == "seeded":
-            del lengths["a"]
-        return lengths
+        sides = target.lengths.items()
+        return {side: n for side, n in sides if side == "b" or self.side_a == "trained"}
 
     def _sets(self, target: Target) -> int:
         """Number S of sets of generators of a target."""

@@ -1,4 +1,4 @@
-"""What finetune, sweep and evaluate begin with: mesh, data, base and adapter."""
+"""What finetune and sweep begin with: mesh, data, base and adapter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from genlora_jax.data.encode import Example
 from genlora_jax.factors import by_module
 from genlora_jax.hf.base_model import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
-from genlora_jax.mesh import MeshConfig, batch_shards, make_mesh, one_device
+from genlora_jax.mesh import batch_shards, make_mesh
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
@@ -91,11 +91,6 @@ def recipe_mesh(recipe: Recipe) -> Mesh:
             f"train.accumulate ({parts})"
         )
     return mesh
-
-
-def evaluation_mesh(cfg: MeshConfig | None) -> Mesh:
-    """The mesh of an evaluation: by default one device."""
-    return one_device() if cfg is None else make_mesh(cfg)
 
 
 def check_start(cfg: AdapterConfig, source: str | None) -> None:
