@@ -1,4 +1,4 @@
-"""What several test files build on: tiny bases, random and real."""
+"""Settings of JAX for all tests, and the fixtures that several test files use."""
 
 import os
 import sys
@@ -15,10 +15,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 # Devices for the tests of meshes; all others use the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,98 +23,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from genlora_jax.models.config import LlamaConfig
-from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
-
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
-
-
-def _random_leaf(rng, path, shape):
-    """Numbers of a size with which activations neither vanish nor explode."""
-    noise = rng.standard_normal(shape)
-    if path[-1] == "kernel":
-        return noise / np.sqrt(shape[-2])
-    if path[-1] == "scale":
-        return 1 + 0.1 * noise
-    return noise if path[-1] == "embedding" else 0.1 * noise
+from tiny_models import TINY
 
 
 def pytest_collection_modifyitems(items):
     """The long ones first: begun last, they would leave the other worker with nothing to do."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-
-
-@pytest.fixture(scope="session")
-def random_llama():
-    """A function that makes a tiny Linen model and random parameters for it."""
-
-    def make(
-        *, scan=True, seed=0, dtype=jnp.float32, remat="none", attention="auto", **changes
-    ) -> tuple[LlamaForCausalLM, dict]:
-        config = LlamaConfig(**(TINY | changes))
-        options = {"dtype": dtype, "param_dtype": dtype, "remat": remat, "attention": attention}
-        stacked = flatten_dict(parameter_shapes(LlamaForCausalLM(config, scan=True)))
-        rng = np.random.default_rng(seed)
-        flat = {
-            path: jnp.asarray(_random_leaf(rng, path, leaf.shape), dtype)
-            for path, leaf in sorted(stacked.items())
-        }
-        if not scan:  # the same numbers, a layer at a time
-            flat = {
-                place: value
-                for path, leaf in flat.items()
-                for place, value in _unstack(path, leaf).items()
-            }
-        return LlamaForCausalLM(config, scan=scan, **options), unflatten_dict(flat)
-
-    return make
-
-
-def _unstack(path, leaf):
-    if "layers" not in path:
-        return {path: leaf}
-    at = path.index("layers") + 1
-    return {(*path[:at], str(i), *path[at:]): leaf[i] for i in range(leaf.shape[0])}
-
-
-@pytest.fixture(scope="session")
-def unstack():
-    """A function that cuts a scanned tree into the layers of an unrolled one."""
-
-    def cut(tree):
-        flat = flatten_dict(tree)
-        return unflatten_dict(
-            {
-                new: value
-                for path, leaf in flat.items()
-                for new, value in _unstack(path, leaf).items()
-            }
-        )
-
-    return cut
-
-
-@pytest.fixture(scope="session")
-def perturb():
-    """A function that moves every leaf of a pytree by some noise."""
-
-    def move(tree, seed=0, size=0.1):
-        rng = np.random.default_rng(seed)
-        return jax.tree.map(
-            lambda leaf: leaf + jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype),
-            tree,
-        )
-
-    return move
 
 
 @pytest.fixture
@@ -142,19 +53,6 @@ def torch_twin(tmp_path):
         return tmp_path / name, model
 
     return make
-
-
-@pytest.fixture(scope="session")
-def torch_logits():
-    """A function that gives a PyTorch model's logits as a NumPy array."""
-    import torch
-
-    def logits(model, ids, **inputs):
-        tensors = {key: torch.from_numpy(np.array(value)) for key, value in inputs.items()}
-        with torch.no_grad():
-            return model(torch.from_numpy(np.array(ids)).long(), **tensors).logits.float().numpy()
-
-    return logits
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny_models import perturb, random_llama, unstack
 
 import genlora_jax as gl
 from genlora_jax.analysis import parameters_by_target
@@ -173,14 +174,14 @@ def test_a_config_that_is_not_the_adapter_s_is_refused_by_its_field(cfg, message
     assert not (tmp_path / "adapter").exists()
 
 
-def test_dropout_may_differ_from_the_adapter_s(perturb):
+def test_dropout_may_differ_from_the_adapter_s():
     adapter = perturb(gl.init_adapter(gl.LoRAConfig(rank=3), jax.random.key(0), stacked()))
     ours = gl.generate_factors(gl.LoRAConfig(rank=3, dropout=0.5), adapter)
     jax.tree.map(np.testing.assert_array_equal, ours, gl.generate_factors(adapter.config, adapter))
 
 
 @every_config
-def test_factors_under_jit_equal_those_without(cfg, perturb):
+def test_factors_under_jit_equal_those_without(cfg):
     adapter = perturb(init(cfg, stacked()))
     eager = gl.generate_factors(cfg, adapter)
     jitted = generate(cfg, adapter)
@@ -209,7 +210,7 @@ def test_adapters_of_many_keys_under_vmap_equal_those_one_by_one(cfg):
 
 
 @every_config
-def test_gradients_reach_every_trained_leaf_and_are_finite(cfg, perturb):
+def test_gradients_reach_every_trained_leaf_and_are_finite(cfg):
     adapter = perturb(init(cfg, stacked()))
 
     def loss(adapter):
@@ -222,7 +223,7 @@ def test_gradients_reach_every_trained_leaf_and_are_finite(cfg, perturb):
 
 
 @every_config
-def test_rank_of_a_delta_is_at_most_that_of_the_config(cfg, perturb):
+def test_rank_of_a_delta_is_at_most_that_of_the_config(cfg):
     adapter = perturb(init(cfg, stacked()))
     factors = generate(cfg, adapter)["layers"]["proj"]
     deltas = np.asarray(factors["a"], np.float64) @ np.asarray(factors["b"], np.float64)
@@ -230,7 +231,7 @@ def test_rank_of_a_delta_is_at_most_that_of_the_config(cfg, perturb):
         assert np.linalg.matrix_rank(delta, tol=1e-5 * np.linalg.norm(delta)) == cfg.rank
 
 
-def test_the_scale_is_folded_into_b(perturb):
+def test_the_scale_is_folded_into_b():
     cfg = gl.GenLoRAConfig(rank=4, group_size=4, kernels=2, alpha=6.0)
     plain = dataclasses.replace(cfg, alpha=4.0)
     rslora = dataclasses.replace(cfg, scaling="rslora")
@@ -267,7 +268,7 @@ def test_a_random_side_a_has_the_variance_of_a_trained_one():
         assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.1  # no two layers share one
 
 
-def test_gates_weight_the_basis_vectors_of_their_kernel(perturb):
+def test_gates_weight_the_basis_vectors_of_their_kernel():
     cfg = CONFIGS["gates"]
     adapter = perturb(init(cfg, stacked()))
     open_gates = jax.tree.map(jnp.ones_like, adapter.trainable["gates"])
@@ -282,9 +283,7 @@ def test_gates_weight_the_basis_vectors_of_their_kernel(perturb):
 
 @pytest.mark.parametrize("cfg", list(CONFIGS.values()), ids=list(CONFIGS))
 @pytest.mark.parametrize("layers", [None, (0, 2)])
-def test_scanned_and_unrolled_bases_have_the_same_adapter(
-    cfg, layers, random_llama, unstack, perturb
-):
+def test_scanned_and_unrolled_bases_have_the_same_adapter(cfg, layers):
     # Two targets: one wide, one narrow. Each is a program of its own to compile.
     cfg = dataclasses.replace(cfg, layers=layers, targets=["k_proj", "down_proj"])
     (_, scanned), (_, unrolled) = random_llama(scan=True), random_llama(scan=False)
@@ -309,7 +308,7 @@ def test_scanned_and_unrolled_bases_have_the_same_adapter(
     assert not any(np.asarray(leaf).any() for leaf in whole.values())
 
 
-def test_unrolled_layers_share_their_generators(random_llama):
+def test_unrolled_layers_share_their_generators():
     _, params = random_llama(scan=False)
     cfg = gl.GenLoRAConfig(**SMALL)
     adapter = init(cfg, params)
@@ -317,7 +316,7 @@ def test_unrolled_layers_share_their_generators(random_llama):
     assert {leaf.shape[0] for leaf in jax.tree.leaves(adapter.trainable["latents"])} == {3}
 
 
-def test_generators_that_targets_share_are_counted_once(random_llama):
+def test_generators_that_targets_share_are_counted_once():
     _, params = random_llama()
     r, g, k = 3, 4, 2
     cfg = gl.GenLoRAConfig(**SMALL, share_across_targets=True)
@@ -325,7 +324,7 @@ def test_generators_that_targets_share_are_counted_once(random_llama):
     assert count(cfg, params) == sides + 2 * (r * (g * k + g * g) + k * (g + 1))
 
 
-def test_targets_that_share_generators_make_their_factors_with_them(random_llama, perturb):
+def test_targets_that_share_generators_make_their_factors_with_them():
     _, params = random_llama()
     names = ["q_proj", "gate_proj", "down_proj"]
     cfg = gl.GenLoRAConfig(**SMALL, targets=names, share_across_targets=True)
@@ -509,7 +508,7 @@ MLP = ["down_proj", "gate_proj", "up_proj"]
 
 
 @pytest.fixture
-def llama_shapes(random_llama):
+def llama_shapes():
     return random_llama()[1]
 
 
@@ -560,7 +559,7 @@ def test_excluding_every_target_raises(llama_shapes):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_layers_that_the_base_does_not_have_raise(random_llama, scan):
+def test_layers_that_the_base_does_not_have_raise(scan):
     _, params = random_llama(scan=scan)
     with pytest.raises(ValueError, match=r"layers: \[3, 7\] not in the base.*0 to 2"):
         names(params, layers=[1, 3, 7])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import perturb, random_llama
 
 import genlora_jax as gl
 from genlora_jax.analysis import (
@@ -76,7 +77,7 @@ def test_overlap_of_subspaces():
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_a_target_s_factors_are_its_layers_in_order(random_llama, perturb, scan):
+def test_a_target_s_factors_are_its_layers_in_order(scan):
     _, params = random_llama(scan=scan)
     cfg = gl.LoRAConfig(rank=2, targets=["q_proj"], layers=[0, 2])
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
@@ -88,7 +89,7 @@ def test_a_target_s_factors_are_its_layers_in_order(random_llama, perturb, scan)
     )
 
 
-def test_every_parameter_is_counted_once(random_llama):
+def test_every_parameter_is_counted_once():
     _, params = random_llama()
     cfg = gl.GenLoRAConfig(rank=4, group_size=4, kernels=2, targets=["q_proj", "up_proj"])
     adapter = gl.init_adapter(cfg, jax.random.key(0), params)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiny_models import perturb
 
 import genlora_jax as gl
 
@@ -88,7 +89,7 @@ def model_with(name):
     return model, model.init(jax.random.key(0), X)["params"]
 
 
-def moved_factors(cfg, params, perturb):
+def moved_factors(cfg, params):
     return gl.generate_factors(cfg, perturb(gl.init_adapter(cfg, jax.random.key(1), params)))
 
 
@@ -124,10 +125,10 @@ def test_factors_for_a_kernel_that_is_no_dense_s_are_not_merged(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_that_is_excluded_does_no_harm(name, perturb):
+def test_a_layer_that_is_excluded_does_no_harm(name):
     model, params = model_with(name)
     cfg = gl.LoRAConfig(rank=2, exclude=["other"])
-    factors = moved_factors(cfg, params, perturb)
+    factors = moved_factors(cfg, params)
     assert set(factors) == {"before", "after"}
     assert_merged_equals_adapted(model, params, factors, X)
 
@@ -165,10 +166,10 @@ class Stack(nn.Module):
         {"name_of_scan": "encoder", "bias": True, "norm": True},
     ],
 )
-def test_a_stack_is_known_by_its_scan(settings, perturb):
+def test_a_stack_is_known_by_its_scan(settings):
     model = Stack(**settings)
     params = model.init(jax.random.key(0), X)["params"]
-    factors = moved_factors(CFG, params, perturb)
+    factors = moved_factors(CFG, params)
     ((name, leaves),) = factors.items()
     assert name == (settings["name_of_scan"] or "ScanBlock_0")
     assert leaves["proj"]["a"].shape == (3, 6, 2)
@@ -176,9 +177,9 @@ def test_a_stack_is_known_by_its_scan(settings, perturb):
 
 
 @pytest.mark.parametrize("cfg", [CFG, gl.GenLoRAConfig(rank=2, group_size=2)])
-def test_factors_of_a_stack_are_compressed_without_its_base(cfg, perturb):
+def test_factors_of_a_stack_are_compressed_without_its_base(cfg):
     params = Stack(name_of_scan="encoder", bias=True).init(jax.random.key(0), X)["params"]
-    factors = moved_factors(CFG, params, perturb)
+    factors = moved_factors(CFG, params)
     adapter, _ = gl.compress(cfg, factors, steps=2)
     (target,) = adapter.spec.targets
     assert (target.name, target.depth, target.kernels[0].stack) == ("encoder.proj", 3, 3)
@@ -211,10 +212,10 @@ class ScaledStack(nn.Module):
         return scan(name="layers")(x, None)[0]
 
 
-def test_a_stack_with_another_kernel_is_known_by_its_name(perturb):
+def test_a_stack_with_another_kernel_is_known_by_its_name():
     params = ScaledStack().init(jax.random.key(0), X)["params"]
     cfg = gl.LoRAConfig(rank=2, targets=["proj"])
-    factors = moved_factors(cfg, params, perturb)
+    factors = moved_factors(cfg, params)
     assert_merged_equals_adapted(ScaledStack(), params, factors, X)
 
 
@@ -230,10 +231,10 @@ class Normed(nn.Module):
 
 
 @pytest.fixture
-def normed(perturb):
+def normed():
     variables = Normed().init(jax.random.key(0), X)
     assert set(variables) == {"params", "batch_stats"}
-    factors = moved_factors(CFG, variables["params"], perturb)
+    factors = moved_factors(CFG, variables["params"])
     merged = {**variables, "params": gl.merge(variables["params"], factors)}
     return variables, factors, merged
 
@@ -289,7 +290,7 @@ def test_an_error_in_the_block_is_not_hidden_by_factors_that_met_no_dense(normed
         raise KeyError("of the block")
 
 
-def test_of_nested_blocks_the_innermost_injects(normed, perturb):
+def test_of_nested_blocks_the_innermost_injects(normed):
     variables, factors, _ = normed
     other = perturb(factors, seed=5)
 

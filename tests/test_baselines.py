@@ -13,6 +13,7 @@ import pytest
 from baseline_methods import EPS, METHODS, SHARED, TARGETS, close
 from flax.traverse_util import flatten_dict
 from tiny_base import write_base
+from tiny_models import perturb, torch_logits
 
 import genlora_jax as gl
 from genlora_jax.cli import main
@@ -125,7 +126,7 @@ def set_values(trainable, model):
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def case(request, base, perturb):
+def case(request, base):
     """A method's adapter on the base, new and moved, with logits and gradients of both sides."""
     import torch
 
@@ -225,7 +226,7 @@ def command(monkeypatch, function, *arguments):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "rslora"])
 def test_a_recipe_trains_and_its_adapter_is_merged_and_exported(
-    name, base, tmp_path, monkeypatch, capsys, torch_logits
+    name, base, tmp_path, monkeypatch, capsys
 ):
     import peft
 

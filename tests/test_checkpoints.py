@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax.data.config import DataConfig
@@ -24,7 +25,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "0.1"
 
 
 @pytest.fixture
-def state(random_llama):
+def state():
     _, params = random_llama(hidden_size=64, intermediate_size=128, head_dim=16)
     adapter = gl.init_adapter(CFG, jax.random.key(0), params)
     return init_state(adapter, make_optimizer(OptimConfig(), 10))
@@ -138,7 +139,7 @@ def test_a_checkpoint_s_leaves_bear_names(state, tmp_path):
     assert f"opt_state.1.mu.latents.{target}.a" in names
 
 
-def test_a_checkpoint_of_version_0_1_is_restored_bit_for_bit(random_llama, tmp_path):
+def test_a_checkpoint_of_version_0_1_is_restored_bit_for_bit(tmp_path):
     shutil.copytree(FIXTURES / "checkpoints", tmp_path / "run")
     cfg = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=4, targets=["q_proj", "down_proj"])
     adapter = gl.init_adapter(cfg, jax.random.key(0), random_llama()[1])

@@ -5,23 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny_models import perturb, random_llama
 
 import genlora_jax as gl
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9)), jnp.int32)
 
 
-def make_set(params, perturb, rank, seed, targets):
+def make_set(params, rank, seed, targets):
     cfg = gl.LoRAConfig(rank=rank, targets=targets)
     adapter = gl.init_adapter(cfg, jax.random.key(seed), params)
     return gl.generate_factors(cfg, perturb(adapter, seed=seed))
 
 
 @pytest.fixture
-def sets(random_llama, perturb):
+def sets():
     _, params = random_llama()
-    first = make_set(params, perturb, 2, 1, ["q_proj", "up_proj"])
-    return params, first, make_set(params, perturb, 3, 2, ["q_proj", "o_proj"])
+    first = make_set(params, 2, 1, ["q_proj", "up_proj"])
+    return params, first, make_set(params, 3, 2, ["q_proj", "o_proj"])
 
 
 def test_merging_a_combination_is_merging_each_with_its_weight(sets):
@@ -43,7 +44,7 @@ def test_merging_a_combination_is_merging_each_with_its_weight(sets):
     assert moved == {"q_proj", "up_proj", "o_proj"}
 
 
-def test_what_is_added_and_subtracted_is_gone(sets, random_llama):
+def test_what_is_added_and_subtracted_is_gone(sets):
     model, params = random_llama()
     _, first, second = sets
     both = gl.combine([first, second, second], [1.0, 3.0, -3.0])
@@ -52,10 +53,10 @@ def test_what_is_added_and_subtracted_is_gone(sets, random_llama):
     np.testing.assert_allclose(ours, alone, atol=3e-5 * float(jnp.abs(alone).max()))
 
 
-def test_adapters_of_one_shape_are_switched_without_a_new_trace(random_llama, perturb):
+def test_adapters_of_one_shape_are_switched_without_a_new_trace():
     model, params = random_llama()
     run = jax.jit(lambda factors: gl.apply(model, params, factors, IDS))
-    one, other = (run(make_set(params, perturb, 2, seed, ["q_proj"])) for seed in (1, 2))
+    one, other = (run(make_set(params, 2, seed, ["q_proj"])) for seed in (1, 2))
     assert run._cache_size() == 1
     assert np.abs(one - other).max() > 1e-2
 
@@ -70,12 +71,12 @@ def test_sets_that_do_not_fit_together_raise(sets):
 
 
 @pytest.mark.parametrize("options", [{}, {"scan": False}, {"remat": "full"}])
-def test_each_row_with_its_own_adapter_is_each_adapter_by_itself(random_llama, perturb, options):
+def test_each_row_with_its_own_adapter_is_each_adapter_by_itself(options):
     model, params = random_llama(**options)
     sets = [
-        make_set(params, perturb, 2, 1, ["q_proj", "up_proj"]),
-        make_set(params, perturb, 3, 2, ["q_proj", "o_proj", "lm_head"]),
-        make_set(params, perturb, 1, 3, ["down_proj"]),
+        make_set(params, 2, 1, ["q_proj", "up_proj"]),
+        make_set(params, 3, 2, ["q_proj", "o_proj", "lm_head"]),
+        make_set(params, 1, 3, ["down_proj"]),
     ]
     ids = jnp.asarray(np.random.default_rng(1).integers(0, 61, (5, 9)), jnp.int32)
     index = jnp.array([2, 0, 1, 1, 0])
@@ -93,7 +94,7 @@ def test_each_row_with_its_own_adapter_is_each_adapter_by_itself(random_llama, p
     assert run._cache_size() == 1  # a choice is no new program
 
 
-def test_stacked_factors_and_an_index_go_together(random_llama, sets):
+def test_stacked_factors_and_an_index_go_together(sets):
     model, _ = random_llama()
     params, first, second = sets
     with pytest.raises(ValueError, match="the module maps"):

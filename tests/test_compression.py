@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax import compression
@@ -129,7 +130,7 @@ def test_the_name_of_version_0_1_is_kept():
     assert gl.fit is gl.compress
 
 
-def test_a_fitted_adapter_serves_its_base(random_llama, tmp_path):
+def test_a_fitted_adapter_serves_its_base(tmp_path):
     for scan in (True, False):
         _, params = random_llama(scan=scan)
         lora = gl.LoRAConfig(rank=2, targets=["q_proj", "down_proj"])

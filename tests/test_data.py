@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from tiny_base import TOKENIZER
+from tiny_models import perturb, random_llama
 from transformers import AutoTokenizer
 
 import genlora_jax as gl
@@ -441,7 +442,7 @@ def test_no_batch_of_nothing_but_padding_is_made():
     assert len(eval_batches(examples, cfg)) == 2
 
 
-def test_packed_examples_lose_what_they_lose_alone(random_llama, perturb):
+def test_packed_examples_lose_what_they_lose_alone():
     model, params = random_llama(num_hidden_layers=2)
     cfg = gl.LoRAConfig(rank=3, targets=["q_proj", "v_proj", "up_proj"])
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))

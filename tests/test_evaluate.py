@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_base import REPOSITORY, write_base
+from tiny_models import perturb, random_llama
 from transformers import AutoModelForCausalLM
 
 import genlora_jax as gl
@@ -101,7 +102,7 @@ def test_lengths_of_a_bucket_are_compiled_once(subject):
     assert scoring._score._cache_size() == before
 
 
-def test_an_adapter_that_reaches_the_head_scores_as_the_merged_model(random_llama, perturb):
+def test_an_adapter_that_reaches_the_head_scores_as_the_merged_model():
     model, params = random_llama()
     cfg = gl.LoRAConfig(rank=2, targets=["q_proj", "lm_head"])
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
@@ -271,7 +272,7 @@ def exercises(tmp_path):
     return file
 
 
-def test_script_with_an_adapter(run, base, subject, score, exercises, perturb, tmp_path):
+def test_script_with_an_adapter(run, base, subject, score, exercises, tmp_path):
     cfg = gl.LoRAConfig(rank=2, targets=["v_proj"])
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), subject.params))
     gl.save_adapter(tmp_path / "adapter", cfg, adapter, model=subject.model)
@@ -325,7 +326,7 @@ def test_script_with_an_adapter(run, base, subject, score, exercises, perturb, t
     assert found["base"] == pytest.approx(expected, rel=FLOAT32)
 
 
-def test_a_model_cut_over_devices_gets_the_same_results(run, subject, perturb, tmp_path):
+def test_a_model_cut_over_devices_gets_the_same_results(run, subject, tmp_path):
     cfg = gl.LoRAConfig(rank=2)
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), subject.params))
     gl.save_adapter(tmp_path / "adapter", cfg, adapter, model=subject.model)

@@ -7,6 +7,7 @@ import pytest
 from baseline_methods import EPS
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax import sharding
@@ -154,7 +155,7 @@ def test_what_does_not_combine_is_refused_by_the_option_that_made_it(kind):
 
 
 @every_kind
-def test_a_peft_adapter_comes_back_as_it_went_out(kind, random_llama, tmp_path):
+def test_a_peft_adapter_comes_back_as_it_went_out(kind, tmp_path):
     _, params = random_llama()
     layers, d_in, d_out = params["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape
     rng, sizes = np.random.default_rng(3), {"in": d_in, "out": d_out, "rank": RANK}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_models import perturb, torch_logits
 
 import genlora_jax as gl
 from genlora_jax.generation.decoding import decode
@@ -45,7 +46,7 @@ every = pytest.mark.parametrize("twin", FAMILIES, indirect=True)
 
 @every
 @pytest.mark.parametrize("scan", [True, False])
-def test_logits_of_a_family_are_those_of_pytorch(twin, torch_logits, scan):
+def test_logits_of_a_family_are_those_of_pytorch(twin, scan):
     path, theirs = twin
     expected = torch_logits(theirs, IDS)
     assert np.abs(expected).max() > 0.5
@@ -82,7 +83,7 @@ def test_what_was_loaded_is_exported_byte_for_byte(twin, tmp_path):
 
 @every
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_merged_and_adapter_exports_give_the_logits_of_apply(twin, perturb, torch_logits, tmp_path):
+def test_merged_and_adapter_exports_give_the_logits_of_apply(twin, tmp_path):
     import transformers
     from peft import PeftModel
 
@@ -107,7 +108,7 @@ def test_a_tied_head_is_no_target_and_the_error_says_why(torch_twin):
 
 
 @every
-def test_a_bfloat16_merge_moves_logits_no_more_than_its_rounding_explains(twin, perturb):
+def test_a_bfloat16_merge_moves_logits_no_more_than_its_rounding_explains(twin):
     """|merged - adapted| <= sum over kernels of |d logit / d W| half a unit in W's last place.
 
     To first order, the logits computed in float32 so that nothing but the kernels is rounded; the
@@ -147,7 +148,7 @@ def test_a_bfloat16_merge_moves_logits_no_more_than_its_rounding_explains(twin, 
 
 
 @pytest.mark.parametrize("twin", ["qwen2"], indirect=True)
-def test_merged_and_adapted_are_equally_near_to_float32_when_computed_in_bfloat16(twin, perturb):
+def test_merged_and_adapted_are_equally_near_to_float32_when_computed_in_bfloat16(twin):
     path, _ = twin
     model, params = gl.load_llama(path, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     factors = gl.generate_factors(CFG, perturb(gl.init_adapter(CFG, jax.random.key(0), params)))

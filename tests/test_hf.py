@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
+from tiny_models import perturb, random_llama, torch_logits
 
 import genlora_jax as gl
 from genlora_jax.hf import peft_export
@@ -35,7 +36,7 @@ def tensors(path):
 
 
 @pytest.fixture
-def make_adapter(perturb):
+def make_adapter():
     """A function that gives an adapter whose delta is not zero."""
 
     def make(params, cfg=CFG):
@@ -151,7 +152,7 @@ def test_what_was_loaded_is_exported_byte_for_byte(torch_twin, tmp_path, scan, c
 
 
 def test_a_sharded_export_of_a_merged_model_loads_in_transformers(
-    torch_twin, torch_logits, make_adapter, tmp_path
+    torch_twin, make_adapter, tmp_path
 ):
     import transformers
 
@@ -228,7 +229,7 @@ def test_a_failure_midway_leaves_nothing_and_spoils_nothing(
         assert content(tmp_path / "out") == {"precious.txt": b"mine"}
 
 
-def test_parameters_of_another_shape_are_not_exported(torch_twin, random_llama, tmp_path):
+def test_parameters_of_another_shape_are_not_exported(torch_twin, tmp_path):
     path, _ = torch_twin()
     _, params = random_llama(vocab_size=60)
     with pytest.raises(ValueError, match=r"lm_head\.kernel has shape \(32, 60\)"):
@@ -250,7 +251,7 @@ def test_parameters_of_another_shape_are_not_exported(torch_twin, random_llama, 
     ],
 )
 def test_a_peft_export_loads_in_peft_with_the_same_logits(
-    torch_twin, torch_logits, make_adapter, tmp_path, changes, scan
+    torch_twin, make_adapter, tmp_path, changes, scan
 ):
     from peft import PeftModel
 
@@ -294,7 +295,7 @@ def test_a_peft_export_that_fails_leaves_nothing(torch_twin, make_adapter, tmp_p
         gl.LoRAConfig(rank=3),
     ],
 )
-def test_an_adapter_comes_back_bit_for_bit(random_llama, make_adapter, tmp_path, cfg):
+def test_an_adapter_comes_back_bit_for_bit(make_adapter, tmp_path, cfg):
     model, params = random_llama()
     adapter = make_adapter(params, cfg)
     gl.save_adapter(tmp_path / "adapter", cfg, adapter, model=model)
@@ -307,7 +308,7 @@ def test_an_adapter_comes_back_bit_for_bit(random_llama, make_adapter, tmp_path,
             assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
-def test_what_is_rebuilt_from_the_seed_is_not_in_the_file(random_llama, make_adapter, tmp_path):
+def test_what_is_rebuilt_from_the_seed_is_not_in_the_file(make_adapter, tmp_path):
     _, params = random_llama()
     cfg = dataclasses.replace(CFG, latents="seeded", trainable_centers=False)
     adapter = make_adapter(params, cfg)
@@ -320,7 +321,7 @@ def test_what_is_rebuilt_from_the_seed_is_not_in_the_file(random_llama, make_ada
     jax.tree.map(np.testing.assert_array_equal, loaded, generate(cfg, adapter))
 
 
-def test_an_adapter_of_a_scanned_base_serves_an_unrolled_one(random_llama, make_adapter, tmp_path):
+def test_an_adapter_of_a_scanned_base_serves_an_unrolled_one(make_adapter, tmp_path):
     cfg = dataclasses.replace(CFG, layers=[0, 2])
     (scanned, stacked), (unrolled, single) = random_llama(scan=True), random_llama(scan=False)
     adapter = make_adapter(stacked, cfg)
@@ -332,7 +333,7 @@ def test_an_adapter_of_a_scanned_base_serves_an_unrolled_one(random_llama, make_
     assert np.abs(run(unrolled, single) - ours).max() > 1e-2
 
 
-def test_another_base_is_refused(random_llama, make_adapter, tmp_path):
+def test_another_base_is_refused(make_adapter, tmp_path):
     model, params = random_llama()
     gl.save_adapter(tmp_path / "adapter", CFG, make_adapter(params), model=model)
     other_model, other = random_llama(vocab_size=62)
@@ -343,7 +344,7 @@ def test_another_base_is_refused(random_llama, make_adapter, tmp_path):
         gl.load_adapter(tmp_path / "adapter", other, model=other_model)
 
 
-def test_a_damaged_adapter_raises_and_names_the_file(random_llama, make_adapter, tmp_path):
+def test_a_damaged_adapter_raises_and_names_the_file(make_adapter, tmp_path):
     _, params = random_llama()
     path = tmp_path / "adapter"
     gl.save_adapter(path, CFG, make_adapter(params))
@@ -372,7 +373,7 @@ def test_a_damaged_adapter_raises_and_names_the_file(random_llama, make_adapter,
         gl.load_adapter(path)
 
 
-def test_saving_over_an_adapter_is_refused_unless_asked_for(random_llama, make_adapter, tmp_path):
+def test_saving_over_an_adapter_is_refused_unless_asked_for(make_adapter, tmp_path):
     _, params = random_llama()
     adapter = make_adapter(params)
     gl.save_adapter(tmp_path / "adapter", CFG, adapter)

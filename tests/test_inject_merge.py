@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from tiny_models import perturb, random_llama
 
 import genlora_jax as gl
 
@@ -17,7 +18,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9)), jnp.int32)
 
 
 @pytest.fixture(scope="module")
-def make_factors(perturb):
+def make_factors():
     """A function that gives the factors of a new adapter on a base, moved unless told."""
 
     def make(params, cfg=CFG, moved=True):
@@ -48,9 +49,7 @@ def run(model, params, factors=None):
         {"scan": False, "remat": "dots"},
     ],
 )
-def test_injection_is_the_base_at_first_and_the_merged_model_ever_after(
-    options, random_llama, make_factors
-):
+def test_injection_is_the_base_at_first_and_the_merged_model_ever_after(options, make_factors):
     model, params = random_llama(**options)
     base = run(model, params)
     np.testing.assert_array_equal(run(model, params, make_factors(params, moved=False)), base)
@@ -61,7 +60,7 @@ def test_injection_is_the_base_at_first_and_the_merged_model_ever_after(
     np.testing.assert_allclose(merged, adapted, atol=1e-5 * np.abs(adapted).max())
 
 
-def test_unmerge_returns_a_float32_base_to_rounding(random_llama, make_factors):
+def test_unmerge_returns_a_float32_base_to_rounding(make_factors):
     _, params = random_llama()
     factors = make_factors(params)
     merged = gl.merge(params, factors)
@@ -90,7 +89,7 @@ def test_a_bfloat16_merge_is_the_float32_sum_rounded_once(lead):
     assert not np.array_equal(once, twice)
 
 
-def test_donation_deletes_adapted_kernels_and_nothing_else(random_llama, make_factors):
+def test_donation_deletes_adapted_kernels_and_nothing_else(make_factors):
     _, params = random_llama()
     cfg = dataclasses.replace(CFG, targets=["q_proj", "up_proj"])
     factors = make_factors(params, cfg)
@@ -115,7 +114,7 @@ def test_merge_works_under_an_outer_jit_and_vmap():
     np.testing.assert_array_equal(together(params, a, b)["proj"]["kernel"], expected)
 
 
-def test_gradients_of_apply_equal_those_through_merge(random_llama, make_factors):
+def test_gradients_of_apply_equal_those_through_merge(make_factors):
     model, params = random_llama()
     factors = make_factors(params)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import perturb, random_llama, torch_logits
 
 import genlora_jax as gl
 from genlora_jax.generation.decoding import decode
@@ -39,7 +40,7 @@ def run(model, params, ids, **inputs):
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_logits_are_those_of_pytorch(changes, torch_twin, torch_logits):
+def test_logits_are_those_of_pytorch(changes, torch_twin):
     path, twin = torch_twin(**changes)
     ids = tokens(2, 48)  # three times the original length of the scaled rotary embeddings
     theirs = torch_logits(twin, ids)
@@ -47,7 +48,7 @@ def test_logits_are_those_of_pytorch(changes, torch_twin, torch_logits):
     assert np.abs(run(*load(path), ids) - theirs).max() <= 2e-4
 
 
-def test_unrolled_layers_equal_scanned_ones(random_llama):
+def test_unrolled_layers_equal_scanned_ones():
     ids = tokens(2, 20)
     scanned, unrolled = (run(*random_llama(scan=scan), ids) for scan in (True, False))
     np.testing.assert_allclose(unrolled, scanned, atol=1e-5 * np.abs(scanned).max())
@@ -79,7 +80,7 @@ def test_attention_in_blocks_equals_that_of_xla_and_so_do_its_gradients(length, 
 
 
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
-def test_padding_on_either_side_changes_nothing(random_llama, attention):
+def test_padding_on_either_side_changes_nothing(attention):
     model, params = random_llama(attention=attention)
     ids, pad = tokens(2, 10), np.zeros((2, 5), np.int32)
     plain = run(model, params, ids)
@@ -99,7 +100,7 @@ def test_padding_on_either_side_changes_nothing(random_llama, attention):
 
 
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
-def test_packed_rows_equal_separate_ones(random_llama, attention):
+def test_packed_rows_equal_separate_ones(attention):
     model, params = random_llama(attention=attention)
     first, second = tokens(1, 7), tokens(1, 12, seed=1)
     segments = jnp.asarray([[1] * 7 + [2] * 12])
@@ -112,7 +113,7 @@ def test_packed_rows_equal_separate_ones(random_llama, attention):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_recomputation_changes_no_gradient(random_llama, scan):
+def test_recomputation_changes_no_gradient(scan):
     ids, grads = tokens(2, 12), {}
     for remat in ("none", "full", "dots"):
         model, params = random_llama(scan=scan, remat=remat)
@@ -161,7 +162,7 @@ def test_greedy_decoding_is_that_of_pytorch_and_ends_at_a_stop_token(torch_twin)
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in theirs]
 
 
-def test_sampling_from_the_likeliest_token_alone_is_greedy(random_llama):
+def test_sampling_from_the_likeliest_token_alone_is_greedy():
     model, params = random_llama()
     prompts = [tokens(4).tolist(), tokens(6, seed=1).tolist()]
     options = {"max_new_tokens": 10, "temperature": 2.0, "key": jax.random.key(0)}
@@ -170,7 +171,7 @@ def test_sampling_from_the_likeliest_token_alone_is_greedy(random_llama):
     assert decode(model, params, prompts, **options) != greedy
 
 
-def test_decoding_refuses_empty_prompts_and_sampling_without_a_key(random_llama):
+def test_decoding_refuses_empty_prompts_and_sampling_without_a_key():
     model, params = random_llama()
     with pytest.raises(ValueError, match="at least one token"):
         decode(model, params, [[1], []])
@@ -178,7 +179,7 @@ def test_decoding_refuses_empty_prompts_and_sampling_without_a_key(random_llama)
         decode(model, params, [[1]], temperature=1.0)
 
 
-def test_decoding_with_factors_is_that_of_the_merged_model(random_llama, perturb):
+def test_decoding_with_factors_is_that_of_the_merged_model():
     model, params = random_llama()
     cfg = gl.LoRAConfig(rank=2)
     factors = gl.generate_factors(cfg, perturb(gl.init_adapter(cfg, jax.random.key(0), params)))
@@ -193,7 +194,7 @@ def test_decoding_with_factors_is_that_of_the_merged_model(random_llama, perturb
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["stories260k", "babyllama-char"])
-def test_logits_of_real_models_are_those_of_pytorch(shared, name, torch_logits):
+def test_logits_of_real_models_are_those_of_pytorch(shared, name):
     import transformers
 
     path = shared / "models" / name

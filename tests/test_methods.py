@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
+from tiny_models import perturb, random_llama, unstack
 
 import genlora_jax as gl
 from genlora_jax import sharding
@@ -31,7 +32,7 @@ IDS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
 
 
-def test_magnitudes_gains_and_deltas_on_a_mesh_are_those_of_one_device(random_llama, perturb):
+def test_magnitudes_gains_and_deltas_on_a_mesh_are_those_of_one_device():
     model, params = random_llama(attention="xla", attention_bias=True, vocab_size=64, **WIDE)
     # All in one model, so that one program serves them.
     methods = [
@@ -122,7 +123,7 @@ def test_dropout_drops_all_that_a_magnitude_changes():
 
 
 @pytest.mark.parametrize("name", ["dora", "pissa", "hira", "full"])
-def test_layers_that_are_not_adapted_stay_as_they_are(name, random_llama, unstack, perturb):
+def test_layers_that_are_not_adapted_stay_as_they_are(name):
     cfg = dataclasses.replace(METHODS[name], layers=[1])
     _, params = random_llama()
     both = []
@@ -138,7 +139,7 @@ def test_layers_that_are_not_adapted_stay_as_they_are(name, random_llama, unstac
         assert np.array_equal(scanned[path], before) != changed, path
 
 
-def test_projections_of_vera_are_not_stored(random_llama, tmp_path):
+def test_projections_of_vera_are_not_stored(tmp_path):
     cfg = METHODS["vera"]
     _, params = random_llama()
     adapter = gl.init_adapter(cfg, jax.random.key(0), params)
@@ -178,7 +179,7 @@ def test_an_element_that_a_gain_makes_0_stays_0():
     np.testing.assert_array_equal(back, [[0, 2], [3, 4]])
 
 
-def test_no_layer_keeps_a_delta_for_its_backward_pass(random_llama):
+def test_no_layer_keeps_a_delta_for_its_backward_pass():
     cfg = gl.LoRAConfig(rank=2, hadamard=True, targets=["down_proj"])
     model, params = random_llama(scan=False, attention="xla")
     flat = flatten_dict(params)
@@ -210,7 +211,7 @@ def test_a_gain_is_as_large_for_kernels_of_any_width(kind):
 
 
 @pytest.mark.parametrize("name", ["dora", "pissa"])
-def test_a_method_that_reads_the_base_needs_its_values(name, random_llama):
+def test_a_method_that_reads_the_base_needs_its_values(name):
     cfg = METHODS[name]
     _, params = random_llama()
     shapes = jax.eval_shape(lambda: params)
@@ -224,7 +225,7 @@ def test_a_method_that_reads_the_base_needs_its_values(name, random_llama):
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), other) == expected
 
 
-def test_a_rank_above_the_number_of_singular_values_is_refused(random_llama):
+def test_a_rank_above_the_number_of_singular_values_is_refused():
     _, params = random_llama()
     cfg = gl.PiSSAConfig(rank=17, targets=["v_proj"])
     message = r"rank 17 exceeds 16.*v_proj"
@@ -283,7 +284,7 @@ def test_factors_of_several_kinds_are_not_exported(leaf, kind, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_mean_nothing_are_refused(random_llama):
+def test_settings_that_mean_nothing_are_refused():
     _, params = random_llama()
     adapter = gl.init_adapter(METHODS["vera"], jax.random.key(0), params)
     with pytest.raises(ValueError, match=r"optim\.b_ratio: this adapter has no factor B"):
@@ -308,7 +309,7 @@ def test_a_config_goes_to_json_and_back(cfg):
     assert config_from_json(json.loads(json.dumps(config_to_json(cfg)))) == cfg
 
 
-def test_latents_and_side_a_may_both_be_seeded(random_llama, perturb):
+def test_latents_and_side_a_may_both_be_seeded():
     _, params = random_llama()
     cfg = gl.GenLoRAConfig(rank=4, group_size=8, latents="seeded", side_a="seeded")
     adapter = gl.init_adapter(cfg, jax.random.key(0), params)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from baseline_methods import EPS
 from flax.traverse_util import flatten_dict
+from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax.methods import config_from_json, config_to_json
@@ -46,7 +47,7 @@ def test_there_is_an_adapter_of_every_method(stored):
 
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_generates_the_factors_that_it_did(name, with_base, stored, random_llama):
+def test_an_adapter_generates_the_factors_that_it_did(name, with_base, stored):
     model, params = random_llama()
     options = {"params": params, "model": model} if with_base else {}
     cfg, adapter = gl.load_adapter(FIXTURES / "adapters" / name, **options)

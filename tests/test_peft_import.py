@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_models import torch_logits
 
 import genlora_jax as gl
 from genlora_jax.models.config import LlamaConfig
@@ -70,7 +71,7 @@ def make_peft(tmp_path):
 
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_an_imported_adapter_applies_as_in_peft_and_goes_out_again(
-    settings, torch_twin, torch_logits, make_peft, tmp_path
+    settings, torch_twin, make_peft, tmp_path
 ):
     path, twin = torch_twin()
     model, params = load(path)
@@ -180,7 +181,7 @@ def test_a_real_adapter_comes_in_and_goes_out(shared, tmp_path):
 
 
 @pytest.mark.shared
-def test_two_layers_of_a_real_adapter_apply_as_in_peft(shared, torch_twin, torch_logits, tmp_path):
+def test_two_layers_of_a_real_adapter_apply_as_in_peft(shared, torch_twin, tmp_path):
     from peft import PeftModel
 
     source = shared / "adapters" / "qwen2.5-3b-lora-r4"

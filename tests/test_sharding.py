@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
+from tiny_models import perturb
 
 import genlora_jax as gl
 from genlora_jax import sharding
@@ -62,7 +63,7 @@ def batch_of(rows=16, length=16):
     }
 
 
-def start(path, perturb, mesh, *, cfg=CFG, accumulate=1, rows=16, length=16, optimizer=None):
+def start(path, mesh, *, cfg=CFG, accumulate=1, rows=16, length=16, optimizer=None):
     """A step, by plain gradient descent if no optimizer is given, and its arguments.
 
     On a mesh or on one device.
@@ -81,9 +82,9 @@ def start(path, perturb, mesh, *, cfg=CFG, accumulate=1, rows=16, length=16, opt
     return step, (state, params, batch)
 
 
-def step_on(path, perturb, mesh, **options):
+def step_on(path, mesh, **options):
     """The adapter before and after a step, loss and norm of the gradient."""
-    step, (state, params, batch) = start(path, perturb, mesh, **options)
+    step, (state, params, batch) = start(path, mesh, **options)
     before = jax.device_get(state.adapter.trainable)
     state, metrics = step(state, params, batch)
     after = jax.device_get(state.adapter.trainable)
@@ -99,13 +100,11 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(("method", "accumulate"), [("genlora", 1), ("genlora", 2), ("full", 1)])
-def test_a_step_on_a_mesh_is_that_of_one_device(
-    base, perturb, mesh, method, accumulate, on_one_device
-):
+def test_a_step_on_a_mesh_is_that_of_one_device(base, mesh, method, accumulate, on_one_device):
     cfg = CONFIGS[method]
-    before, ours, loss, norm = step_on(base, perturb, mesh, cfg=cfg, accumulate=accumulate)
+    before, ours, loss, norm = step_on(base, mesh, cfg=cfg, accumulate=accumulate)
     if method not in on_one_device:
-        on_one_device[method] = step_on(base, perturb, None, cfg=cfg)
+        on_one_device[method] = step_on(base, None, cfg=cfg)
     _, theirs, expected, expected_norm = on_one_device[method]
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(norm, expected_norm, rtol=1e-4)
@@ -119,8 +118,8 @@ def test_a_step_on_a_mesh_is_that_of_one_device(
         assert np.abs(leaf - theirs[path]).max() <= rounding * gradient + added, path
 
 
-def test_the_program_has_its_arguments_where_the_rules_say(base, perturb, mesh):
-    step, arguments = start(base, perturb, mesh)
+def test_the_program_has_its_arguments_where_the_rules_say(base, mesh):
+    step, arguments = start(base, mesh)
     (state, params, batch), _ = step.lower(*arguments).compile().input_shardings
     kernels = flatten_dict(params)
     layers = ("model", "layers")
@@ -140,8 +139,8 @@ def test_the_program_has_its_arguments_where_the_rules_say(base, perturb, mesh):
         assert leaf.is_equivalent_to(jax.NamedSharding(mesh, P(("data", "fsdp"))), 2)
 
 
-def test_whole_deltas_and_their_moments_lie_like_their_kernels(base, perturb, mesh):
-    step, arguments = start(base, perturb, mesh, cfg=gl.FullConfig(), optimizer=optax.adam(1e-3))
+def test_whole_deltas_and_their_moments_lie_like_their_kernels(base, mesh):
+    step, arguments = start(base, mesh, cfg=gl.FullConfig(), optimizer=optax.adam(1e-3))
     after, metrics = step(*arguments)
     kernels = {path[-2]: leaf for path, leaf in flatten_dict(arguments[1]).items()}
     before = arguments[0]
@@ -155,7 +154,7 @@ def test_whole_deltas_and_their_moments_lie_like_their_kernels(base, perturb, me
     assert all(leaf.is_fully_replicated for leaf in (after.step, *metrics.values()))
 
 
-def test_whole_deltas_are_read_to_where_they_lie(base, perturb, mesh, tmp_path):
+def test_whole_deltas_are_read_to_where_they_lie(base, mesh, tmp_path):
     _, params = load(base, mesh=mesh)
     cfg = gl.FullConfig(layers=[0, 2])
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
@@ -172,9 +171,9 @@ SIZES = {"f32": 4, "s32": 4, "pred": 1}
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_no_more_than_a_layer_of_the_base_is_ever_put_together(base, perturb, mesh, method):
+def test_no_more_than_a_layer_of_the_base_is_ever_put_together(base, mesh, method):
     # So few tokens that activations are smaller than a kernel.
-    step, arguments = start(base, perturb, mesh, cfg=CONFIGS[method], rows=8, length=8)
+    step, arguments = start(base, mesh, cfg=CONFIGS[method], rows=8, length=8)
     text = step.lower(*arguments).compile().as_text()
     gathered = [
         int(np.prod([int(n) for n in shape.split(",")])) * SIZES[kind]
@@ -186,7 +185,7 @@ def test_no_more_than_a_layer_of_the_base_is_ever_put_together(base, perturb, me
         assert gathered  # or the expression finds nothing
 
 
-def test_evaluation_and_logits_are_those_of_one_device(base, perturb, mesh):
+def test_evaluation_and_logits_are_those_of_one_device(base, mesh):
     model, params = load(base, mesh=mesh)
     alone, whole = load(base)
     factors = gl.generate_factors(CFG, perturb(gl.init_adapter(CFG, jax.random.key(0), whole)))
@@ -218,7 +217,7 @@ def test_each_device_holds_its_part_and_the_parts_are_the_whole(base, mesh, scan
     assert kernel.addressable_data(0).size * parts == kernel.size
 
 
-def test_merged_and_exported_bytes_are_those_of_one_device(torch_twin, perturb, mesh, tmp_path):
+def test_merged_and_exported_bytes_are_those_of_one_device(torch_twin, mesh, tmp_path):
     # Kernels large enough for XLA to use the same product for a part as for the whole.
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_hidden_layers": 1}
     base, _ = torch_twin(**SHAPE | wide)

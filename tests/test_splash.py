@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax.mesh import MeshConfig, make_mesh
@@ -42,7 +43,7 @@ def run(model, params, ids, inputs):
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_a_model_with_padding_and_packed_rows_has_the_same_logits(random_llama, sizes):
+def test_a_model_with_padding_and_packed_rows_has_the_same_logits(sizes):
     mesh = sizes and make_mesh(sizes)
     model, params = random_llama(vocab_size=64, num_hidden_layers=2)
     if mesh is not None:
@@ -61,7 +62,7 @@ def test_a_model_with_padding_and_packed_rows_has_the_same_logits(random_llama, 
         np.testing.assert_allclose(ours[shown], theirs[shown], atol=5e-5 * scale)
 
 
-def test_what_it_does_not_take_is_refused_by_name(random_llama):
+def test_what_it_does_not_take_is_refused_by_name():
     model, params = random_llama(attention="splash")
     with pytest.raises(ValueError, match=r"splash takes no 1 rows of 60 tokens"):
         gl.apply(model, params, {}, np.zeros((1, 60), np.int32))

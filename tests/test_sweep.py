@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from tiny_base import REPOSITORY, write_base
+from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax.mesh import MeshConfig, make_mesh
@@ -43,7 +44,7 @@ WILD = dataclasses.replace(MEMBERS[1], learning_rate=1e38)
 
 
 @pytest.fixture(scope="module")
-def base(random_llama):
+def base():
     return random_llama(num_hidden_layers=2, attention="xla")
 
 

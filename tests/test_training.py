@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny_models import perturb, random_llama
 
 import genlora_jax as gl
 from genlora_jax.training import losses
@@ -38,12 +39,12 @@ def summed_loss(model, params, factors, batch, **options):
 
 
 @pytest.fixture(scope="module")
-def base(random_llama):
+def base():
     return random_llama(**SIZES)
 
 
 @pytest.fixture(scope="module")
-def make_adapter(base, perturb):
+def make_adapter(base):
     """A function that makes an adapter away from its zero start; a new copy at every call."""
     init = jax.jit(gl.init_adapter, static_argnums=0)
 
@@ -139,7 +140,7 @@ def test_targets_stay_within_their_segment(batch):
     [(True, ["q_proj"]), (False, ["q_proj"]), (False, ["q_proj", "lm_head"])],
     ids=["tied", "untied", "head-adapted"],
 )
-def test_the_loss_in_chunks_is_the_whole_loss(random_llama, make_adapter, batch, tied, targets):
+def test_the_loss_in_chunks_is_the_whole_loss(make_adapter, batch, tied, targets):
     model, params = random_llama(**SIZES, tie_word_embeddings=tied)
     cfg = replace(LORA, targets=targets)
     factors = gl.generate_factors(cfg, make_adapter(cfg, params))
@@ -156,7 +157,7 @@ def test_the_loss_in_chunks_is_the_whole_loss(random_llama, make_adapter, batch,
 
 
 def test_the_layers_pass_keeps_no_factor_in_float32_and_loses_nothing_by_it(
-    random_llama, make_adapter, batch, monkeypatch
+    make_adapter, batch, monkeypatch
 ):
     model, params = random_llama(**SIZES, dtype=jnp.bfloat16)
     factors = gl.generate_factors(LORA, make_adapter(LORA, params))
@@ -185,7 +186,7 @@ def test_the_layers_pass_keeps_no_factor_in_float32_and_loses_nothing_by_it(
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_rows_of_one_segment_need_no_mask(random_llama, make_adapter, batch):
+def test_rows_of_one_segment_need_no_mask(make_adapter, batch):
     model, params = random_llama(**SIZES)
     factors = gl.generate_factors(LORA, make_adapter(LORA, params))
     alone = batch["segment_ids"] == 1  # the first segment of each row, and padding after it
@@ -392,7 +393,7 @@ def test_all_of_the_adapter_moves_and_nothing_of_the_base(base, batch, cfg):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, states[-1])))
 
 
-def test_no_gradient_of_the_base_is_formed(random_llama, make_adapter, batch):
+def test_no_gradient_of_the_base_is_formed(make_adapter, batch):
     model, params = random_llama(**SIZES, tie_word_embeddings=False)
     cfg = replace(GENLORA, targets="all-linear", exclude=["k_proj"])
     adapter = make_adapter(cfg, params)
@@ -472,7 +473,7 @@ def preference_loss(model, params, factors, batch, options, *, dropout=0.0, key=
     return -jax.nn.log_sigmoid(gain[:, 0] - gain[:, 1]).sum(), jnp.float32(2)
 
 
-def test_a_loss_of_ones_own_is_trained(random_llama):
+def test_a_loss_of_ones_own_is_trained():
     model, params = random_llama()
     cfg = gl.LoRAConfig(rank=2, targets=["q_proj"])
     rng = np.random.default_rng(0)
