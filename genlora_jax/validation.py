@@ -1,7 +1,11 @@
-"""Checks of settings: each raises a ValueError that names the field at fault."""
+"""Checks of settings, each of which raises a ValueError that names the field, and of numbers."""
 
 import math
 from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,3 +31,22 @@ def require_float(field: str, value: float, least: float, *, above: bool = False
     fits = fits and (value > least if above else value >= least)
     sign = ">" if above else ">="
     require(fits, f"{field} must be a finite number {sign} {least}, got {value!r}")
+
+
+@jax.jit
+def all_finite(value: Any) -> jax.Array:
+    """Whether an array holds neither NaN nor infinity: a scalar that stays on the devices."""
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return jnp.array(True)
+    return jnp.isfinite(value).all()
+
+
+def first_not_finite(tree: Any) -> str | None:
+    """The name of the first array in a tree that holds a NaN or an infinity, or None.
+
+    Arrays may be sharded. All are checked before the first answer is waited for.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    finite = jax.device_get([all_finite(leaf) for _, leaf in leaves])
+    wrong = [path for (path, _), ok in zip(leaves, finite, strict=True) if not ok]
+    return jax.tree_util.keystr(wrong[0], simple=True, separator=".") if wrong else None
