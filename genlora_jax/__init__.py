@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from genlora_jax.hf.export import export_hf
     from genlora_jax.hf.load import load_llama
     from genlora_jax.hf.peft_export import export_peft
-    from genlora_jax.hf.peft_import import import_peft
+    from genlora_jax.hf.peft_import import import_peft, load_peft
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ _LAZY = {
     "load_llama": "hf.load",
     "export_peft": "hf.peft_export",
     "import_peft": "hf.peft_import",
+    "load_peft": "hf.peft_import",
 }
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "load_llama",
+    "load_peft",
     "lora_from_factors",
     "merge",
     "save_adapter",

@@ -23,7 +23,7 @@ from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_export import export_peft
-from genlora_jax.hf.peft_import import load_factors
+from genlora_jax.hf.peft_import import load_onto
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import parse, parse_arguments, report_errors
@@ -50,7 +50,8 @@ def merge(
     with jax.numpy_dtype_promotion("standard"):
         merge_dtype = jnp.promote_types(base_dtype, out_dtype)
     model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
-    merged = merge_factors(params, load_factors(adapter, params, model), donate=True)
+    params, factors = load_onto(adapter, params, model=model, base=base)
+    merged = merge_factors(params, factors, donate=True)
     export_hf(out, merged, base=source, dtype=out_dtype, overwrite=overwrite)
     print(f"merged model: {out}")
 

@@ -1,12 +1,13 @@
 """Which modules an adapter adapts: patterns over module paths, and what a Dense is."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
+from genlora_jax.patterns import full_matches
 from genlora_jax.validation import require, require_int
 
 _INDEXED = re.compile(r"(.+)_(\d+)")
@@ -122,9 +123,14 @@ def split_layer(path: tuple[str, ...]) -> tuple[str, int | None]:
     return ".".join([*parts, path[-1]]), index
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is the last part(s) of a dotted name, or a regex for the whole of it."""
-    return name == pattern or name.endswith("." + pattern) or bool(re.fullmatch(pattern, name))
+def matching(pattern: str, names: Collection[str]) -> set[str]:
+    """The dotted names of which a pattern is the last part(s), or a regex for the whole.
+
+    Raises:
+        ValueError: If the pattern is no regular expression, or takes too long.
+    """
+    ends = {name for name in names if name == pattern or name.endswith(f".{pattern}")}
+    return ends | set(full_matches(pattern, names))
 
 
 def kernel_path(module: tuple[str, ...]) -> tuple[str, ...]:
@@ -240,10 +246,10 @@ def _match(field: str, patterns: tuple[str, ...], names: list[str]) -> set[str]:
     selected: set[str] = set()
     for pattern in patterns:
         try:
-            hits = {name for name in names if matches(pattern, name)}
-        except re.error as error:
-            raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
-        if not hits and matches(pattern, "lm_head"):
+            hits = matching(pattern, [*names, "lm_head"])
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+        if hits and hits.isdisjoint(names):
             raise ValueError(
                 f"{field}: this base's lm_head is tied to the embedding and has no kernel of its "
                 "own; to adapt it would change the embedding, too"
@@ -252,7 +258,7 @@ def _match(field: str, patterns: tuple[str, ...], names: list[str]) -> set[str]:
             raise ValueError(
                 f"{field}: {pattern!r} matches no kernel of the base. There are: {', '.join(names)}"
             )
-        selected |= hits
+        selected |= hits & set(names)
     return selected
 
 

@@ -21,12 +21,13 @@ every_file = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative
 ARROWS: dict[str, set[str]] = {
     # One latent to basis vectors, and what an adapter is: no model, no files.
     "validation": set(),
+    "patterns": set(),
     "seeded_random": set(),
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
     "base": set(),
     "factors": set(),
-    "targets": {"validation"},
+    "targets": {"patterns", "validation"},
     "methods": {
         "base",
         "basis_functions",
@@ -63,6 +64,7 @@ ARROWS: dict[str, set[str]] = {
             "mesh",
             "methods",
             "models",
+            "patterns",
             "sharding",
         ),
     },

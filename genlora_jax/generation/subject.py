@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
 from genlora_jax.hf.checkpoint import stop_tokens
-from genlora_jax.hf.peft_import import load_factors
+from genlora_jax.hf.peft_import import load_onto
 from genlora_jax.mesh import one_device
 from genlora_jax.models.llama import LlamaForCausalLM
 
@@ -85,10 +85,13 @@ def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) 
         FileNotFoundError: If there is no such adapter.
         ValueError: If it was made for another base.
     """
+    params, factors = base.params, {}
+    if adapter is not None:
+        params, factors = load_onto(adapter, params, model=base.model, base=base.source)
     return Subject(
         model=base.model,
-        params=base.params,
-        factors={} if adapter is None else load_factors(adapter, base.params, base.model),
+        params=params,
+        factors=factors,
         tokenizer=base.tokenizer,
         stop=tuple(stop_tokens(base.source)),
         batch_size=batch_size,

@@ -13,9 +13,9 @@ from genlora_jax.atomic_files import new_directory
 from genlora_jax.factors import by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.hf.names import module_name, natural_order
+from genlora_jax.hf.peft_tensors import PREFIX
 from genlora_jax.methods.config import AdapterConfig
 
-PREFIX = "base_model.model."
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 SERVED_RANK = 512  # the last of the choices for vLLM's `max_lora_rank`
 

@@ -1,33 +1,33 @@
 """From PEFT: LoRA, DoRA and HiRA adapters, as `peft` saves them, to factors."""
 
-import math
-import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file
 
 from genlora_jax.adapter import generate_factors
 from genlora_jax.adapter_files import load_adapter
 from genlora_jax.factors import KINDS, LOW_RANK
 from genlora_jax.factors.kind import Kind, Leaves
-from genlora_jax.hf.checkpoint import read_json
 from genlora_jax.hf.names import natural_order, tensors
-from genlora_jax.hf.peft_export import PREFIX, SETTINGS, TENSORS
-
-# Settings under which an adapter is more than factors on the base's kernels as they are.
-REFUSED = (
-    *("lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "fan_in_fan_out"),
-    *("layer_replication", "target_parameters", "alora_invocation_tokens", "velora_config"),
-    *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+from genlora_jax.hf.peft_base import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    TIED,
+    TOKENS,
+    BaseChanges,
+    base_changes,
+    change_base,
 )
-# Initialisations that subtract the initial delta from the base.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from genlora_jax.hf.peft_export import SETTINGS, TENSORS
+from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings, read_settings
+from genlora_jax.hf.peft_tensors import PREFIX, Parts, listed, read_tensors
+
+SIDES = ("_A", "_B")
 
 
 def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         path: The adapter's directory.
-        params: The base's parameters; only names and shapes matter, so the result of
-            `jax.eval_shape` will do.
+        params: The base's parameters. Unless the adapter carries tensors of the base, only names
+            and shapes matter, so the result of `jax.eval_shape` will do.
 
     Returns:
         A tree that mirrors `params`, float32, with the scale (`lora_alpha`, `alpha_pattern`,
@@ -48,97 +48,129 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the adapter is none of these (the setting is named), is damaged, or was
-            made for modules or shapes that the base does not have.
+        ValueError: If the adapter is none of these (the setting is named), is damaged or
+            incomplete, or was made for modules or shapes that the base does not have; or if it
+            changes the base as well, which `load_peft` takes over.
     """
-    path = Path(path)
-    settings = read_json(path / SETTINGS)
-    _refuse_other_than_lora(path / SETTINGS, settings)
-    kernels = {t.name.removesuffix(".weight"): t for t in tensors(params) if t.path[-1] == "kernel"}
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(dict(params)).items()}
-    stacks: dict[tuple[str, ...], dict[int | None, Leaves]] = {}
-    wanted = (settings["peft_type"], bool(settings.get("use_dora")))
+    factors, changes = _read(Path(path), params)
+    if changed := change_base(params, changes)[1]:
+        raise ValueError(
+            f"{path} changes the base's {listed(changed)} beside its factors: load it with "
+            "gl.load_peft, or merge it (genlora merge) and go on from the merged model"
+        )
+    return factors
+
+
+def load_peft(path: str | Path, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Reads a PEFT adapter that may change the base as well: `modules_to_save` and the like.
+
+    Whole tensors (an embedding, a head, norms, biases) take the place of the base's, rows of
+    `trainable_token_indices` are set, and LoRA on the embedding is merged into it. A warning names
+    what is no longer the base's.
+
+    Args:
+        path: The adapter's directory.
+        params: The base's parameters.
+
+    Returns:
+        The base's parameters with these changes, and the factors that `import_peft` describes.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: As `import_peft`; or if the adapter needs a head of its own and the base's is
+            tied to the embedding.
+    """
+    factors, changes = _read(Path(path), params)
+    params, changed = change_base(params, changes)
+    if changed:
+        warnings.warn(f"{path} changes the base's {listed(changed)}", stacklevel=2)
+    return params, factors
+
+
+def _read(path: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], BaseChanges]:
+    """The factors, and what changes in the base beside them."""
+    settings = read_settings(path / SETTINGS)
+    parts, whole = read_tensors(path / TENSORS)
+    flat = flatten_dict(dict(params))
+    places = {t.name: t for t in tensors(params)}
+    shapes = {name: t.shape_in_file(flat[t.path].shape) for name, t in places.items()}
+    kernels = {n.removesuffix(".weight"): t for n, t in places.items() if t.path[-1] == "kernel"}
+    wanted = (settings.get("peft_type"), bool(settings.get("use_dora")))
     kind = next(kind for kind in KINDS if (kind.peft_type, kind.peft_dora) == wanted)
-    found = _read_modules(path / TENSORS, kind)
-    for name, leaves in sorted(found.items(), key=lambda item: natural_order(item[0])):
-        if name not in kernels:
-            raise ValueError(f"{path}: adapts {name}, which the base does not have")
+    ranks = _check_parts(path / TENSORS, settings, kind, parts)
+    _check_modules(path, settings, set(ranks), kernels, f"{HEAD}.weight" not in shapes)
+    stacks: dict[tuple[str, ...], dict[int | None, Leaves]] = {}
+    scales = settings.scales(ranks)
+    for name in sorted(set(ranks) - {EMBEDDING}, key=natural_order):
+        leaves = {
+            leaf: parts[name][part].T if transposed else parts[name][part]
+            for leaf, (part, transposed) in kind.peft.items()
+        }
         kernel = kernels[name]
-        if not kind.fits(leaves, shape := shapes[kernel.path][-2:]):
+        if not kind.fits(leaves, shape := flat[kernel.path].shape[-2:]):
             raise ValueError(
                 f"{path}: {name} has factors {kind.describe(leaves)}; the base's kernel has shape "
                 f"{shape}"
             )
-        if "b" in leaves:  # HiRA knows no scale, and peft ignores its `rank_pattern`
-            scale = _scale(path / SETTINGS, settings, name, leaves["a"].shape[1])
-            leaves["b"] *= np.float32(scale)
+        if "b" in leaves:
+            leaves["b"] = leaves["b"] * np.float32(scales[name])
         stacks.setdefault(kernel.path, {})[kernel.index] = leaves
-    flat: dict[tuple[str, ...], Any] = {}
+    factors: dict[tuple[str, ...], Any] = {}
     for kernel_path, modules in stacks.items():
-        for leaf, value in _stack(kind, modules, shapes[kernel_path]).items():
-            flat[(*kernel_path[:-1], leaf)] = jnp.asarray(value)
-    return unflatten_dict(flat)
+        for leaf, value in _stack(kind, modules, flat[kernel_path].shape).items():
+            factors[(*kernel_path[:-1], leaf)] = jnp.asarray(value)
+    changes = base_changes(path / TENSORS, settings, parts, whole, scales, shapes)
+    return unflatten_dict(factors), changes
 
 
-def _refuse_other_than_lora(file: Path, settings: Mapping[str, Any]) -> None:
-    if (kind := settings.get("peft_type")) not in ("LORA", "HIRA"):
-        raise ValueError(f"{file}: peft_type {kind!r} is not supported; LORA and HIRA are")
-    for field in REFUSED:
-        if settings.get(field):
-            raise ValueError(f"{file}: {field} = {settings[field]!r} is not supported")
-    if settings.get("bias", "none") != "none":
-        raise ValueError(f"{file}: bias = {settings['bias']!r} is not supported; none is")
-    init = settings.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING):
-        raise ValueError(
-            f"{file}: init_lora_weights = {init!r} changes the base's kernels: convert the "
-            "adapter to plain LoRA with peft first"
-        )
-
-
-def _read_modules(file: Path, kind: Kind) -> dict[str, Leaves]:
-    """The float32 factors of every module by its name, `[d_in, r]` and `[r, d_out]`."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters are not read")
-    try:
-        arrays = load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    by_suffix = {suffix: (leaf, transposed) for leaf, (suffix, transposed) in kind.peft.items()}
-    known = "|".join(map(re.escape, by_suffix))
-    modules: dict[str, Leaves] = {}
-    for name, value in arrays.items():
-        parts = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({known})", name)
-        if parts is None or value.ndim != (2 if by_suffix[parts[2]][1] else 1):
-            plain = "plain LoRA" if kind is LOW_RANK else kind.name
-            raise ValueError(f"{file}: tensor {name} is none of {plain} on a linear layer")
-        leaf, _ = by_suffix[parts[2]]
-        modules.setdefault(parts[1], {})[leaf] = value.astype(np.float32).T
-    if not modules:
+def _check_parts(file: Path, settings: PeftSettings, kind: Kind, parts: Parts) -> dict[str, int]:
+    """Checks that each module has the parts of its kind, and no others; returns the ranks."""
+    plain = "plain LoRA" if kind is LOW_RANK else kind.name
+    needed = {part for part, _ in kind.peft.values()}
+    if settings.get("lora_bias"):
+        needed.add("lora_B.bias")
+    if not parts:
         raise ValueError(f"{file} holds no factors")
-    for name, leaves in modules.items():
-        for leaf, (suffix, _) in kind.peft.items():
-            if leaf not in leaves:
-                raise ValueError(f"{file}: {name} has no {suffix}")
-    return modules
+    ranks = {}
+    for module, found in parts.items():
+        if not (names := set(found) - {TOKENS}) and module in (EMBEDDING, HEAD):
+            continue
+        embeds = module == EMBEDDING and kind is LOW_RANK
+        expected = {EMBEDDING_A, EMBEDDING_B} if embeds else needed
+        if unknown := names - expected:
+            raise ValueError(
+                f"{file}: tensor {PREFIX}{module}.{min(unknown)} is none of {plain} on a linear "
+                "layer with these settings"
+            )
+        if missing := expected - names:
+            setting = " (lora_bias is true)" if "lora_B.bias" in missing else ""
+            raise ValueError(f"{file}: {module} has no {min(missing)}{setting}")
+        a, b = (next(found[part] for part in sorted(expected) if side in part) for side in SIDES)
+        if embeds and a.shape[0] != b.shape[1]:
+            raise ValueError(f"{file}: {module} has factors {a.shape} and {b.shape}")
+        ranks[module] = a.shape[0]
+    return ranks
 
 
-def _scale(file: Path, settings: Mapping[str, Any], name: str, rank: int) -> float:
-    """The factor on a module's delta, by PEFT's rules for patterns."""
-
-    def setting(field: str, pattern: str) -> Any:
-        for key, value in (settings.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        return settings[field]
-
-    try:
-        alpha, stated = setting("lora_alpha", "alpha_pattern"), setting("r", "rank_pattern")
-    except KeyError as error:
-        raise ValueError(f"{file}: field {error} is missing") from None
-    if stated != rank:
-        raise ValueError(f"{file}: gives {name} rank {stated}, but its factors have {rank}")
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _check_modules(
+    path: Path, settings: PeftSettings, found: set[str], base: Mapping[str, Any], tied: bool
+) -> None:
+    """Checks the modules that have factors against those that the settings select."""
+    if tied and HEAD in found:
+        raise ValueError(f"{path / TENSORS}: {TIED}")
+    if unknown := sorted(found - {*base, EMBEDDING}, key=natural_order):
+        raise ValueError(f"{path}: adapts {unknown[0]}, which the base does not have")
+    selected = settings.selected({*base, EMBEDDING, HEAD})
+    if missing := selected - found:
+        raise ValueError(
+            f"{path / TENSORS} has no factors for {listed(missing)}, which {SETTINGS} selects: it "
+            "is incomplete. Get it whole, or narrow target_modules to what it has"
+        )
+    if extra := found - selected:
+        raise ValueError(
+            f"{path / TENSORS} has factors for {listed(extra)}, which {SETTINGS} does not select: "
+            "peft would leave them out. Name them in target_modules, or remove them"
+        )
 
 
 def _stack(kind: Kind, modules: Mapping[int | None, Leaves], shape: tuple[int, ...]) -> Leaves:
@@ -159,9 +191,36 @@ def is_peft(path: str | Path) -> bool:
     return (Path(path) / SETTINGS).is_file()
 
 
-def load_factors(path: str | Path, params: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
-    """The factors of an adapter's directory, one of `save_adapter` or of PEFT."""
-    if is_peft(path):
-        return import_peft(path, params)
-    cfg, adapter = load_adapter(path, params, model=model)
-    return generate_factors(cfg, adapter)
+def load_onto(
+    path: str | Path, params: Mapping[str, Any], *, model: Any, base: str | Path
+) -> tuple[Any, dict[str, Any]]:
+    """An adapter's directory, one of `save_adapter` or of PEFT, on its base.
+
+    Args:
+        path: The adapter's directory.
+        params: The base's parameters.
+        model: The base's model.
+        base: The base's name or directory. A warning says if a PEFT adapter names another.
+
+    Returns:
+        The base's parameters, which PEFT's `modules_to_save` change, and the factors.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the adapter is damaged or was made for another base.
+    """
+    if not is_peft(path):
+        cfg, adapter = load_adapter(path, params, model=model)
+        return params, generate_factors(cfg, adapter)
+    named = read_settings(Path(path) / SETTINGS).get("base_model_name_or_path")
+    if named and _model_name(named) != _model_name(base):
+        warnings.warn(f"{path} was made for the base {named}, not {base}", stacklevel=2)
+    return load_peft(path, params)
+
+
+def _model_name(base: str | Path) -> str:
+    """The last part of a hub id or directory; that of the id for a directory of the hub's cache."""
+    parts = Path(base).parts
+    if "snapshots" in parts[1:]:
+        parts = parts[: parts.index("snapshots")]
+    return parts[-1].rsplit("--", 1)[-1].lower() if parts else ""

@@ -1,0 +1,187 @@
+"""What a PEFT adapter changes in the base itself: whole tensors, rows of tokens, biases."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from genlora_jax.hf.names import Tensor, tensors
+from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings
+from genlora_jax.hf.peft_tensors import Parts, listed
+
+Change = Callable[[jax.Array], Any]  # a tensor as files hold it, float32 -> what it becomes
+TOKENS, EMBEDDING_A, EMBEDDING_B = "trainable_tokens_delta", "lora_embedding_A", "lora_embedding_B"
+TIED = (
+    "the base ties the head to the embedding, and this adapter makes them differ: give the base a "
+    "head of its own first (tie_word_embeddings false in config.json, and its lm_head.weight)"
+)
+
+
+@dataclass
+class BaseChanges:
+    """Changes of the base's tensors, by name, in the order in which they are made.
+
+    Attributes:
+        file: The adapter's tensors.
+        shapes: The shapes of the base's tensors, as files hold them.
+        made: The changes.
+        fixed: Tensors that have to stay as they are, since the head is tied to them.
+    """
+
+    file: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    made: dict[str, list[Change]] = field(default_factory=dict)
+    fixed: set[str] = field(default_factory=set)
+
+    def add(self, name: str, change: Change) -> None:
+        """Adds one.
+
+        Raises:
+            ValueError: If the base has no such tensor.
+        """
+        if name not in self.shapes:
+            raise ValueError(f"{self.file}: changes {name}, which the base does not have")
+        self.made.setdefault(name, []).append(change)
+
+
+def base_changes(
+    file: Path,
+    settings: PeftSettings,
+    parts: Parts,
+    whole: Mapping[str, np.ndarray],
+    scales: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> BaseChanges:
+    """What an adapter changes in the base beside its factors.
+
+    Args:
+        file: The adapter's tensors.
+        settings: Its settings.
+        parts: The parts of each module's adapter.
+        whole: The tensors that take the place of the base's.
+        scales: The factor on the delta of each module with factors.
+        shapes: The shapes of the base's tensors, as files hold them.
+
+    Raises:
+        ValueError: If a tensor is missing, is not the base's, or does not fit it; or the adapter
+            needs a head of its own and the base has none.
+    """
+    changes = BaseChanges(file, shapes)
+    tied = f"{HEAD}.weight" not in shapes
+    given = dict(whole)
+    names = set(shapes) | {f"{HEAD}.weight"}
+    if missing := settings.saved(names) - set(given):
+        raise ValueError(f"{file} lacks {listed(missing)}, which modules_to_save names")
+    if tied:
+        _untie(changes, settings, given)
+    for name, value in given.items():
+        changes.add(name, lambda old, value=value: value)
+        _check_shape(file, name, value.shape, shapes[name])
+    for module in (EMBEDDING, HEAD):
+        ids, rows = settings.tokens(module), parts.get(module, {}).get(TOKENS, [])
+        if len(ids) != len(rows):
+            raise ValueError(
+                f"{file} has {len(rows)} rows of {module}; trainable_token_indices names {len(ids)}"
+            )
+        if ids:
+            _add_rows(changes, f"{module}.weight", np.array(ids), rows, tied)
+    for module, found in parts.items():
+        if EMBEDDING_A in found:
+            _add_embedding(changes, module, found, scales[module], tied)
+        if "lora_B.bias" in found:
+            bias = np.float32(scales[module]) * found["lora_B.bias"]
+            changes.add(f"{module}.bias", lambda old, bias=bias: old + bias)
+            _check_shape(file, f"{module}.bias", bias.shape, shapes[f"{module}.bias"])
+    return changes
+
+
+def _untie(changes: BaseChanges, settings: PeftSettings, given: dict[str, np.ndarray]) -> None:
+    """Brings what is given for a tied embedding and head under the embedding's name."""
+    embedding = f"{EMBEDDING}.weight"
+    head = given.pop(f"{HEAD}.weight", None)
+    alone = embedding in given and head is None and embedding in settings.saved([embedding])
+    if head is not None and embedding in given and not np.array_equal(head, given[embedding]):
+        raise ValueError(f"{changes.file}: {TIED}")
+    if head is not None and embedding not in given:
+        given[embedding] = head
+        alone = True
+    if alone and not settings.get("ensure_weight_tying"):
+        changes.fixed.add(embedding)  # PEFT trains one of the two, and leaves the other
+
+
+def _add_rows(
+    changes: BaseChanges, name: str, ids: np.ndarray, rows: np.ndarray, tied: bool
+) -> None:
+    if tied and name == f"{HEAD}.weight":
+        raise ValueError(f"{changes.file}: {TIED}")
+    changes.add(name, lambda old: old.at[ids].set(rows))
+    size, width = changes.shapes[name]
+    _check_shape(changes.file, f"the tokens of {name}", rows.shape, (len(ids), width))
+    if ids.max() >= size:
+        raise ValueError(
+            f"{changes.file}: trainable_token_indices names token {ids.max()}; {name} has {size}"
+        )
+
+
+def _add_embedding(
+    changes: BaseChanges, module: str, found: Mapping[str, np.ndarray], scale: float, tied: bool
+) -> None:
+    """LoRA on the embedding, which is merged: a lookup is no product."""
+    if tied:
+        raise ValueError(f"{changes.file}: {TIED}")
+    delta = np.float32(scale) * (found[EMBEDDING_B] @ found[EMBEDDING_A]).T
+    changes.add(f"{module}.weight", lambda old: old + delta)
+    _check_shape(changes.file, f"{module}'s delta", delta.shape, changes.shapes[f"{module}.weight"])
+
+
+def _check_shape(file: Path, name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> None:
+    if shape != base:
+        raise ValueError(f"{file}: {name} has shape {shape}; the base's has {base}")
+
+
+def change_base(params: Mapping[str, Any], changes: BaseChanges) -> tuple[Any, list[str]]:
+    """The base with an adapter's changes, in its own dtype and sharding.
+
+    Returns:
+        The parameters, and the names of the tensors that are no longer what they were.
+
+    Raises:
+        ValueError: If the parameters are shapes alone, a tensor is to stay as it is and would
+            not, or a number leaves the range of the base's dtype.
+    """
+    flat, changed = flatten_dict(dict(params)), []
+    for tensor in tensors(params):
+        if tensor.name not in changes.made:
+            continue
+        new = _changed(flat[tensor.path], tensor, changes)
+        if new is None:
+            continue
+        if tensor.name in changes.fixed:
+            raise ValueError(f"{changes.file}: {TIED}")
+        flat[tensor.path] = new
+        changed.append(tensor.name)
+    return unflatten_dict(flat), changed
+
+
+def _changed(leaf: Any, tensor: Tensor, changes: BaseChanges) -> jax.Array | None:
+    """The leaf with one of its tensors changed; None if that is what it was."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{changes.file} changes {tensor.name}: give the base's parameters, not their shapes"
+        )
+    old = leaf if tensor.index is None else leaf[tensor.index]
+    value = (old.T if tensor.transposed else old).astype(jnp.float32)
+    for change in changes.made[tensor.name]:
+        value = jnp.asarray(change(value))
+    new = (value.T if tensor.transposed else value).astype(leaf.dtype)
+    if not bool(jnp.isfinite(new).all()):
+        raise ValueError(f"{changes.file}: {tensor.name} leaves the range of {leaf.dtype}")
+    if bool(jnp.array_equal(new, old)):
+        return None
+    whole = new if tensor.index is None else leaf.at[tensor.index].set(new)
+    return jax.device_put(whole, leaf.sharding)
