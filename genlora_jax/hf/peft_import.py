@@ -90,6 +90,12 @@ def load_peft(path: str | Path, params: Mapping[str, Any]) -> tuple[Any, dict[st
 def _read(path: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], BaseChanges]:
     """The factors, and what changes in the base beside them."""
     settings = read_settings(path / SETTINGS)
+    if settings.get("fan_in_fan_out"):
+        warnings.warn(
+            f"{settings.file}: fan_in_fan_out is for Conv1D, which the base has none of: taken as "
+            "false, as peft does",
+            stacklevel=3,
+        )
     parts, whole = read_tensors(path / TENSORS)
     flat = flatten_dict(dict(params))
     places = {t.name: t for t in tensors(params)}

@@ -101,7 +101,8 @@ class PeftSettings:
         """Which of a base's modules are adapted, by PEFT's rules."""
         targets = self.get("target_modules") or []
         if not isinstance(targets, str):
-            chosen = self._in_layers({name for name in names if _ends(name, targets)})
+            whole = set(names) & set(targets)  # PEFT does not ask for the layer of these
+            chosen = whole | self._in_layers({name for name in names if _ends(name, targets)})
         elif targets.lower() == "all-linear":
             chosen = set(names) - {HEAD, EMBEDDING}
         else:
@@ -221,11 +222,8 @@ def read_settings(file: Path) -> PeftSettings:
 
 def _check_together(file: Path, fields: Mapping[str, Any]) -> None:
     """What PEFT refuses as well, and what it computes from the base."""
-    by_layer = "layers_to_transform" in fields
-    if isinstance(fields.get("target_modules"), str) and by_layer:
+    if isinstance(fields.get("target_modules"), str) and "layers_to_transform" in fields:
         raise ValueError(f"{file}: layers_to_transform needs target_modules to be a list of names")
-    if "layers_pattern" in fields and not by_layer:
-        raise ValueError(f"{file}: layers_pattern needs layers_to_transform")
     if fields.get("lora_bias") and fields.get("use_dora"):
         raise ValueError(f"{file}: lora_bias and use_dora exclude each other")
     init = fields.get("init_lora_weights")
