@@ -50,7 +50,7 @@ def merge(
     with jax.numpy_dtype_promotion("standard"):
         merge_dtype = jnp.promote_types(base_dtype, out_dtype)
     model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
-    params, factors = load_onto(adapter, params, model=model, base=base)
+    model, params, factors = load_onto(adapter, model, params, base)
     merged = merge_factors(params, factors, donate=True)
     export_hf(out, merged, base=source, dtype=out_dtype, overwrite=overwrite)
     print(f"merged model: {out}")

@@ -85,11 +85,11 @@ def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) 
         FileNotFoundError: If there is no such adapter.
         ValueError: If it was made for another base.
     """
-    params, factors = base.params, {}
+    model, params, factors = base.model, base.params, {}
     if adapter is not None:
-        params, factors = load_onto(adapter, params, model=base.model, base=base.source)
+        model, params, factors = load_onto(adapter, model, params, base.source)
     return Subject(
-        model=base.model,
+        model=model,
         params=params,
         factors=factors,
         tokenizer=base.tokenizer,

@@ -16,10 +16,6 @@ from genlora_jax.hf.peft_tensors import Parts, listed
 
 Change = Callable[[jax.Array], Any]  # a tensor as files hold it, float32 -> what it becomes
 TOKENS, EMBEDDING_A, EMBEDDING_B = "trainable_tokens_delta", "lora_embedding_A", "lora_embedding_B"
-TIED = (
-    "the base ties the head to the embedding, and this adapter makes them differ: give the base a "
-    "head of its own first (tie_word_embeddings false in config.json, and its lm_head.weight)"
-)
 
 
 @dataclass
@@ -30,13 +26,11 @@ class BaseChanges:
         file: The adapter's tensors.
         shapes: The shapes of the base's tensors, as files hold them.
         made: The changes.
-        fixed: Tensors that have to stay as they are, since the head is tied to them.
     """
 
     file: Path
     shapes: Mapping[str, tuple[int, ...]]
     made: dict[str, list[Change]] = field(default_factory=dict)
-    fixed: set[str] = field(default_factory=set)
 
     def add(self, name: str, change: Change) -> None:
         """Adds one.
@@ -47,6 +41,24 @@ class BaseChanges:
         if name not in self.shapes:
             raise ValueError(f"{self.file}: changes {name}, which the base does not have")
         self.made.setdefault(name, []).append(change)
+
+
+def parts_head(
+    settings: PeftSettings, parts: Parts, whole: dict[str, np.ndarray], has_head: bool
+) -> bool:
+    """Whether an adapter gives a base whose head is tied to the embedding a head of its own.
+
+    PEFT adapts and trains either of the two alone. What it merely stores twice is taken out of
+    `whole`.
+    """
+    head, embedding = f"{HEAD}.weight", f"{EMBEDDING}.weight"
+    if has_head:
+        return False
+    if head in whole and embedding in whole and np.array_equal(whole[head], whole[embedding]):
+        del whole[head]
+    elif embedding in settings.saved([embedding]) and not settings.get("ensure_weight_tying"):
+        return True
+    return HEAD in parts or head in whole or EMBEDDING_A in parts.get(EMBEDDING, {})
 
 
 def base_changes(
@@ -68,18 +80,13 @@ def base_changes(
         shapes: The shapes of the base's tensors, as files hold them.
 
     Raises:
-        ValueError: If a tensor is missing, is not the base's, or does not fit it; or the adapter
-            needs a head of its own and the base has none.
+        ValueError: If a tensor is missing, is not the base's, or does not fit it.
     """
     changes = BaseChanges(file, shapes)
-    tied = f"{HEAD}.weight" not in shapes
-    given = dict(whole)
-    names = set(shapes) | {f"{HEAD}.weight"}
-    if missing := settings.saved(names) - set(given):
+    names = {*shapes, f"{HEAD}.weight"}
+    if missing := settings.saved(names) - set(whole):
         raise ValueError(f"{file} lacks {listed(missing)}, which modules_to_save names")
-    if tied:
-        _untie(changes, settings, given)
-    for name, value in given.items():
+    for name, value in whole.items():
         changes.add(name, lambda old, value=value: value)
         _check_shape(file, name, value.shape, shapes[name])
     for module in (EMBEDDING, HEAD):
@@ -89,10 +96,10 @@ def base_changes(
                 f"{file} has {len(rows)} rows of {module}; trainable_token_indices names {len(ids)}"
             )
         if ids:
-            _add_rows(changes, f"{module}.weight", np.array(ids), rows, tied)
+            _add_rows(changes, f"{module}.weight", np.array(ids), rows)
     for module, found in parts.items():
         if EMBEDDING_A in found:
-            _add_embedding(changes, module, found, scales[module], tied)
+            _add_embedding(changes, module, found, scales[module])
         if "lora_B.bias" in found:
             bias = np.float32(scales[module]) * found["lora_B.bias"]
             changes.add(f"{module}.bias", lambda old, bias=bias: old + bias)
@@ -100,25 +107,7 @@ def base_changes(
     return changes
 
 
-def _untie(changes: BaseChanges, settings: PeftSettings, given: dict[str, np.ndarray]) -> None:
-    """Brings what is given for a tied embedding and head under the embedding's name."""
-    embedding = f"{EMBEDDING}.weight"
-    head = given.pop(f"{HEAD}.weight", None)
-    alone = embedding in given and head is None and embedding in settings.saved([embedding])
-    if head is not None and embedding in given and not np.array_equal(head, given[embedding]):
-        raise ValueError(f"{changes.file}: {TIED}")
-    if head is not None and embedding not in given:
-        given[embedding] = head
-        alone = True
-    if alone and not settings.get("ensure_weight_tying"):
-        changes.fixed.add(embedding)  # PEFT trains one of the two, and leaves the other
-
-
-def _add_rows(
-    changes: BaseChanges, name: str, ids: np.ndarray, rows: np.ndarray, tied: bool
-) -> None:
-    if tied and name == f"{HEAD}.weight":
-        raise ValueError(f"{changes.file}: {TIED}")
+def _add_rows(changes: BaseChanges, name: str, ids: np.ndarray, rows: np.ndarray) -> None:
     changes.add(name, lambda old: old.at[ids].set(rows))
     size, width = changes.shapes[name]
     _check_shape(changes.file, f"the tokens of {name}", rows.shape, (len(ids), width))
@@ -129,11 +118,9 @@ def _add_rows(
 
 
 def _add_embedding(
-    changes: BaseChanges, module: str, found: Mapping[str, np.ndarray], scale: float, tied: bool
+    changes: BaseChanges, module: str, found: Mapping[str, np.ndarray], scale: float
 ) -> None:
     """LoRA on the embedding, which is merged: a lookup is no product."""
-    if tied:
-        raise ValueError(f"{changes.file}: {TIED}")
     delta = np.float32(scale) * (found[EMBEDDING_B] @ found[EMBEDDING_A]).T
     changes.add(f"{module}.weight", lambda old: old + delta)
     _check_shape(changes.file, f"{module}'s delta", delta.shape, changes.shapes[f"{module}.weight"])
@@ -151,8 +138,8 @@ def change_base(params: Mapping[str, Any], changes: BaseChanges) -> tuple[Any, l
         The parameters, and the names of the tensors that are no longer what they were.
 
     Raises:
-        ValueError: If the parameters are shapes alone, a tensor is to stay as it is and would
-            not, or a number leaves the range of the base's dtype.
+        ValueError: If the parameters are shapes alone, or a number leaves the range of the base's
+            dtype.
     """
     flat, changed = flatten_dict(dict(params)), []
     for tensor in tensors(params):
@@ -161,8 +148,6 @@ def change_base(params: Mapping[str, Any], changes: BaseChanges) -> tuple[Any, l
         new = _changed(flat[tensor.path], tensor, changes)
         if new is None:
             continue
-        if tensor.name in changes.fixed:
-            raise ValueError(f"{changes.file}: {TIED}")
         flat[tensor.path] = new
         changed.append(tensor.name)
     return unflatten_dict(flat), changed

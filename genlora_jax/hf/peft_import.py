@@ -1,10 +1,12 @@
 """From PEFT: LoRA, DoRA and HiRA adapters, as `peft` saves them, to factors."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -17,15 +19,16 @@ from genlora_jax.hf.names import natural_order, tensors
 from genlora_jax.hf.peft_base import (
     EMBEDDING_A,
     EMBEDDING_B,
-    TIED,
     TOKENS,
     BaseChanges,
     base_changes,
     change_base,
+    parts_head,
 )
 from genlora_jax.hf.peft_export import SETTINGS, TENSORS
 from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings, read_settings
 from genlora_jax.hf.peft_tensors import PREFIX, Parts, listed, read_tensors
+from genlora_jax.models.llama import LlamaForCausalLM
 
 SIDES = ("_A", "_B")
 
@@ -52,8 +55,11 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
             incomplete, or was made for modules or shapes that the base does not have; or if it
             changes the base as well, which `load_peft` takes over.
     """
-    factors, changes = _read(Path(path), params)
-    if changed := change_base(params, changes)[1]:
+    with_head, factors, changes = _read(Path(path), params)
+    changed = change_base(with_head, changes)[1]
+    if len(with_head) > len(params):
+        changed.append(HEAD)
+    if changed:
         raise ValueError(
             f"{path} changes the base's {listed(changed)} beside its factors: load it with "
             "gl.load_peft, or merge it (genlora merge) and go on from the merged model"
@@ -61,34 +67,44 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
     return factors
 
 
-def load_peft(path: str | Path, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def load_peft(
+    path: str | Path, model: LlamaForCausalLM, params: Mapping[str, Any]
+) -> tuple[LlamaForCausalLM, Any, dict[str, Any]]:
     """Reads a PEFT adapter that may change the base as well: `modules_to_save` and the like.
 
     Whole tensors (an embedding, a head, norms, biases) take the place of the base's, rows of
-    `trainable_token_indices` are set, and LoRA on the embedding is merged into it. A warning names
-    what is no longer the base's.
+    `trainable_token_indices` are set, and LoRA on the embedding is merged into it. A head that is
+    tied to the embedding becomes one of its own where the adapter changes one of the two alone. A
+    warning names what is no longer the base's.
 
     Args:
         path: The adapter's directory.
+        model: The base's model.
         params: The base's parameters.
 
     Returns:
-        The base's parameters with these changes, and the factors that `import_peft` describes.
+        The model and the base's parameters with these changes, and the factors that `import_peft`
+        describes.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: As `import_peft`; or if the adapter needs a head of its own and the base's is
-            tied to the embedding.
+        ValueError: As `import_peft`, but for what changes the base.
     """
-    factors, changes = _read(Path(path), params)
-    params, changed = change_base(params, changes)
+    with_head, factors, changes = _read(Path(path), params)
+    changed_params, changed = change_base(with_head, changes)
+    if len(with_head) > len(params):
+        config = dataclasses.replace(model.config, tie_word_embeddings=False)
+        model = model.clone(config=config)
+        changed.append(f"{HEAD}, which was tied to the embedding")
     if changed:
         warnings.warn(f"{path} changes the base's {listed(changed)}", stacklevel=2)
-    return params, factors
+    return model, changed_params, factors
 
 
-def _read(path: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], BaseChanges]:
-    """The factors, and what changes in the base beside them."""
+def _read(
+    path: Path, params: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, Any], BaseChanges]:
+    """The base, with a head of its own if the adapter needs it; factors; changes of the base."""
     settings = read_settings(path / SETTINGS)
     if settings.get("fan_in_fan_out"):
         warnings.warn(
@@ -97,6 +113,8 @@ def _read(path: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], BaseCh
             stacklevel=3,
         )
     parts, whole = read_tensors(path / TENSORS)
+    if parts_head(settings, parts, whole, HEAD in params):
+        params = {**params, HEAD: {"kernel": _head_of_embedding(params)}}
     flat = flatten_dict(dict(params))
     places = {t.name: t for t in tensors(params)}
     shapes = {name: t.shape_in_file(flat[t.path].shape) for name, t in places.items()}
@@ -104,29 +122,45 @@ def _read(path: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], BaseCh
     wanted = (settings.get("peft_type"), bool(settings.get("use_dora")))
     kind = next(kind for kind in KINDS if (kind.peft_type, kind.peft_dora) == wanted)
     ranks = _check_parts(path / TENSORS, settings, kind, parts)
-    _check_modules(path, settings, set(ranks), kernels, f"{HEAD}.weight" not in shapes)
+    _check_modules(path, settings, set(ranks), kernels)
     stacks: dict[tuple[str, ...], dict[int | None, Leaves]] = {}
     scales = settings.scales(ranks)
     for name in sorted(set(ranks) - {EMBEDDING}, key=natural_order):
-        leaves = {
-            leaf: parts[name][part].T if transposed else parts[name][part]
-            for leaf, (part, transposed) in kind.peft.items()
-        }
+        leaves = _leaves(path, kind, name, parts[name], scales[name])
         kernel = kernels[name]
         if not kind.fits(leaves, shape := flat[kernel.path].shape[-2:]):
             raise ValueError(
                 f"{path}: {name} has factors {kind.describe(leaves)}; the base's kernel has shape "
                 f"{shape}"
             )
-        if "b" in leaves:
-            leaves["b"] = leaves["b"] * np.float32(scales[name])
         stacks.setdefault(kernel.path, {})[kernel.index] = leaves
     factors: dict[tuple[str, ...], Any] = {}
     for kernel_path, modules in stacks.items():
         for leaf, value in _stack(kind, modules, flat[kernel_path].shape).items():
             factors[(*kernel_path[:-1], leaf)] = jnp.asarray(value)
     changes = base_changes(path / TENSORS, settings, parts, whole, scales, shapes)
-    return unflatten_dict(factors), changes
+    return params, unflatten_dict(factors), changes
+
+
+def _head_of_embedding(params: Mapping[str, Any]) -> Any:
+    embedding = params["model"]["embed_tokens"]["embedding"]
+    if isinstance(embedding, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(embedding.shape[::-1], embedding.dtype)
+    return embedding.T
+
+
+def _leaves(path: Path, kind: Kind, name: str, found: Mapping[str, Any], scale: float) -> Leaves:
+    """A module's factors in our layout, with the scale folded in."""
+    leaves = {
+        leaf: found[part].T if transposed else found[part]
+        for leaf, (part, transposed) in kind.peft.items()
+    }
+    if "b" in leaves:
+        with np.errstate(over="ignore"):
+            leaves["b"] = leaves["b"] * np.float32(scale)
+        if not np.isfinite(leaves["b"]).all():
+            raise ValueError(f"{path}: lora_B of {name} times its scale {scale:g} leaves float32")
+    return leaves
 
 
 def _check_parts(file: Path, settings: PeftSettings, kind: Kind, parts: Parts) -> dict[str, int]:
@@ -159,11 +193,9 @@ def _check_parts(file: Path, settings: PeftSettings, kind: Kind, parts: Parts) -
 
 
 def _check_modules(
-    path: Path, settings: PeftSettings, found: set[str], base: Mapping[str, Any], tied: bool
+    path: Path, settings: PeftSettings, found: set[str], base: Mapping[str, Any]
 ) -> None:
     """Checks the modules that have factors against those that the settings select."""
-    if tied and HEAD in found:
-        raise ValueError(f"{path / TENSORS}: {TIED}")
     if unknown := sorted(found - {*base, EMBEDDING}, key=natural_order):
         raise ValueError(f"{path}: adapts {unknown[0]}, which the base does not have")
     selected = settings.selected({*base, EMBEDDING, HEAD})
@@ -198,18 +230,18 @@ def is_peft(path: str | Path) -> bool:
 
 
 def load_onto(
-    path: str | Path, params: Mapping[str, Any], *, model: Any, base: str | Path
-) -> tuple[Any, dict[str, Any]]:
+    path: str | Path, model: LlamaForCausalLM, params: Mapping[str, Any], base: str | Path
+) -> tuple[LlamaForCausalLM, Any, dict[str, Any]]:
     """An adapter's directory, one of `save_adapter` or of PEFT, on its base.
 
     Args:
         path: The adapter's directory.
-        params: The base's parameters.
         model: The base's model.
+        params: The base's parameters.
         base: The base's name or directory. A warning says if a PEFT adapter names another.
 
     Returns:
-        The base's parameters, which PEFT's `modules_to_save` change, and the factors.
+        The model and the base's parameters, which PEFT's `modules_to_save` change; the factors.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -217,11 +249,11 @@ def load_onto(
     """
     if not is_peft(path):
         cfg, adapter = load_adapter(path, params, model=model)
-        return params, generate_factors(cfg, adapter)
+        return model, params, generate_factors(cfg, adapter)
     named = read_settings(Path(path) / SETTINGS).get("base_model_name_or_path")
     if named and _model_name(named) != _model_name(base):
         warnings.warn(f"{path} was made for the base {named}, not {base}", stacklevel=2)
-    return load_peft(path, params)
+    return load_peft(path, model, params)
 
 
 def _model_name(base: str | Path) -> str:
