@@ -64,6 +64,7 @@ ARROWS: dict[str, set[str]] = {
             "methods",
             "models",
             "sharding",
+            "validation",
         ),
     },
     # What runs.
