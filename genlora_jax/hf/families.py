@@ -96,9 +96,10 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
 def _read_by_transformers(kind: str, data: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING  # which imports torch where there is one
 
+    # A dtype is no matter of the shape, and one such as "auto" would be refused.
+    shape = {name: value for name, value in data.items() if name not in ("dtype", "torch_dtype")}
     try:
-        # Its own copy: it writes into the dicts, and sets whatever other fields there are.
-        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(data)))
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(shape))  # it writes into the dicts
         config.standardize_rope_params()  # as its models do, now that all fields are set
     except Exception as error:  # its errors have no common base class
         raise ValueError(" ".join(str(error).split())) from error
