@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genlora_jax.data.rows import conversation, prompt_and_completion, text_field
+from genlora_jax.data.chat import conversation
+from genlora_jax.data.rows import prompt_and_completion, text_field
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
