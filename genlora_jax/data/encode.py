@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genlora_jax.data.chat import chat_passages
 from genlora_jax.data.config import DataConfig
+from genlora_jax.data.conversation import conversation
 from genlora_jax.data.rows import read_rows, text_spans
 
 if TYPE_CHECKING:
@@ -61,22 +63,24 @@ def encode(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for place, row in rows:
-        ids, mask = _tokenize(row, tokenizer, place)
-        pieces = [slice(i, i + cfg.length) for i in range(0, max(len(ids), 1), cfg.length)]
-        if len(ids) > cfg.length:
-            dropped["overlong"] += 1
-            if cfg.overlong == "error":
-                raise ValueError(
-                    f"{place}: {len(ids)} tokens, more than data.length = {cfg.length}; "
-                    "raise it, or set data.overlong to drop, truncate or split"
-                )
-            pieces = {"drop": [], "truncate": pieces[:1], "split": pieces}[cfg.overlong]
-        for piece in pieces:
-            if not mask[piece][1:].any():  # the first token is predicted from nothing
-                dropped["without_completion"] += 1
-                continue
-            # Copies: a view of a short piece would keep the whole text in memory.
-            examples.append({"input_ids": ids[piece].copy(), "loss_mask": mask[piece].copy()})
+        passages = _tokenize(row, tokenizer, place)
+        dropped["split_conversations"] += len(passages) > 1
+        for ids, mask in passages:
+            pieces = [slice(i, i + cfg.length) for i in range(0, max(len(ids), 1), cfg.length)]
+            if len(ids) > cfg.length:
+                dropped["overlong"] += 1
+                if cfg.overlong == "error":
+                    raise ValueError(
+                        f"{place}: {len(ids)} tokens, more than data.length = {cfg.length}; "
+                        "raise it, or set data.overlong to drop, truncate or split"
+                    )
+                pieces = {"drop": [], "truncate": pieces[:1], "split": pieces}[cfg.overlong]
+            for piece in pieces:
+                if not mask[piece][1:].any():  # the first token is predicted from nothing
+                    dropped["without_completion"] += 1
+                    continue
+                # Copies: a view of a short piece would keep the whole text in memory.
+                examples.append({"input_ids": ids[piece].copy(), "loss_mask": mask[piece].copy()})
     report = Report(
         source=source,
         examples=len(examples),
@@ -92,28 +96,44 @@ def encode(
 
 def _tokenize(
     row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", place: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """A row's tokens, int32 `[n]`, and which of them are trained, bool `[n]`."""
-    text, spans, ends = text_spans(row, tokenizer, place)
-    eos = tokenizer.eos_token_id
-    # A chat template writes its own begin-of-sequence token.
-    encoded = tokenizer(
-        text,
-        return_offsets_mapping=True,
-        add_special_tokens="messages" not in row,
-        verbose=False,  # `encode` counts what is too long
-    )
-    ids = encoded["input_ids"]
-    mask = [
-        any(start < last <= stop for start, stop in spans) for _, last in encoded["offset_mapping"]
-    ]
-    if ends:
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A row's tokens, int32 `[n]`, and which of them are trained, bool `[n]`.
+
+    A conversation may take several of these; see `chat_passages`.
+    """
+    if (talk := conversation(row, place)) is None:
+        text, spans = text_spans(row, place)
+        ids, mask = _with_mask(text, spans, tokenizer, special=True)
+        eos = tokenizer.eos_token_id
         if eos is None:
             raise ValueError("the tokenizer has no end-of-sequence token")
         if ids and ids[-1] == eos:
             ids, mask = ids[:-1], mask[:-1]  # some tokenizers add it themselves
-        ids, mask = [*ids, eos], [*mask, any(mask)]
-    return np.array(ids, np.int32), np.array(mask, bool)
+        encoded = [([*ids, eos], [*mask, any(mask)])]
+    else:  # the chat template writes all special tokens
+        encoded = [_with_mask(*p, tokenizer, special=False) for p in chat_passages(talk, tokenizer)]
+    return [(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in encoded]
+
+
+def _with_mask(
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    special: bool,
+) -> tuple[list[int], list[bool]]:
+    """A text's tokens, and which of them have a part in a trained span."""
+    encoded = tokenizer(
+        text,
+        return_offsets_mapping=True,
+        add_special_tokens=special,
+        verbose=False,  # `encode` counts what is too long
+    )
+    mask = [
+        any(start < last and first < stop for start, stop in spans)
+        for first, last in encoded["offset_mapping"]
+    ]
+    return encoded["input_ids"], mask
 
 
 def load_examples(

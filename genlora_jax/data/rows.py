@@ -4,12 +4,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from genlora_jax.data.chat import chat_spans
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from typing import Any
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,19 +80,15 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
     return _numbered(source, data)
 
 
-def text_spans(
-    row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", place: str
-) -> tuple[str, list[tuple[int, int]], bool]:
-    """A row's text and the parts of it, in characters, that are trained.
+def text_spans(row: dict[str, Any], place: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a row without messages and the parts of it, in characters, that are trained.
 
     Returns:
-        The text, `[start, stop)` spans, and whether an end-of-sequence token is to follow.
+        The text and `[start, stop)` spans.
 
     Raises:
         ValueError: If a field is missing or has another type.
     """
-    if "messages" in row:
-        return *chat_spans(row["messages"], tokenizer, place), False
     if isinstance(row.get("text"), str) and not {"prompt", "completion"} & row.keys():
         pair: tuple[str, str] | None = ("", row["text"])
     else:
@@ -109,7 +100,7 @@ def text_spans(
         )
     prompt, completion = pair
     text = prompt + completion
-    return text, [(len(prompt), len(text))] if completion else [], True
+    return text, [(len(prompt), len(text))] if completion else []
 
 
 def prompt_and_completion(row: dict[str, Any], place: str) -> tuple[str, str] | None:

@@ -1,13 +1,13 @@
 """Exact match: the model answers, and its answer equals the row's or does not."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genlora_jax.data.chat import conversation
+from genlora_jax.data.conversation import conversation
 from genlora_jax.data.rows import prompt_and_completion, text_field
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
@@ -60,11 +60,11 @@ def read(source: str, limit: int | None = None) -> list[Problem]:
 def _problem(place: str, row: dict[str, Any]) -> Problem:
     if (pair := prompt_and_completion(row, place)) is not None:
         return Problem(*pair)
-    if "messages" in row:
-        messages = conversation(row["messages"], place)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    if (talk := conversation(row, place)) is not None:
+        *asked, answer = talk.messages
+        if not asked or answer["role"] != "assistant":
             raise ValueError(f"{place}: messages must end with the assistant's, after another's")
-        return Problem(messages[:-1], text_field(place, messages[-1], "content"))
+        return Problem(replace(talk, messages=asked), text_field(place, answer, "content"))
     raise ValueError(
         f"{place}: needs fields prompt and completion, question and answer, or messages; "
         f"has {sorted(row)}"
