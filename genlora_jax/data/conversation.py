@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
+# Fields and roles of a turn in ShareGPT's rows -> their names in chat templates.
+FIELDS = {"from": "role", "value": "content"}
+ROLES = {"human": "user", "gpt": "assistant"}
 # Fields of a turn that say whether it is trained: OpenAI's, and two of Axolotl's. None is rendered.
 FLAGS = ("weight", "train", "training")
 
@@ -19,6 +22,7 @@ class Conversation:
         trained: Which of them are trained, by index.
         tools: Descriptions of the functions that the assistant may call.
         settings: Further variables of the template.
+        fields: The fields of the row that it is made of.
         place: What an error names.
     """
 
@@ -26,34 +30,42 @@ class Conversation:
     trained: tuple[int, ...] = ()
     tools: list[dict[str, Any]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    place: str = "conversation"
+    fields: tuple[str, ...] = ("messages",)
+    place: str = "the conversation"
 
 
 def conversation(row: dict[str, Any], place: str) -> Conversation | None:
-    """The conversation in a row's `messages`; None if the row has none.
+    """A row's conversation; None if the row is of another form.
 
-    `tools` and `chat_template_kwargs` may stand beside it, as objects or as JSON text.
+    It is in `messages`, in `conversations` (ShareGPT), or in `prompt` and `completion`, of which
+    the second is trained. `tools` and `chat_template_kwargs` may stand beside it, as objects or as
+    JSON text.
 
     Raises:
         ValueError: If a turn or a field beside it is not as it must be; names turn and field.
     """
-    given = row.get("messages")
-    if given is None:
+    fields = next(((n,) for n in ("messages", "conversations") if row.get(n) is not None), ())
+    if not fields and all(isinstance(row.get(n), list) for n in ("prompt", "completion")):
+        fields = ("prompt", "completion")
+    if not fields:
         return None
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{place}: messages must be a list of objects with role and content")
-    turns = [_turn(message, f"{place}: turn {i}") for i, message in enumerate(given, 1)]
-    tools = _parsed(row.get("tools") or [], list, f"{place}: tools")
-    if not all(isinstance(tool, dict) for tool in tools):
+    prompt = row["prompt"] if len(fields) == 2 else []
+    messages = row[fields[-1]]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{place}: {fields[-1]} must be a list of objects with role and content")
+    turns = [_turn(message, f"{place}: turn {i}") for i, message in enumerate(prompt + messages, 1)]
+    beside = [n for n in ("tools", "chat_template_kwargs") if row.get(n) not in (None, "", [], {})]
+    tools = _parsed(row["tools"], list, f"{place}: tools") if "tools" in beside else None
+    if not all(isinstance(tool, dict) for tool in tools or ()):
         raise ValueError(f"{place}: tools must be a list of objects that describe functions")
-    settings = _parsed(
-        row.get("chat_template_kwargs") or {}, dict, f"{place}: chat_template_kwargs"
-    )
+    given = row.get("chat_template_kwargs") or {}
+    settings = _parsed(given, dict, f"{place}: chat_template_kwargs")
     return Conversation(
         messages=[message for message, _ in turns],
-        trained=tuple(i for i, (_, trained) in enumerate(turns) if trained),
+        trained=tuple(i for i, (_, trained) in enumerate(turns) if trained and i >= len(prompt)),
         tools=tools or None,
         settings={name: value for name, value in settings.items() if value is not None},
+        fields=(*fields, *beside),
         place=place,
     )
 
@@ -63,10 +75,11 @@ def _turn(given: Any, place: str) -> tuple[Message, bool]:
     if not isinstance(given, dict):
         raise ValueError(f"{place} is no object with role and content")
     # Fields without a value are left out, as transformers does: a template would print "None".
-    message = {name: value for name, value in given.items() if value is not None}
+    message = {FIELDS.get(name, name): value for name, value in given.items() if value is not None}
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{place} has no role: it must name who speaks")
-    role = message["role"] = message["role"].strip().lower()
+    role = message["role"].strip().lower()
+    role = message["role"] = ROLES.get(role, role)
     flags = {_flag(message.pop(name), f"{place}: {name}") for name in FLAGS if name in message}
     if len(flags) > 1:
         raise ValueError(f"{place}: {', '.join(FLAGS)} contradict one another")

@@ -7,8 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genlora_jax.data.conversation import conversation
-from genlora_jax.data.rows import prompt_and_completion, text_field
+from genlora_jax.data.forms import read_form, text_field
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
@@ -29,8 +28,8 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 class MatchConfig(AnswerConfig):
     """Questions to answer.
 
-    Rows have `prompt` and `completion`, `messages` of which the assistant's last is the answer,
-    or `question` (or `instruction`) and `answer`, as GSM8K and SVAMP have.
+    Rows have the forms of training data, but `text`. Of a conversation the assistant's last
+    message is the answer. Of rows with `output` and `answer`, as SVAMP has, it is `answer`.
 
     The score is the mean over all answers to all prompts.
 
@@ -58,17 +57,15 @@ def read(source: str, limit: int | None = None) -> list[Problem]:
 
 
 def _problem(place: str, row: dict[str, Any]) -> Problem:
-    if (pair := prompt_and_completion(row, place)) is not None:
-        return Problem(*pair)
-    if (talk := conversation(row, place)) is not None:
-        *asked, answer = talk.messages
+    form = read_form(row, place, asked=True)
+    if form.talk is not None:
+        *asked, answer = form.talk.messages
         if not asked or answer["role"] != "assistant":
             raise ValueError(f"{place}: messages must end with the assistant's, after another's")
-        return Problem(replace(talk, messages=asked), text_field(place, answer, "content"))
-    raise ValueError(
-        f"{place}: needs fields prompt and completion, question and answer, or messages; "
-        f"has {sorted(row)}"
-    )
+        return Problem(replace(form.talk, messages=asked), text_field(place, answer, "content"))
+    # Rows of LLM-Adapters have the steps in `output`, and what counts in `answer`.
+    steps = "output" in form.used and isinstance(row.get("answer"), str)
+    return Problem(form.prompt, f" {row['answer']}" if steps else form.completion)
 
 
 def final_number(text: str) -> Decimal | None:
