@@ -220,7 +220,7 @@ def _checked_template(talk: Conversation, tokenizer: "PreTrainedTokenizerFast") 
         ValueError: If there is none, or it knows no such role, no tools, or none of the settings.
     """
     if not tokenizer.chat_template:
-        raise ValueError(f"{talk.place}: has messages, but the tokenizer has no chat template")
+        raise ValueError(f"{talk.place}: the tokenizer has no chat template: give prompts as text")
     try:
         template = str(tokenizer.get_chat_template(None, talk.tools))
     except ValueError as error:

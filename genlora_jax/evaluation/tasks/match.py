@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from genlora_jax.data.conversation import Conversation
 from genlora_jax.data.forms import read_form, text_field
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
@@ -118,7 +119,7 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     answers, too_long = ask(subject, cfg, prompts, stop)
     rows = [
         {
-            "prompt": prompt,
+            "prompt": prompt.messages if isinstance(prompt, Conversation) else prompt,
             "expected": problem.expected,
             "answers": texts,
             "right": [matches(text, problem.expected, cfg.answer) for text in texts],
