@@ -58,6 +58,7 @@ ARROWS: dict[str, set[str]] = {
         *(
             "adapter",
             "adapter_files",
+            "data",
             "factors",
             "atomic_files",
             "mesh",

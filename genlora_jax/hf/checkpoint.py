@@ -99,19 +99,10 @@ def model_config(directory: Path) -> LlamaConfig:
 
 
 def checkpoint_dtype(directory: Path) -> str:
-    """The dtype that `config.json` names, such as `bfloat16`, or else that of the first tensor.
-
-    Raises:
-        ValueError: If it names none that is read and written.
-    """
-    config, known = read_json(directory / CONFIG), [kind.name for kind in DTYPES.values()]
-    stated = config.get("dtype") or config.get("torch_dtype") or "auto"
-    if stated == "auto":
-        return Checkpoint(directory).dtype()
-    name = str(stated).removeprefix("torch.")
-    if name not in known:
-        raise ValueError(f"{directory / CONFIG}: dtype {stated!r} is none of {', '.join(known)}")
-    return name
+    """The dtype that `config.json` names, such as `bfloat16`, or else that of the first tensor."""
+    config = read_json(directory / CONFIG)
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return stated or Checkpoint(directory).dtype()
 
 
 class Checkpoint:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from genlora_jax.models.config import LlamaConfig, RopeScaling
-from genlora_jax.validation import require_float, require_int
+from genlora_jax.validation import require, require_float, require_int
 
 Fields = dict[str, Any]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 COUNTS = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 # Fields that all families have, and `LlamaConfig` under the same name.
 COMMON = (
@@ -74,9 +75,14 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
     try:
         if isinstance(rope, dict) and "llama3" in (rope.get("rope_type"), rope.get("type")):
             _ = [rope[field] for field in LLAMA3]  # a KeyError names one that is missing
+        for field in ("dtype", "torch_dtype"):
+            if data.get(field) not in (None, *DTYPES):  # which `transformers` does not read either
+                known = f"write one of {', '.join(DTYPES)}, or remove it for that of the tensors"
+                raise ValueError(f"{field} {data[field]!r} is not read: {known}")
         config = _read_by_transformers(kind, data)
         for field in (*SIZES, *COUNTS):
             require_int(field, getattr(config, field), 1)
+            require(getattr(config, field) < 2**31, f"{field} is larger than any model's")
         if config.hidden_act not in ("silu", "swish"):
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
         size = config.hidden_size // config.num_attention_heads
@@ -96,10 +102,8 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
 def _read_by_transformers(kind: str, data: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING  # which imports torch where there is one
 
-    # A dtype is no matter of the shape, and one such as "auto" would be refused.
-    shape = {name: value for name, value in data.items() if name not in ("dtype", "torch_dtype")}
     try:
-        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(shape))  # it writes into the dicts
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(data)))  # it writes into dicts
         config.standardize_rope_params()  # as its models do, now that all fields are set
     except Exception as error:  # its errors have no common base class
         raise ValueError(" ".join(str(error).split())) from error

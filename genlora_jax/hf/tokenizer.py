@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genlora_jax.data.chat import end_of_turn_token_ids
 from genlora_jax.hf.checkpoint import ADDITIONAL_TEMPLATES, CONFIG, read_json, refuse_pointers
 from genlora_jax.validation import require_int
 
@@ -90,6 +91,7 @@ def end_tokens(directory: Path, tokenizer: "PreTrainedTokenizerFast") -> list[in
     """
     stated = _stated(directory)
     trained = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    trained += end_of_turn_token_ids(tokenizer)[:1]
     missing = [token for token in dict.fromkeys(trained) if token not in stated]
     if missing and stated:
         said, added = (", ".join(_named(tokenizer, ids)) for ids in (stated, missing))

@@ -267,15 +267,14 @@ def test_a_tied_model_stored_as_the_head_alone_is_read(base):
         load(base)
 
 
-@pytest.mark.parametrize("stated", [..., None, "auto", "torch.bfloat16", "bfloat16"])
+@pytest.mark.parametrize("stated", [..., None, "bfloat16"])
 def test_a_config_without_dtype_has_that_of_its_tensors(tmp_path, run_main, stated):
     from genlora_jax import cli
 
     base = write_base(tmp_path / "base", dtype="bfloat16")
     edit_json(base / "config.json", dtype=...)
     edit_json(base / "config.json", torch_dtype=stated)
-    if stated in (..., None):
-        assert str(theirs(base)[0].dtype) == "torch.bfloat16"
+    assert str(theirs(base)[0].dtype) == "torch.bfloat16"
     assert checkpoint_dtype(base) == "bfloat16"
     cfg = gl.LoRAConfig(rank=2)
     _, params = load(base, "bfloat16")
@@ -286,6 +285,15 @@ def test_a_config_without_dtype_has_that_of_its_tensors(tmp_path, run_main, stat
     assert said == f"merged model: {tmp_path / 'out'} (bfloat16)\n"
     merged, before = (load_file(p / "model.safetensors") for p in (tmp_path / "out", base))
     assert all(merged[name].tobytes() == value.tobytes() for name, value in before.items())
+
+
+@pytest.mark.parametrize("stated", ["auto", "torch.bfloat16", "int8", 7])
+def test_a_dtype_that_transformers_does_not_read_is_refused_with_the_way_out(base, stated):
+    edit_json(base / "config.json", dtype=..., torch_dtype=stated)
+    with pytest.raises(
+        ValueError, match=rf"config\.json: torch_dtype {stated!r} is not read: writ"
+    ):
+        load(base)
 
 
 # Values.
