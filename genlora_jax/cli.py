@@ -24,6 +24,7 @@ from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import load_onto
+from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import parse, parse_arguments, report_errors
@@ -44,6 +45,7 @@ def merge(
     """
     refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
     source = locate(base)
+    changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     base_dtype = checkpoint_dtype(source)
     out_dtype = parse_dtype(dtype or base_dtype)
     # No narrower than base or output, so that the merged kernel is rounded once.
@@ -52,8 +54,8 @@ def merge(
     model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
     model, params, factors = load_onto(adapter, model, params, base)
     merged = merge_factors(params, factors, donate=True)
-    export_hf(out, merged, base=source, dtype=out_dtype, overwrite=overwrite)
-    print(f"merged model: {out}")
+    export_hf(out, merged, base=source, adapter=adapter, dtype=out_dtype, overwrite=overwrite)
+    print(f"merged model: {out} ({out_dtype})")
 
 
 def export_peft_adapter(
@@ -152,6 +154,8 @@ def generate(
         dtype: Of parameters and computation.
     """
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
+    if subject.tokenizer.chat_template and not chat:
+        print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)
     message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     ids = subject.encode_prompt(message)
     if len(ids) + max_new_tokens > subject.positions:

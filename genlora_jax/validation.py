@@ -1,11 +1,14 @@
-"""Checks of settings, each of which raises a ValueError that names the field, and of numbers."""
+"""Checks of settings, each of which raises a ValueError that names the field, numbers and files."""
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def require(condition: bool, message: str) -> None:
@@ -50,3 +53,13 @@ def first_not_finite(tree: Any) -> str | None:
     finite = jax.device_get([all_finite(leaf) for _, leaf in leaves])
     wrong = [path for (path, _), ok in zip(leaves, finite, strict=True) if not ok]
     return jax.tree_util.keystr(wrong[0], simple=True, separator=".") if wrong else None
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises ValueError if a file is what Git LFS leaves in the place of one it has not got."""
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+                f"{file.parent}"
+            )

@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
         *(
             "adapter",
             "adapter_files",
+            "data",
             "factors",
             "atomic_files",
             "mesh",
@@ -66,10 +67,11 @@ ARROWS: dict[str, set[str]] = {
             "models",
             "patterns",
             "sharding",
+            "validation",
         ),
     },
     # What runs.
-    "generation": {"hf", "inject", "mesh", "models"},
+    "generation": {"data", "hf", "inject", "mesh", "models"},
     "training": {
         *(
             "adapter",

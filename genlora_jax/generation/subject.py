@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from genlora_jax.data.chat import render
+from genlora_jax.data.conversation import Conversation
 from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
-from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.hf.peft_import import load_onto
 from genlora_jax.mesh import one_device
 from genlora_jax.models.llama import LlamaForCausalLM
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, str]]
-Prompt = str | Messages  # text, or a conversation that the model is to continue
+# Text, or a conversation that the model is to continue.
+Prompt = str | Messages | Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +65,26 @@ class Subject:
         """Token ids of a prompt; a conversation is rendered in the tokenizer's chat template.
 
         Raises:
-            ValueError: If it is a conversation and the tokenizer has no chat template.
+            ValueError: If it is a conversation that the tokenizer's chat template does not render.
         """
         if isinstance(prompt, str):
             return self.encode(prompt) or [self.prefix]
         return self.encode(self.render(prompt), special=False)
 
-    def render(self, messages: Messages, *, cue: bool = True) -> str:
-        """A conversation as text, by default with the cue to answer."""
-        if not self.tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: give prompts as text")
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
-        )
+    def render(self, messages: Messages | Conversation, *, cue: bool = True) -> str:
+        """A conversation as text, by default with the cue to answer.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template, or one that does not render it.
+        """
+        talk = messages if isinstance(messages, Conversation) else Conversation(messages)
+        return render(talk, self.tokenizer, cue=cue)
 
 
 def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) -> Subject:
     """A loaded base, alone or with an adapter: a directory of `save_adapter` or of PEFT.
+
+    The tokenizer is the base's: `find_base` has taken the adapter's, if it has one of its own.
 
     Raises:
         FileNotFoundError: If there is no such adapter.
@@ -93,7 +98,7 @@ def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) 
         params=params,
         factors=factors,
         tokenizer=base.tokenizer,
-        stop=tuple(stop_tokens(base.source)),
+        stop=base.stop,
         batch_size=batch_size,
     )
 
@@ -114,4 +119,5 @@ def load_subject(
         ValueError: If the adapter does not fit the model.
     """
     cfg = ModelConfig(path=path, **options)
-    return subject_of(load_base(cfg, find_base(cfg), one_device()), adapter, batch_size=batch_size)
+    base = load_base(cfg, find_base(cfg, adapter), one_device())
+    return subject_of(base, adapter, batch_size=batch_size)
