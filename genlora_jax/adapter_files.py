@@ -96,7 +96,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or the adapter was made for another base.
+        ValueError: If a file is damaged, the adapter was made for another base, or a number in it
+            is not finite.
     """
     path = Path(path)
     spec, base_config = _read_settings(path)
@@ -115,7 +116,7 @@ def load_adapter(
         arrays = load_file(path / TENSORS)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
-    _check_shapes(path / TENSORS, arrays, adapter_shapes(spec))
+    _check_arrays(path / TENSORS, arrays, adapter_shapes(spec))
     tree = unflatten_dict(arrays, sep="/")
     tree = jax.tree.map(jax.numpy.asarray, tree) if mesh is None else place_state(mesh, tree)
     trainable, frozen = tree.get("trainable", {}), tree.get("frozen", {})
@@ -159,7 +160,7 @@ def _target(entry: dict[str, Any]) -> Target:
     return Target(**entry | {"kernels": kernels})
 
 
-def _check_shapes(file: Path, arrays: Mapping[str, np.ndarray], expected: Adapter) -> None:
+def _check_arrays(file: Path, arrays: Mapping[str, np.ndarray], expected: Adapter) -> None:
     trees = {"trainable": expected.trainable, "frozen": expected.frozen}
     shapes = {name: leaf.shape for name, leaf in flatten_dict(trees, sep="/").items()}
     for name, shape in shapes.items():
@@ -167,5 +168,9 @@ def _check_shapes(file: Path, arrays: Mapping[str, np.ndarray], expected: Adapte
             raise ValueError(f"{file}: tensor {name} is missing")
         if arrays[name].shape != shape:
             raise ValueError(f"{file}: tensor {name} has shape {arrays[name].shape}, not {shape}")
+        if not jax.numpy.issubdtype(arrays[name].dtype, jax.numpy.floating):
+            raise ValueError(f"{file}: tensor {name} is of dtype {arrays[name].dtype}, no float")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{file}: tensor {name} holds a NaN or an infinity: train it again")
     if unknown := sorted(set(arrays) - set(shapes)):
         raise ValueError(f"{file}: unknown tensor {unknown[0]}")

@@ -42,7 +42,8 @@ def export_peft(
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
-        ValueError: If PEFT has no such factors (whole deltas), or modules differ in kind.
+        ValueError: If PEFT has no such factors (whole deltas), modules differ in kind, or a number
+            is not finite.
     """
     kind, modules = _modules(factors)
     names = list(modules)
@@ -60,6 +61,10 @@ def export_peft(
         for leaf, value in kind.padded(leaves, rank, np.pad).items():
             suffix, transposed = kind.peft[leaf]
             value = value.T if transposed else value
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"{PREFIX}{name}.{suffix} holds a NaN or an infinity, and is not exported"
+                )
             arrays[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(value)
     config = {
         "task_type": "CAUSAL_LM",

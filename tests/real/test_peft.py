@@ -524,3 +524,118 @@ def test_a_file_that_ends_early_is_called_damaged(make_peft):
         file.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
             gl.import_peft(adapter, params)
+
+
+# Damage of any kind: an error that names the file, and nothing else.
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([2**31, 10**30, -(10**400), 0.5, float("nan"), float("inf"), 1e300]),
+    st.text(max_size=5),
+    st.sampled_from([[], {}, [[]], ["q_proj"], {"q_proj": 3}, [1, 2], "(", "q_proj", SLOW]),
+)
+
+
+def places(node, at=()):
+    """Paths of all nodes in a JSON value."""
+    yield at
+    if isinstance(node, (dict, list)):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from places(child, (*at, key))
+
+
+def replaced(node, at, value):
+    if not at:
+        return value
+    copy = dict(node) if isinstance(node, dict) else list(node)
+    copy[at[0]] = replaced(node[at[0]], at[1:], value)
+    return copy
+
+
+def damaged(data, settings):
+    """A JSON value with some of its nodes replaced."""
+    for _ in range(data.draw(st.integers(1, 2))):
+        at = data.draw(st.sampled_from([at for at in places(settings) if at]))
+        settings = replaced(settings, at, data.draw(JUNK))
+    return settings
+
+
+FUZZ = settings(
+    deadline=None,
+    max_examples=120,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def outcome(call, *names):
+    """Calls; an error has to be the user's, to name a file, and to be short."""
+    try:
+        return call()
+    except (ValueError, OSError) as error:
+        text = str(error)
+    assert any(name in text for name in names), text
+    assert len(text) < 600
+    return None
+
+
+def test_damaged_settings_of_peft_are_the_user_s_error(make_peft, monkeypatch):
+    monkeypatch.setattr("genlora_jax.patterns.SECONDS", 0.05)
+    base, adapter = make_peft(
+        {"target_modules": ["q_proj", "lm_head"], "rank_pattern": {"q_proj": 3}}
+    )
+    model, params = load(base)
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    original = gl.import_peft(adapter, params)
+
+    @FUZZ
+    @given(st.data())
+    def run(data):
+        file.write_text(json.dumps(damaged(data, settings)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = outcome(lambda: load_onto(adapter, model, params, base), "adapter_", "adapts")
+        if found:
+            assert jax.tree.structure(found[2]) == jax.tree.structure(original)
+
+    run()
+    for text in ("", "[]", "null", "3", '"x"', "{", "[" * 100_000, "\ufeff{}", "\udcff"):
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises((ValueError, OSError), match="adapter_config"):
+            gl.import_peft(adapter, params)
+
+
+def test_damaged_names_of_tensors_are_the_user_s_error(make_peft):
+    base, adapter = make_peft({"target_modules": ["q_proj", "lm_head"]})
+    params = load(base)[1]
+    original = load_file(adapter / "adapter_model.safetensors")
+    expected = gl.import_peft(adapter, params)
+    words = (
+        "default lora_A lora_B weight bias base_layer lora_embedding_A lora_magnitude_vector "
+        "modules_to_save token_adapter hira_A lm_head trainable_tokens_delta model layers 0 3 "
+        "q_proj embed_tokens é"
+    )
+    parts = st.sampled_from(["", *words.split()])
+    shapes = st.sampled_from([(), (0,), (3,), (3, 32), (32, 3), (0, 32), (61, 32), (1, 1, 1)])
+
+    @FUZZ
+    @given(st.data())
+    def run(data):
+        arrays = dict(original)
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.sampled_from(sorted(arrays)))
+            pieces = name.split(".")
+            at = data.draw(st.integers(0, len(pieces)))
+            pieces[at : at + data.draw(st.integers(0, 2))] = data.draw(st.lists(parts, max_size=2))
+            value = arrays.pop(name) if data.draw(st.booleans()) else arrays[name]
+            if data.draw(st.booleans()):
+                value = np.full(data.draw(shapes), 0.5, np.float32)
+            arrays[".".join(pieces)] = value
+        rewrite(adapter, lambda _: arrays)
+        factors = outcome(lambda: gl.import_peft(adapter, params), "adapter")
+        if factors is not None:
+            assert jax.tree.structure(factors) == jax.tree.structure(expected)
+
+    run()
