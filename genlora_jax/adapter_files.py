@@ -148,8 +148,8 @@ def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
             fingerprint=settings["base"]["shapes"],
         )
         return spec, settings["base"].get("config")
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / SETTINGS}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path / SETTINGS} is damaged: {error!s:.200}") from error
 
 
 def _target(entry: dict[str, Any]) -> Target:

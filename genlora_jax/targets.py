@@ -71,6 +71,18 @@ class KernelLocation:
     stack: int | None
     layers: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        named = self.path and all(isinstance(part, str) for part in self.path)
+        require(bool(named), f"path must be names of modules, got {self.path!r}")
+        if self.stack is not None:
+            require_int("stack", self.stack, 1)
+        require(len(self.layers) > 0, "layers is empty")
+        for layer in self.layers:
+            require_int("layers", layer, 0)
+        inside = self.stack is None or max(self.layers) < self.stack
+        require(inside, f"layers {self.layers} are not all in a stack of {self.stack}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -87,6 +99,13 @@ class Target:
     d_in: int
     d_out: int
     kernels: tuple[KernelLocation, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        require(isinstance(self.name, str), f"name must be a text, got {self.name!r}")
+        for field in ("d_in", "d_out"):
+            require_int(field, getattr(self, field), 1)
+        require(len(self.kernels) > 0, f"{self.name} has no kernels")
 
     @property
     def lengths(self) -> dict[Literal["a", "b"], int]:
