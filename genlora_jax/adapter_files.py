@@ -149,7 +149,7 @@ def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
         )
         return spec, settings["base"].get("config")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path / SETTINGS} is damaged: {error!s:.200}") from error
+        raise ValueError(f"{path / SETTINGS}: {error!s:.200}") from error
 
 
 def _target(entry: dict[str, Any]) -> Target:

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 
 import jax
@@ -18,17 +18,20 @@ from genlora_jax.atomic_files import refuse_existing
 from genlora_jax.factors import HIRA, by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.generation.answers import answers
+from genlora_jax.generation.decoding import check_sampling
 from genlora_jax.generation.subject import Prompt, load_subject
 from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_export import export_peft
-from genlora_jax.hf.peft_import import load_onto
+from genlora_jax.hf.peft_import import is_peft, load_onto, read_modules
+from genlora_jax.hf.peft_tensors import listed
 from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import parse, parse_arguments, report_errors
-from genlora_jax.targets import KernelLocation
+from genlora_jax.targets import KernelLocation, split_layer
+from genlora_jax.validation import require_int
 
 
 def merge(
@@ -81,10 +84,13 @@ def inspect(adapter: str) -> None:
     """Prints what an adapter adapts, what it costs and how much of its rank it uses.
 
     Args:
-        adapter: The adapter's directory.
+        adapter: The adapter's directory, ours or PEFT's.
     """
-    cfg, loaded = load_adapter(adapter)
     console = Console()
+    if is_peft(adapter):
+        console.print(*_peft_inspection(adapter), sep="\n")
+        return
+    cfg, loaded = load_adapter(adapter)
     console.print(_inspection(cfg, loaded))
     count = count_parameters(loaded)
     text = f"{cfg.summary}: {count:,} parameters"
@@ -93,33 +99,67 @@ def inspect(adapter: str) -> None:
     console.print(text)
 
 
-def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
-    modules = by_module(generate_factors(cfg, adapter))
-    low_rank = cfg.lora_size(adapter.spec.targets[0]) is not None
-    matrix = "gain's " if any(kind is HIRA for kind, _ in modules.values()) else ""
-    columns = ["parameters", *["LoRA"] * low_rank]
-    columns += [f"{matrix}values > 1 %", f"{matrix}effective rank"]
-    table = Table("target", "layers", "shape", *columns)
+def _table(kinds: Iterable[Kind]) -> Table:
+    """An empty table of targets, which fits 80 columns."""
+    columns = ("target", "layers", "shape", "parameters", "values\n> 1 %", "effective\nrank")
+    caption = "values and rank: of the gain" if HIRA in kinds else None
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0), caption=caption)
     table.columns[0].overflow = "fold"  # a name must be read whole
     for column in table.columns[1:]:
         column.justify = "right"
+    return table
+
+
+def _add_row(
+    table: Table, name: str, shape: tuple[int, int], count: int, values: jax.Array
+) -> None:
+    """A target's row, with its singular values `[layers, k]`."""
+    table.add_row(
+        name,
+        str(len(values)),
+        f"{shape[0]} x {shape[1]}",
+        f"{count:,}",
+        f"{count_above(values).mean():.1f}",
+        f"{effective_rank(values).mean():.1f}",
+    )
+
+
+def _inspection(cfg: AdapterConfig, adapter: Adapter) -> Table:
+    modules = by_module(generate_factors(cfg, adapter))
+    table = _table(kind for kind, _ in modules.values())
     counts = parameters_by_target(adapter)
     for target in adapter.spec.targets:
         values = jnp.concatenate(
             [_singular_values(*modules[kernel.path], kernel) for kernel in target.kernels]
         )
-        table.add_row(
-            target.name,
-            str(target.depth),
-            f"{target.d_in} x {target.d_out}",
-            f"{counts[target.name]:,}",
-            *([f"{cfg.lora_size(target):,}"] if low_rank else []),
-            f"{count_above(values).mean():.1f}",
-            f"{effective_rank(values).mean():.1f}",
-        )
+        _add_row(table, target.name, (target.d_in, target.d_out), counts[target.name], values)
     if "shared" in counts:
         table.add_row("shared by targets", "", "", f"{counts['shared']:,}")
     return table
+
+
+def _peft_inspection(path: str) -> tuple[Table, str]:
+    """The targets of a PEFT adapter, and a line on the rest."""
+    settings, kind, modules, others = read_modules(path)
+    table = _table([kind])
+    targets: dict[tuple[str, int, int], list[Leaves]] = {}
+    (a, b), total = list(kind.axes)[:2], 0
+    for name, leaves in modules.items():
+        target, _ = split_layer(tuple(name.split(".")))
+        targets.setdefault((target, len(leaves[a]), leaves[b].shape[-1]), []).append(leaves)
+    for (target, *shape), found in targets.items():
+        count = sum(value.size for leaves in found for value in leaves.values())
+        rank = max(kind.rank(leaves) or 0 for leaves in found)
+        padded = [kind.padded(leaves, rank) for leaves in found]
+        values = kind.singular_values(
+            {leaf: jnp.stack([x[leaf] for x in padded]) for leaf in (a, b)}
+        )
+        _add_row(table, target, (shape[0], shape[1]), count, values)
+        total += count
+    text = f"PEFT's {kind.name}, r {settings.get('r')}: {total:,} parameters"
+    if base := settings.get("base_model_name_or_path"):
+        text += f"; base {base}"
+    return table, text + (f"; also {listed(others)}" if others else "")
 
 
 def _singular_values(kind: Kind, leaves: Leaves, kernel: KernelLocation) -> jax.Array:
@@ -153,6 +193,8 @@ def generate(
         seed: Seed of the sampling.
         dtype: Of parameters and computation.
     """
+    check_sampling(max_new_tokens, temperature, top_p)
+    require_int("seed", seed, 0)
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)

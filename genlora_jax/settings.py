@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -33,12 +34,13 @@ MEMORY_ADVICE = (
 jsonargparse.set_parsing_settings(subclasses_enabled=[AdapterConfig])
 
 
-def parse(kind: type[T], args: Sequence[str] | None = None) -> T:
+def parse(kind: type[T], args: Sequence[str] | None = None, command: str | None = None) -> T:
     """A dataclass from `--config FILE.yaml` and `--field.subfield value`, in that order.
 
-    `--print_config` prints the result as YAML and exits; errors name the field.
+    `--print_config` prints the result as YAML and exits; errors name the field. Without `args`
+    they are the script's, else those of a subcommand of `genlora`, of which `--help` has the name.
     """
-    parser = _parser(kind)
+    parser = _parser(kind, f"genlora {command}" if args is not None and command else None)
     args = sys.argv[1:] if args is None else args
     printing = [argument for argument in args if argument.startswith("--print_config")]
     # Defaults are filled in last, or else those of another config's class would be kept.
@@ -70,8 +72,8 @@ def dump(settings: Any) -> str:
     return str(parser.dump(parser.parse_object(plain(settings)), skip_unset=False))
 
 
-def _parser(kind: type[Any]) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(description=kind.__doc__, exit_on_error=False)
+def _parser(kind: type[Any], prog: str | None = None) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(prog=prog, description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe in YAML")
     parser.add_class_arguments(kind)
     return parser
@@ -114,8 +116,10 @@ def report_errors() -> Iterator[None]:
     """Turns an error that the user can mend into one line on stderr and exit status 1.
 
     A device that is out of memory is such an error. `GENLORA_TRACEBACK=1` shows the traceback.
-    What is printed appears line by line, in a log file as on a terminal.
+    What is printed appears line by line, in a log file as on a terminal. A warning is one line,
+    without the place in the code that gave it.
     """
+    warnings.formatwarning = lambda message, *place, **line: f"note: {message}\n"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     try:
@@ -135,6 +139,6 @@ def report_errors() -> Iterator[None]:
 def run_command(kind: type[T], run: Callable[[T], int | None], args: Sequence[str] | None) -> None:
     """Runs a command by its settings; exits with 128 + the signal's number if a signal ended it."""
     with report_errors():
-        signal = run(parse(kind, args))
+        signal = run(parse(kind, args, run.__name__))
     if signal is not None:
         sys.exit(128 + signal)

@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
         ),
     },
     # What runs.
-    "generation": {"data", "hf", "inject", "mesh", "models"},
+    "generation": {"data", "hf", "inject", "mesh", "models", "validation"},
     "training": {
         *(
             "adapter",
@@ -87,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "evaluation": {
         *("data", "atomic_files", "generation", "hf", "inject", "mesh", "models", "settings"),
-        "training",
+        *("training", "validation"),
     },
     "plan": {"adapter", "factors", "hf", "mesh", "models", "sharding", "training"},
 }

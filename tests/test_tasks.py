@@ -124,11 +124,11 @@ def test_pass_at_k_is_the_share_of_subsets_with_one_that_passes(k):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 0}, "samples must be a whole number >= 1"),
         ({"samples": 4}, "set temperature"),
-        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": -1.0}, "temperature must be a finite number >= 0"),
         ({"top_p": 0.0}, "top_p must lie"),
-        ({"max_new_tokens": -3}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": -3}, "max_new_tokens must be a whole number >= 1"),
     ],
 )
 def test_settings_of_answers_that_cannot_be_are_named(settings, message):

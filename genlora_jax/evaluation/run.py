@@ -139,7 +139,7 @@ def check_sandbox(cfg: CodeConfig) -> dict[str, bool]:
 def main(args: Sequence[str] | None = None) -> None:
     """Command line."""
     with report_errors():
-        cfg = parse(Evaluation, args)
+        cfg = parse(Evaluation, args, "evaluate")
         evaluate(cfg)
         print(f"results: {cfg.output}")
 

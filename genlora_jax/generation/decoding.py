@@ -12,6 +12,7 @@ from jax import lax
 
 from genlora_jax.inject import apply
 from genlora_jax.models.llama import LlamaForCausalLM
+from genlora_jax.validation import require, require_float, require_int
 
 WIDTH = 16  # prompts are padded to a multiple, so that few lengths are compiled
 
@@ -47,10 +48,11 @@ def decode(
         The continuations' token ids.
 
     Raises:
-        ValueError: If a prompt is empty, or sampling has no key.
+        ValueError: If a prompt is empty, sampling has no key, or an option has no such value.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("decoding needs prompts of at least one token each")
+    check_sampling(max_new_tokens, temperature, top_p)
     if temperature > 0 and key is None:
         raise ValueError("sampling (temperature > 0) needs a key")
     width = max(width, -(-max(map(len, prompts)) // WIDTH) * WIDTH)
@@ -90,6 +92,13 @@ def _pick(
     ranked = jnp.where(outside, -jnp.inf, jnp.take_along_axis(logits, order, axis=-1))
     chosen = jax.random.categorical(key, ranked)
     return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises ValueError that names the option of decoding that has no such value."""
+    require_int("max_new_tokens", max_new_tokens, 1)
+    require_float("temperature", temperature, 0.0)
+    require(0 < top_p <= 1, f"top_p must lie above 0 and be at most 1, got {top_p}")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampled"))

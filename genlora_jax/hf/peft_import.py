@@ -119,8 +119,7 @@ def _read(
     places = {t.name: t for t in tensors(params)}
     shapes = {name: t.shape_in_file(flat[t.path].shape) for name, t in places.items()}
     kernels = {n.removesuffix(".weight"): t for n, t in places.items() if t.path[-1] == "kernel"}
-    wanted = (settings.get("peft_type"), bool(settings.get("use_dora")))
-    kind = next(kind for kind in KINDS if (kind.peft_type, kind.peft_dora) == wanted)
+    kind = _kind(settings)
     ranks = _check_parts(path / TENSORS, settings, kind, parts)
     _check_modules(path, settings, set(ranks), kernels)
     stacks: dict[tuple[str, ...], dict[int | None, Leaves]] = {}
@@ -140,6 +139,35 @@ def _read(
             factors[(*kernel_path[:-1], leaf)] = jnp.asarray(value)
     changes = base_changes(path / TENSORS, settings, parts, whole, scales, shapes)
     return params, unflatten_dict(factors), changes
+
+
+def _kind(settings: PeftSettings) -> Kind:
+    wanted = (settings.get("peft_type"), bool(settings.get("use_dora")))
+    return next(kind for kind in KINDS if (kind.peft_type, kind.peft_dora) == wanted)
+
+
+def read_modules(path: str | Path) -> tuple[PeftSettings, Kind, dict[str, Leaves], list[str]]:
+    """What a PEFT adapter holds, without its base.
+
+    Returns:
+        Its settings, the kind of its factors, those of each linear module by its name, and the
+        names of what else it holds.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the adapter is damaged, or not of a kind that `import_peft` reads.
+    """
+    path = Path(path)
+    settings = read_settings(path / SETTINGS)
+    parts, whole = read_tensors(path / TENSORS)
+    kind = _kind(settings)
+    ranks = _check_parts(path / TENSORS, settings, kind, parts)
+    scales = settings.scales(ranks)
+    modules = {
+        name: _leaves(path, kind, name, parts[name], scales[name])
+        for name in sorted(set(ranks) - {EMBEDDING}, key=natural_order)
+    }
+    return settings, kind, modules, sorted([*whole, *(set(parts) - set(modules))])
 
 
 def _head_of_embedding(params: Mapping[str, Any]) -> Any:

@@ -39,6 +39,9 @@ class AdapterConfig(TargetSelection):
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
         super().__post_init__()
+        for field in dataclasses.fields(self):
+            if field.type is bool:
+                require_choice(field.name, getattr(self, field.name), (True, False))
         require_float("dropout", self.dropout, 0.0)
         require(self.dropout < 1.0, f"dropout must be below 1, got {self.dropout!r}")
         require_int("seed", self.seed, 0)

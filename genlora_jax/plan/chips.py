@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 
 GIB = 2**30
+SIZE = r"[1-9]\d{0,4}"  # of a side of a torus, or GPUs, or GiB
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ def parse_topology(name: str) -> Topology:
         ValueError: If it is no topology's name.
     """
     kind, _, sizes = name.partition(":")
-    if kind == "gpu" and (gpus := re.fullmatch(r"(\d+)x(\d+)", sizes)):
+    if kind == "gpu" and (gpus := re.fullmatch(rf"({SIZE})x({SIZE})", sizes)):
         count, memory = map(int, gpus.groups())
         return Topology(name, replace(GPU, memory=memory * GIB), count)
-    if kind in CHIPS and re.fullmatch(r"\d+(x\d+)*", sizes):
+    if kind in CHIPS and re.fullmatch(rf"{SIZE}(x{SIZE}){{0,2}}", sizes):
         return Topology(name, CHIPS[kind], math.prod(map(int, sizes.split("x"))))
     raise ValueError(
         f"topology {name!r} is not known: give a TPU's, such as v5e:4x4 ({', '.join(CHIPS)}), or "

@@ -4,7 +4,6 @@ A task is a module with `read(source, limit)`, which returns its items, `run(sub
 which returns a `Result`, and, where items may not go with the settings, `check(cfg, items)`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +11,9 @@ from typing import Any, TypeVar
 
 from genlora_jax.data.rows import read_rows
 from genlora_jax.generation.answers import answers, cut, room
+from genlora_jax.generation.decoding import check_sampling
 from genlora_jax.generation.subject import Prompt, Subject
+from genlora_jax.validation import require_int
 
 T = TypeVar("T")
 
@@ -87,13 +88,8 @@ class AnswerConfig(PromptConfig):
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
         super().__post_init__()
-        for name in ("max_new_tokens", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie above 0 and be at most 1, got {self.top_p}")
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p)
+        require_int("samples", self.samples, 1)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples of greedy decoding are one: set temperature")
 

@@ -42,8 +42,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
     Raises:
         FloatingPointError: If no member's evaluation was ever finite; nothing is written.
     """
-    output = Path(recipe.train.output)
-    refuse_existing(output, overwrite=False)
+    output = _new_output(recipe.train.output)
     members = recipe.members()
     for cfg in {member.config(recipe.adapter) for member in members}:
         check_start(cfg, recipe.train.init_from)
@@ -100,6 +99,14 @@ def sweep(recipe: SweepRecipe) -> int | None:
         return None
     print(f"stopped at step {len(result.loss)} of {run.steps}")
     return interruption.signal
+
+
+def _new_output(path: str) -> Path:
+    """The directory to make; raises OSError if it is there or cannot be made."""
+    if Path(path).exists():  # the other check's advice is a flag that a sweep has not got
+        raise FileExistsError(f"{path} exists: choose another train.output")
+    refuse_existing(path, overwrite=False)
+    return Path(path)
 
 
 def main(args: Sequence[str] | None = None) -> None:
