@@ -30,14 +30,19 @@ def decompose(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
         Float32 U `[..., d_in, k]`, s `[..., k]` (largest first) and V `[..., d_out, k]`, where k
         is min(r, d_in, d_out).
     """
-    left, left_core = jnp.linalg.qr(a.astype(jnp.float32))
-    right, right_core = jnp.linalg.qr(b.astype(jnp.float32).swapaxes(-1, -2))
-    core = exact_matmul(left_core, right_core.swapaxes(-1, -2))
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    u = exact_matmul(left, u)
-    v = exact_matmul(right, vt.swapaxes(-1, -2))
-    largest = jnp.take_along_axis(u, jnp.abs(u).argmax(-2, keepdims=True), axis=-2)
-    sign = jnp.where(largest < 0, -1.0, 1.0)
+    a, b = (jnp.asarray(side, jnp.float32) for side in (a, b))
+    with jax.default_matmul_precision("highest"):
+        return svd_of_product(jnp, a, b)
+
+
+def svd_of_product(xp: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
+    """`decompose` in the dtype of a and b, which are arrays of `xp`, NumPy or `jax.numpy`."""
+    left, left_core = xp.linalg.qr(a)
+    right, right_core = xp.linalg.qr(b.mT)
+    u, s, vt = xp.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    u, v = left @ u, right @ vt.mT
+    largest = xp.take_along_axis(u, xp.abs(u).argmax(-2, keepdims=True), axis=-2)
+    sign = xp.where(largest < 0, -1.0, 1.0)
     return u * sign, s, v * sign
 
 

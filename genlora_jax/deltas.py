@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.analysis import target_factors
+from genlora_jax.analysis import svd_of_product, target_factors
 from genlora_jax.targets import Target
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -60,19 +60,14 @@ def decompose_target(
     for i, layer in enumerate(layers):
         if not (np.isfinite(a[i]).all() and np.isfinite(b[i]).all()):
             raise ValueError(f"factors of {target.name}, layer {layer}, are not finite")
-    left, left_core = np.linalg.qr(a)
-    right, right_core = np.linalg.qr(b.mT)
-    u, s, vt = np.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    u, s, v = svd_of_product(np, a, b)
     for layer, largest in zip(layers, s[:, 0], strict=True):
         if largest == 0 and not zero:
             raise ValueError(
                 f"the delta of {target.name}, layer {layer}, is zero: name the other layers in "
                 "the config's layers, or leave the target out"
             )
-    u, v = left @ u, right @ vt.mT
-    top = np.take_along_axis(u, np.abs(u).argmax(-2, keepdims=True), axis=-2)
-    sign = np.where(top < 0, -1.0, 1.0)
-    return u * sign, s, v * sign
+    return u, s, v
 
 
 def report(
