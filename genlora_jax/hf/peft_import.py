@@ -227,6 +227,8 @@ def _check_modules(
     if unknown := sorted(found - {*base, EMBEDDING}, key=natural_order):
         raise ValueError(f"{path}: adapts {unknown[0]}, which the base does not have")
     selected = settings.selected({*base, EMBEDDING, HEAD})
+    if settings.get("ensure_weight_tying") and EMBEDDING in selected:
+        selected |= {HEAD} & found  # PEFT adapts a tied head with the embedding
     if missing := selected - found:
         raise ValueError(
             f"{path / TENSORS} has no factors for {listed(missing)}, which {SETTINGS} selects: it "

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import torch_logits
 
 import genlora_jax as gl
+from genlora_jax.cli import main
 from genlora_jax.hf.peft_import import load_onto
 from genlora_jax.hf.peft_settings import HARMLESS, READ, read_settings
 
@@ -161,6 +162,10 @@ def test_what_an_adapter_changes_in_the_base_is_taken_over(case, make_peft):
 UNTIES = {
     "head_of_a_target": {"target_modules": ["lm_head", "q_proj"]},
     "embedding_of_a_target": {"target_modules": ["embed_tokens", "q_proj"]},
+    "adapted_together": {
+        "target_modules": ["embed_tokens", "q_proj"],
+        "ensure_weight_tying": True,
+    },
     "embedding_alone": Q | {"modules_to_save": ["embed_tokens"]},
     "head_alone": Q | {"modules_to_save": ["lm_head"]},
     "both_and_different": Q | {"modules_to_save": ["embed_tokens", "lm_head"]},
@@ -173,6 +178,18 @@ UNTIES = {
 def test_an_adapter_may_part_a_tied_head_from_its_embedding(case, make_peft):
     base, adapter = make_peft(UNTIES[case], tie_word_embeddings=True)
     compare(make_peft, base, adapter, changes_base="lm_head")
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with).*tie_word_embeddings:UserWarning")
+def test_a_head_that_was_tied_is_in_the_merged_model(make_peft, tmp_path):
+    import transformers
+
+    base, adapter = make_peft(UNTIES["head_alone"], tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="lm_head, which was tied to the embedding"):
+        main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", f"{tmp_path}/out"])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not merged.config.tie_word_embeddings
+    assert np.abs(torch_logits(merged, IDS) - make_peft.logits(base, adapter)).max() <= 2e-4
 
 
 def test_whole_embeddings_that_are_the_base_s_own_change_nothing(make_peft):
