@@ -90,7 +90,8 @@ def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) 
         FileNotFoundError: If there is no such adapter.
         ValueError: If it was made for another base.
     """
-    model, params, factors = base.model, base.params, {}
+    model, params = base.model, base.params
+    factors: Mapping[str, Any] = {}
     if adapter is not None:
         model, params, factors = load_onto(adapter, model, params, base.source)
     return Subject(

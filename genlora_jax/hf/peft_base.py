@@ -1,5 +1,6 @@
 """What a PEFT adapter changes in the base itself: whole tensors, rows of tokens, biases."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,10 +88,11 @@ def base_changes(
     if missing := settings.saved(names) - set(whole):
         raise ValueError(f"{file} lacks {listed(missing)}, which modules_to_save names")
     for name, value in whole.items():
-        changes.add(name, lambda old, value=value: value)
+        changes.add(name, functools.partial(_replaced, value))
         _check_shape(file, name, value.shape, shapes[name])
     for module in (EMBEDDING, HEAD):
-        ids, rows = settings.tokens(module), parts.get(module, {}).get(TOKENS, [])
+        ids = settings.tokens(module)
+        rows: Any = parts.get(module, {}).get(TOKENS, [])
         if len(ids) != len(rows):
             raise ValueError(
                 f"{file} has {len(rows)} rows of {module}; trainable_token_indices names {len(ids)}"
@@ -102,9 +104,17 @@ def base_changes(
             _add_embedding(changes, module, found, scales[module])
         if "lora_B.bias" in found:
             bias = np.float32(scales[module]) * found["lora_B.bias"]
-            changes.add(f"{module}.bias", lambda old, bias=bias: old + bias)
+            changes.add(f"{module}.bias", functools.partial(_plus, bias))
             _check_shape(file, f"{module}.bias", bias.shape, shapes[f"{module}.bias"])
     return changes
+
+
+def _replaced(value: np.ndarray, old: jax.Array) -> np.ndarray:
+    return value
+
+
+def _plus(value: np.ndarray, old: jax.Array) -> jax.Array:
+    return old + value
 
 
 def _add_rows(changes: BaseChanges, name: str, ids: np.ndarray, rows: np.ndarray) -> None:
@@ -122,7 +132,7 @@ def _add_embedding(
 ) -> None:
     """LoRA on the embedding, which is merged: a lookup is no product."""
     delta = np.float32(scale) * (found[EMBEDDING_B] @ found[EMBEDDING_A]).T
-    changes.add(f"{module}.weight", lambda old: old + delta)
+    changes.add(f"{module}.weight", functools.partial(_plus, delta))
     _check_shape(changes.file, f"{module}'s delta", delta.shape, changes.shapes[f"{module}.weight"])
 
 
