@@ -107,7 +107,10 @@ def load_adapter(
                 f"{path} was made for another base: its names or shapes differ from these "
                 f"parameters' (fingerprint {spec.fingerprint}, not {base_fingerprint(params)})"
             )
-        spec = adapter_spec(spec.config, params)
+        try:
+            spec = adapter_spec(spec.config, params)
+        except ValueError as error:
+            raise ValueError(f"{path / SETTINGS}: {error!s:.200}") from error
     if model is not None and base_config not in (None, config_fingerprint(model)):
         raise ValueError(
             f"{path} was made for another base: shapes agree, but not the rest of config.json"
