@@ -243,6 +243,8 @@ def test_estimates_for_gpus_are_what_the_compiler_said_but_for_the_margin(arm):
         "data.length": arm["length"] or size["length"],
         "data.pack": False,
         "model.attention": "cudnn",
+        "model.scan": True,
+        "model.remat": "full",
         "train.accumulate": 1,
     }
     arguments = ["--config", str(REPOSITORY / "train" / "recipes" / "llama3_8b_gpu.yaml")]

@@ -78,7 +78,7 @@ def attend(
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     devices = 1 if mesh is None else mesh.size
     if device.platform == "gpu":
-        suits = cudnn.suits(q, device)
+        suits = cudnn.suits(q.dtype, q.shape[-1], device)
     else:
         suits = segments is not None and splash.suits(q, k, mesh)
     chosen = choose(implementation, device.platform, devices=devices, suits=suits)

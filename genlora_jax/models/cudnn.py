@@ -48,12 +48,12 @@ def find_runs(segments: Array, most: int) -> Runs:
     return Runs(lengths, starts, begins.sum(axis=1).max() <= most)
 
 
-def suits(q: Array, device: Any) -> bool:
-    """Whether cuDNN's attention takes these queries on this device."""
+def suits(dtype: Any, head_dim: int, device: Any) -> bool:
+    """Whether cuDNN's attention takes heads of this dtype and size on a device."""
     capability = float(getattr(device, "compute_capability", 0) or 0)
     widest = 256 if capability >= HOPPER else 128
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and capability >= AMPERE and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return half and capability >= AMPERE and head_dim % 8 == 0 and head_dim <= widest
 
 
 def takes_runs(q: Array, k: Array, mesh: Mesh | None, device: Any) -> bool:
@@ -146,7 +146,7 @@ def _of_even_length(*arrays: Array) -> list[Array]:
 
 
 def of_all_rows(attention: Callable[..., Array]) -> Callable[..., Array]:
-    """Attention `(q, k, v, rest)` of arrays `[rows, ...]`, of which `vmap` makes one call with more rows.
+    """Attention `(q, k, v, rest)` of arrays `[rows, ...]`; `vmap` makes one call with more rows.
 
     JAX's batching rules of cuDNN's attention refuse runs, and masks that are the same for all
     heads. The backward pass runs the forward pass again, which `remat="full"` does anyway.

@@ -102,7 +102,7 @@ class LlamaForCausalLM(nn.Module):
         param_dtype: Dtype of the parameters.
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
         remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
-            outputs of matrix products (`"dots"`).
+            outputs of projections and of attention (`"dots"`).
         attention: `"auto"`, `"xla"`, `"cudnn"`, `"splash"` or `"blocks"`; see `attend`.
         mesh: Devices, with axes `data`, `fsdp` and `tensor`, that shard activations.
     """
