@@ -172,6 +172,12 @@ class LlamaAttention(nn.Module):
         return project(out, cfg.hidden_size, cfg.attention_output_bias, "o_proj"), cache
 
 
+@jax.checkpoint
+def _swiglu(gate: Array, up: Array) -> Array:
+    """SwiGLU; the backward pass computes it again, rather than keep a third array of this size."""
+    return nn.silu(gate) * up
+
+
 class LlamaMLP(nn.Module):
     """SwiGLU feed-forward network."""
 
@@ -186,7 +192,7 @@ class LlamaMLP(nn.Module):
             gate, up = jnp.split(project(x, 2 * width, cfg.mlp_bias, "gate_up_proj"), 2, axis=-1)
         else:
             gate, up = (project(x, width, cfg.mlp_bias, name) for name in ("gate_proj", "up_proj"))
-        inner = self.blueprint.constrain(nn.silu(gate) * up, "tensor")
+        inner = self.blueprint.constrain(_swiglu(gate, up), "tensor")
         return project(inner, cfg.hidden_size, cfg.mlp_bias, "down_proj")
 
 

@@ -1,5 +1,6 @@
 """Models of the LLaMA family in Flax Linen. They know nothing of adapters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,17 +22,21 @@ from genlora_jax.models.layers import (
 )
 from genlora_jax.models.rope import rotary
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "dots", "attention", "full"]
 Array = jax.Array
 
 
-def keeps_products(primitive: Any, *values: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: projections and attention are kept, the rest recomputed."""
-    by_name = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
-    # cuDNN's attention keeps its output and the logarithm of its normalisation for its gradient.
-    if "dot_product_attention_fwd" in primitive.name:
+# What a layer keeps for its backward pass.
+KEPT = {"dots": (PROJECTION, ATTENTION), "attention": (ATTENTION,), "full": ()}
+
+
+def _keeps(names: tuple[str, ...], primitive: Any, *values: Any, **parameters: Any) -> Any:
+    """A policy of `jax.checkpoint`: what has one of the names is kept, the rest recomputed."""
+    # The gradient of cuDNN's attention takes its output and the logarithm of its denominator.
+    if ATTENTION in names and "dot_product_attention_fwd" in primitive.name:
         return True
-    return by_name(primitive, *values, **parameters)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    return policy(primitive, *values, **parameters)
 
 
 class _UnrolledLayers(nn.Module):
@@ -67,7 +72,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = blueprint.embed()
         block: Any = LlamaDecoderLayer
         if self.remat != "none":
-            policy = keeps_products if self.remat == "dots" else None
+            policy = functools.partial(_keeps, KEPT[self.remat])
             block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
         if self.scan:
             self.layers = nn.scan(
@@ -101,8 +106,9 @@ class LlamaForCausalLM(nn.Module):
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
-        remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
-            outputs of projections and of attention (`"dots"`).
+        remat: What of a layer the backward pass recomputes: almost nothing (`"none"`), all but the
+            outputs of projections and of attention (`"dots"`), all but attention's output
+            (`"attention"`), or all (`"full"`). Each takes less memory and more time.
         attention: `"auto"`, `"xla"`, `"cudnn"`, `"splash"` or `"blocks"`; see `attend`.
         mesh: Devices, with axes `data`, `fsdp` and `tensor`, that shard activations.
     """
