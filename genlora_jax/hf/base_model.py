@@ -30,7 +30,7 @@ class ModelConfig:
         scan: Layers scanned (fast to compile), or unrolled (faster on GPUs, which then copy neither
             kernels nor activations from and to stacks). None: unrolled on GPUs.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
-            attention (`dots`), all but attention's output (`attention`), or all (`full`).
+            attention (`dots`), or all (`full`).
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         shape: The fields of the checkpoint's `config.json`, for planning without it.
     """

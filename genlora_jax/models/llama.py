@@ -1,6 +1,5 @@
 """Models of the LLaMA family in Flax Linen. They know nothing of adapters."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,20 +21,16 @@ from genlora_jax.models.layers import (
 )
 from genlora_jax.models.rope import rotary
 
-Remat = Literal["none", "dots", "attention", "full"]
+Remat = Literal["none", "dots", "full"]
 Array = jax.Array
 
 
-# What a layer keeps for its backward pass.
-KEPT = {"dots": (PROJECTION, ATTENTION), "attention": (ATTENTION,), "full": ()}
-
-
-def _keeps(names: tuple[str, ...], primitive: Any, *values: Any, **parameters: Any) -> Any:
-    """A policy of `jax.checkpoint`: what has one of the names is kept, the rest recomputed."""
+def keeps_products(primitive: Any, *values: Any, **parameters: Any) -> Any:
+    """A policy of `jax.checkpoint`: projections and attention are kept, the rest recomputed."""
     # The gradient of cuDNN's attention takes its output and the logarithm of its denominator.
-    if ATTENTION in names and "dot_product_attention_fwd" in primitive.name:
+    if "dot_product_attention_fwd" in primitive.name:
         return True
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    policy = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
     return policy(primitive, *values, **parameters)
 
 
@@ -72,7 +67,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = blueprint.embed()
         block: Any = LlamaDecoderLayer
         if self.remat != "none":
-            policy = functools.partial(_keeps, KEPT[self.remat])
+            policy = keeps_products if self.remat == "dots" else None
             block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
         if self.scan:
             self.layers = nn.scan(
@@ -107,8 +102,8 @@ class LlamaForCausalLM(nn.Module):
         param_dtype: Dtype of the parameters.
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
         remat: What of a layer the backward pass recomputes: almost nothing (`"none"`), all but the
-            outputs of projections and of attention (`"dots"`), all but attention's output
-            (`"attention"`), or all (`"full"`). Each takes less memory and more time.
+            outputs of projections and of attention (`"dots"`), or all (`"full"`). Each takes less
+            memory and more time.
         attention: `"auto"`, `"xla"`, `"cudnn"`, `"splash"` or `"blocks"`; see `attend`.
         mesh: Devices, with axes `data`, `fsdp` and `tensor`, that shard activations.
     """

@@ -27,7 +27,7 @@ ACTIVATIONS = (6, 2, 2, 4)
 # Derived, the same for what is kept for the backward pass. `dots`: the residual before each half;
 # queries and the heads' output; keys and values; gate and up. Unrolled layers without remat: also
 # what goes into each half's products.
-KEPT = {"dots": (2, 2, 2, 2), "attention": (1, 1, 0, 0)}
+KEPT_BY_DOTS = (2, 2, 2, 2)
 KEPT_UNROLLED = (4, 2, 2, 2)
 # Derived: a scan without remat stacks whatever the backward pass reads: all activations, SwiGLU's
 # parts that are no product's input or output, and two float32 arrays in each of the two norms.
@@ -84,8 +84,8 @@ def _kept_bytes(step: Step) -> int:
     model = step.recipe.model
     if model.remat == "full":  # what passes from layer to layer
         return cfg.num_hidden_layers * (step.tokens * cfg.hidden_size * step.width // tensor)
-    if model.remat != "none":
-        return cfg.num_hidden_layers * _values(step, KEPT[model.remat]) * step.width
+    if model.remat == "dots":
+        return cfg.num_hidden_layers * _values(step, KEPT_BY_DOTS) * step.width
     if not model.scans(_platform(step)):
         kept = _values(step, KEPT_UNROLLED) * step.width + _score_bytes(step)
         return cfg.num_hidden_layers * kept
@@ -131,7 +131,7 @@ def _layer_bytes(step: Step) -> int:
     # Kernel-sized factors, and what factors of other kinds form, exist for a layer at a time.
     deltas = step.formed_values + step.stored_values
     deltas = deltas // step.config.num_hidden_layers * step.width // step.mesh.tensor
-    recomputed = _activation_bytes(step) if step.recipe.model.remat in ("attention", "full") else 0
+    recomputed = _activation_bytes(step) if step.recipe.model.remat == "full" else 0
     gathered = _gathered_copies(step) * step.layer_bytes
     return gathered + recomputed + deltas + _packed_bytes(step)
 
