@@ -43,14 +43,7 @@ class Report:
     def __str__(self) -> str:
         if self.parts:
             return "\n".join(map(str, self.parts))
-        text = (
-            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} of them trained"
-        )
-        if self.overlong:
-            text += f"; {self.overlong:,} rows longer than the limit"
-        if self.without_completion:
-            text += f"; {self.without_completion:,} rows with nothing to train on, left out"
+        text = self.summary
         counts = [
             form if len(self.forms) == 1 else f"{form} ({count:,} rows)"
             for form, count in self.forms.most_common(5)
@@ -60,8 +53,21 @@ class Report:
         if self.unused:
             text += f"\n  of no use: {listed(self.unused)} (make prompt and completion of them)"
         if self.bad:
-            lines = [f"  {self.bad:,} bad rows left out:", *self.first_bad]
-            text += "\n" + "\n    ".join(lines)
+            text += f"\n  {self.bad:,} bad rows left out:"
+            text += "".join(f"\n    {line}" for line in self.first_bad)
+        return text
+
+    @property
+    def summary(self) -> str:
+        """The counts, in a line."""
+        text = (
+            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} of them trained"
+        )
+        if self.overlong:
+            text += f"; {self.overlong:,} rows longer than the limit"
+        if self.without_completion:
+            text += f"; {self.without_completion:,} rows with nothing to train on, left out"
         return text
 
 
