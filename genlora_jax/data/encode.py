@@ -91,7 +91,7 @@ def encode(
         first_bad=bad.first,
     )
     if not examples:
-        raise ValueError(f"{report}: nothing to train on")
+        raise ValueError(f"{report.summary}: nothing to train on")
     return examples, report
 
 

@@ -47,6 +47,23 @@ class Report:
     def __str__(self) -> str:
         if self.parts:
             return "\n".join(map(str, self.parts))
+        text = self.summary
+        counts = [
+            form if len(self.forms) == 1 else f"{form} ({count:,} rows)"
+            for form, count in self.forms.most_common(5)
+        ]
+        if counts:
+            text += f"\n  trained on: {'; '.join(counts)}"
+        if self.unused:
+            text += f"\n  of no use: {listed(self.unused)} (make prompt and completion of them)"
+        if self.bad:
+            text += f"\n  {self.bad:,} bad rows left out:"
+            text += "".join(f"\n    {line}" for line in self.first_bad)
+        return text
+
+    @property
+    def summary(self) -> str:
+        """The counts, in a line."""
         text = (
             f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained"
@@ -61,17 +78,6 @@ class Report:
                 f"; {self.rewritten:,} conversations in several examples, as the chat template "
                 "shows earlier turns otherwise"
             )
-        counts = [
-            form if len(self.forms) == 1 else f"{form} ({count:,} rows)"
-            for form, count in self.forms.most_common(5)
-        ]
-        if counts:
-            text += f"\n  trained on: {'; '.join(counts)}"
-        if self.unused:
-            text += f"\n  of no use: {listed(self.unused)} (make prompt and completion of them)"
-        if self.bad:
-            lines = [f"  {self.bad:,} bad rows left out:", *self.first_bad]
-            text += "\n" + "\n    ".join(lines)
         return text
 
 
