@@ -55,7 +55,7 @@ class Report:
         if counts:
             text += f"\n  trained on: {'; '.join(counts)}"
         if self.unused:
-            text += f"\n  of no use: {listed(self.unused)} (make prompt and completion of them)"
+            text += f"\n  not used: {listed(self.unused)}"
         if self.bad:
             text += f"\n  {self.bad:,} bad rows left out:"
             text += "".join(f"\n    {line}" for line in self.first_bad)

@@ -82,5 +82,6 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
         if isinstance(data, datasets.DatasetDict):
             data = data[split or "train"]
     except Exception as error:  # whatever the library raises, the user named no data set
-        raise FileNotFoundError(f"no data at {source}: {error}") from error
+        said = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(f"no data at {source}: {said}") from error
     return ((f"{source}: row {number}", row) for number, row in enumerate(data, 1))

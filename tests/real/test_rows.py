@@ -131,8 +131,8 @@ def test_llm_adapters_trains_the_output_and_is_asked_for_the_answer(shared, toke
         ({"chosen": "b", "rejected": "c"}, "preference"),
         ({"prompt": "a", "completion": "b", "label": False}, "label is false"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, "'input'"),
-        ({"instruction": "a", "input": "b"}, "'output'"),
-        ({"instruction": "a", "output": 3}, "'output'"),
+        ({"instruction": "a", "input": "b"}, "'output' is missing; has 'input', 'instruction'"),
+        ({"instruction": "a", "output": 3}, "'output' is no text but int"),
         ({"question": None, "answer": "b"}, "needs fields .*; has 'answer'"),
         ({"prompt": "a", "completion": None}, "'completion'"),
         ({"text": ["a"]}, "needs fields"),
@@ -146,7 +146,7 @@ def test_a_row_of_another_form_is_named(load, row, message):
         load([PLAIN, row])
 
 
-def test_the_report_says_what_is_trained_and_what_is_of_no_use(load):
+def test_the_report_says_what_is_trained_and_what_is_not_used(load):
     rows = [
         {"instruction": "a", "input": "b", "output": "c", "answer": "d", "id": 0, "tags": []},
         {"instruction": "a", "input": "", "output": "c", "note": "", "id": 1, "source": "e"},
