@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows
+from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows, without_nulls
 
 Row = dict[str, Any]
 
@@ -84,4 +84,4 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # whatever the library raises, the user named no data set
         said = " ".join(str(error).split())[:300]
         raise FileNotFoundError(f"no data at {source}: {said}") from error
-    return ((f"{source}: row {number}", row) for number, row in enumerate(data, 1))
+    return ((f"{source}: row {number}", without_nulls(row)) for number, row in enumerate(data, 1))

@@ -8,6 +8,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -210,6 +211,46 @@ def test_tools_and_arguments_may_be_json_text(read, rendered, tmp_path, tokenize
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     (example,), _ = load_examples(str(file), tokenizer, DataConfig(train=str(file)))
     assert parts(example) == rendered(CALLED, tools=TOOLS)
+
+
+def test_calls_of_several_tools_in_a_table_have_no_fields_of_one_another(
+    tmp_path, rendered, tokenizer
+):
+    tokenizer.chat_template = plain(CHATML)
+    other = json.loads(json.dumps(CALLED))
+    other[1]["tool_calls"][0]["function"]["arguments"] = {"as": "number"}
+    calls = [CALLED, other]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"messages": talk} for talk in calls]), tmp_path / "rows.parquet"
+    )
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list([{"messages": talk} for talk in calls]).save_to_disk(
+        tmp_path / "saved"
+    )
+    for source in ("rows.parquet", "saved"):
+        file = str(tmp_path / source)
+        examples, _ = load_examples(file, tokenizer, DataConfig(train=file))
+        assert [parts(example) for example in examples] == [rendered(talk) for talk in calls]
+
+
+def test_messages_may_be_json_text(read, rendered):
+    (example,), _ = read({"messages": json.dumps(TALK)})
+    assert parts(example) == rendered(TALK)
+
+
+@pytest.mark.parametrize(
+    ("template", "endless"),
+    [
+        (marked(CHATML), False),
+        (marked(CHATML.replace("<|im_end|>\n]]", "]]<|im_end|>\n")), True),
+        (plain(CHATML).replace("<|im_end|>\n{%", "\n{%"), True),
+    ],
+    ids=["ends", "the mark leaves out the end", "no end"],
+)
+def test_turns_that_are_never_trained_to_end_are_reported(read, template, endless):
+    _, report = read({"messages": TALK}, template=template)
+    assert ("answers will not end" in str(report)) == endless
+    assert "answers will not end" not in str(read({"text": "Hi."}, template=template)[1])
 
 
 def test_a_call_without_arguments_and_without_a_type_is_a_call(read, rendered):
