@@ -51,6 +51,8 @@ def conversation(row: dict[str, Any], place: str) -> Conversation | None:
         return None
     prompt = row["prompt"] if len(fields) == 2 else []
     messages = row[fields[-1]]
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        messages = _parsed(messages, list, f"{place}: {fields[-1]}")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{place}: {fields[-1]} must be a list of objects with role and content")
     turns = [_turn(message, f"{place}: turn {i}") for i, message in enumerate(prompt + messages, 1)]

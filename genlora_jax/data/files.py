@@ -208,13 +208,23 @@ def _parquet_rows(path: Path) -> Rows:
             for batch in () if twice else file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path}: row {number + 1} or after it: no parquet, or damaged: {error}"
         ) from error
     if twice is not None:
         raise ValueError(f"{path}: two columns are named {twice!r}: rename one")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table, where an object has the fields of all objects in its column.
+
+    Those that its row did not have are null, and would reach the descriptions and calls of tools.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(v) for name, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 # How a file is read, by its suffix.

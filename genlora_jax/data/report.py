@@ -22,6 +22,7 @@ class Report:
         overlong: Rows longer than the limit.
         without_completion: Examples left out because nothing of them is trained.
         first_without: The first of them, and why.
+        endless: Whether no turn of a conversation is trained with a token that ends it.
         rewritten: Conversations that took several examples; see `chat_passages`.
         forms: Which fields made prompt and completion, and in how many rows.
         unused: Fields that hold something and of which nothing was made.
@@ -37,6 +38,7 @@ class Report:
     overlong: int
     without_completion: int
     first_without: str = ""
+    endless: bool = False
     rewritten: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unused: Sequence[str] = ()
@@ -56,6 +58,11 @@ class Report:
             text += f"\n  trained on: {'; '.join(counts)}"
         if self.unused:
             text += f"\n  not used: {listed(self.unused)}"
+        if self.endless:
+            text += (
+                "\n  no trained turn has a special token that ends it: answers will not end. "
+                "Mend the chat template"
+            )
         if self.bad:
             text += f"\n  {self.bad:,} bad rows left out:"
             text += "".join(f"\n    {line}" for line in self.first_bad)

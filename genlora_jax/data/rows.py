@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows
+from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows, without_nulls
 
 Row = dict[str, Any]
 
@@ -86,7 +86,7 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         for number, row in enumerate(data, 1):
-            yield f"{source}: row {number}", row
+            yield f"{source}: row {number}", without_nulls(row)
     except Exception as error:  # of decoding images, or damaged files
         raise ValueError(f"{source}: row {number + 1}: {_said(error)}") from error
 
