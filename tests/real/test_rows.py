@@ -386,7 +386,7 @@ def test_a_data_set_that_breaks_off_is_named(monkeypatch):
         raise ImportError("To support decoding images, please install 'Pillow'.")
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
-    with pytest.raises(ValueError, match="^a/b: row 2: To support decoding"):
+    with pytest.raises(ValueError, match=r"^a/b: row 2: To support decoding"):
         list(read_rows("a/b"))
 
 
