@@ -182,7 +182,8 @@ def _csv_rows(path: Path, stream: BinaryIO) -> Rows:
         for cells in table:
             place, line = f"{path}:{line}", table.line_num + 1
             if not header:
-                header = cells
+                # Spreadsheets leave columns without a name, and mostly without content.
+                header = [name or f"column {i}" for i, name in enumerate(cells, 1)]
                 if (name := _twice(header)) is not None:
                     raise ValueError(f"{place}: two columns are named {name!r}: rename one")
             elif len(cells) == len(header):

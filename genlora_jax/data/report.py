@@ -128,5 +128,6 @@ class BadRows:
         if self.count > limit * rows:
             raise ValueError(
                 f"{source}: {self.count:,} of {rows:,} rows are bad, more than "
-                f"data.bad_rows_limit = {limit} of them. The first: {self.first[0]}"
+                f"data.bad_rows_limit = {limit} of them: mend them, or raise it. The first: "
+                f"{self.first[0]}"
             )

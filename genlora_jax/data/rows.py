@@ -82,6 +82,14 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
         if isinstance(data, datasets.DatasetDict):
             data = data[split or "train"]
     except Exception as error:  # whatever the library raises, the user named no data set
-        said = " ".join(str(error).split())[:300]
-        raise FileNotFoundError(f"no data at {source}: {said}") from error
-    return ((f"{source}: row {number}", without_nulls(row)) for number, row in enumerate(data, 1))
+        raise FileNotFoundError(f"no data at {source}: {_said(error)}") from error
+    number = 0
+    try:
+        for number, row in enumerate(data, 1):
+            yield f"{source}: row {number}", without_nulls(row)
+    except Exception as error:  # of decoding images, or damaged files
+        raise ValueError(f"{source}: row {number + 1}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -239,6 +239,15 @@ def test_a_file_is_read_as_datasets_reads_it(tmp_path, name, data, builder):
         assert list(found) == ROWS
 
 
+def test_columns_without_a_name_are_no_error(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,,\na,,\nb,c,\n")
+    assert [row for _, row in read_rows(str(file))] == [
+        {"text": "a", "column 2": "", "column 3": ""},
+        {"text": "b", "column 2": "c", "column 3": ""},
+    ]
+
+
 def test_parquet_of_capitals_is_read(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.PARQUET")
     found = list(read_rows(str(tmp_path / "rows.PARQUET")))
@@ -369,6 +378,16 @@ def test_ids_of_the_hub_are_sought_there(monkeypatch, tmp_path, source):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(read_rows(source)) == [(f"{source}: row 1", PLAIN)]
     assert asked == [(name, split or "train")]
+
+
+def test_a_data_set_that_breaks_off_is_named(monkeypatch):
+    def rows(*_, **__):
+        yield PLAIN
+        raise ImportError("To support decoding images, please install 'Pillow'.")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(ValueError, match=r"^a/b: row 2: To support decoding"):
+        list(read_rows("a/b"))
 
 
 def test_a_saved_split_that_is_not_there_is_named(tmp_path):
