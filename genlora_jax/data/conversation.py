@@ -96,7 +96,8 @@ def _turn(given: Any, place: str) -> tuple[Message, bool]:
         raise ValueError(f"{place} ({role}) has neither content nor tool_calls")
     if "content" in message:
         message["content"] = _text(message["content"], f"{place}: content")
-    return message, role == "assistant" and False not in flags
+    says = message.get("tool_calls") or message["content"].strip()
+    return message, role == "assistant" and bool(says) and False not in flags
 
 
 def _flag(value: Any, what: str) -> bool:

@@ -151,7 +151,7 @@ def _why_untrained(form: Form, overlong: bool) -> str:
     """Why nothing of a row is trained, for people."""
     if form.talk is not None and not form.talk.trained:
         roles = sorted({message["role"] for message in form.talk.messages})
-        return f"no turn is the assistant's and trained; roles {', '.join(roles)}"
+        return f"no turn of the assistant's is trained and says something; roles {', '.join(roles)}"
     return "the trained part lies in other pieces" if overlong else "its completion is empty"
 
 

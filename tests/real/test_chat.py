@@ -387,6 +387,16 @@ def test_every_turn_is_trained_as_the_model_is_asked_for_it(
         ({"messages": CALLED}, CHATML.replace(CALLS, ""), "does not have its 'count'"),
         ({"messages": CALLED, "tools": TOOLS}, GEMMA, "makes no use of 'tools'"),
         ({"messages": RULED}, CHATML.replace("messages %}", "messages[1:] %}"), "turn 1 (system)"),
+        (
+            {"messages": [*ASKED, TALK[1] | {"reasoning_content": "1 + 1"}]},
+            CHATML,
+            "turn 2 has thoughts",
+        ),
+        (
+            {"messages": [*ASKED, TALK[1] | {"reasoning_content": "1 + 1"}]},
+            CHATML + "{# reasoning_content #}",
+            "does not have its '1 + 1'",
+        ),
         ({"messages": [{"role": "bot", "content": "Hi."}, *TALK]}, CHATML, "role 'bot'"),
         ({"messages": []}, CHATML, "messages must be a list"),
         ({"messages": [*TALK, "Bye."]}, CHATML, "turn 5 is no object"),
@@ -441,9 +451,29 @@ def test_what_cannot_be_is_refused_with_its_place(read, row, template, said):
 
 def test_a_conversation_with_nothing_to_train_says_why(read):
     with_bot = [TALK[0], TALK[1] | {"weight": 0}]
-    _, report = read({"messages": RULED[:2]}, {"messages": with_bot})
-    assert "2 rows with nothing to train on, left out" in str(report)
-    assert "rows.jsonl:2: no turn is the assistant's and trained; roles system, user" in str(report)
+    silent = [TALK[0], TALK[1] | {"content": ""}]
+    _, report = read({"messages": RULED[:2]}, {"messages": with_bot}, {"messages": silent})
+    assert "3 rows with nothing to train on, left out" in str(report)
+    assert (
+        "rows.jsonl:2: no turn of the assistant's is trained and says something; roles system"
+        in str(report)
+    )
+
+
+def test_a_greeting_of_the_assistants_is_left_as_it_is_with_weight_0(read, rendered):
+    (example,), _ = read({"messages": [TALK[1] | {"weight": 0}, *TALK]})
+    ids, mask = rendered([TALK[1], *TALK])
+    first = len(rendered([TALK[1]])[0])
+    assert parts(example) == (ids, [False] * first + mask[first:])
+
+
+def test_thoughts_in_a_field_of_their_own_are_trained(read, tokenizer):
+    thinking = CHATML.replace(
+        "[[", "[[{% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}"
+    )
+    for name in ("thinking", "reasoning_content"):
+        (example,), _ = read({"messages": [*ASKED, TALK[1] | {name: "1 + 1"}]}, template=thinking)
+        assert trained(tokenizer, example) == "<think>1 + 1</think>Two.<|im_end|>\n"
 
 
 def test_a_template_with_marks_but_none_for_a_turn_is_refused(read):
