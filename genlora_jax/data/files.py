@@ -65,9 +65,18 @@ def file_rows(path: Path) -> Rows:
 def _open(path: Path, codec: str | None) -> BinaryIO:
     if codec is None:
         return path.open("rb")
-    import pyarrow
+    return io.BufferedReader(_pyarrow(path).CompressedInputStream(str(path), codec))
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(str(path), codec))
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise ValueError(
+            f'{path}: takes pyarrow to read: pip install "genlora_jax[train]"'
+        ) from None
+    return pyarrow
 
 
 def decoded(data: bytes, path: Path, first_line: int = 1) -> str:
@@ -198,9 +207,7 @@ def _csv_rows(path: Path, stream: BinaryIO) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = _pyarrow(path)
     number, twice = 0, None
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
