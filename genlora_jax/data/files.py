@@ -117,7 +117,8 @@ def _json_file(path: Path, stream: BinaryIO) -> Rows:
     text = decoded(data, path)
     at = _after_space(text, 0)
     array = text.startswith("[", at)
-    if not array and text[at:].partition("\n")[0].rstrip().endswith("}"):
+    stop = text.find("\n", at)
+    if not array and text[at : stop if stop > 0 else None].rstrip().endswith("}"):
         yield from _json_lines(path, io.BytesIO(data))
         return
     line, counted = 1, 0
@@ -145,6 +146,14 @@ def _json_value(text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
     """The JSON value at a position of a text, and where it ends."""
     try:
         value, end = DECODER.raw_decode(text, at)
+        if SURROGATE.search(text, at, end):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        value = ValueError(
+            f"{path}:{line}: {half} is half a character, which no tokenizer reads: write the "
+            "character whole, or leave it out"
+        )
     except json.JSONDecodeError as error:
         line += text.count("\n", at, error.pos)
         raise ValueError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from None
@@ -152,15 +161,6 @@ def _json_value(text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
         raise ValueError(f"{path}:{line}: nested too deeply: leave that field out") from None
     except ValueError as error:  # of `_object`, or a number of thousands of digits
         raise ValueError(f"{path}:{line}: {error}") from None
-    if SURROGATE.search(text, at, end):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            value = ValueError(
-                f"{path}:{line}: {half} is half a character, which no tokenizer reads: write the "
-                "character whole, or leave it out"
-            )
     return value, end
 
 

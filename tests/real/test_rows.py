@@ -281,6 +281,7 @@ LINE = json.dumps(PLAIN).encode()
         ("rows.json", b'[\n{"text": "a"},\n{"text": "caf\xe9"}]', ":3: no UTF-8 .*Latin-1"),
         ("rows.csv", b"text\na\ncaf\xe9\n", ":3: no UTF-8 .*Latin-1"),
         ("rows.jsonl", LINE + b'\n{"text": ' + b"[" * 20000, ":2: nested too deeply"),
+        ("rows.jsonl", b'{"a": "\\ud800", "b": ' + b"[" * 985 + b"]" * 985 + b"}", ":1: "),
         ("rows.json", b"[\n" + b"[" * 20000, ":2: nested too deeply"),
         ("rows.jsonl", LINE + b'\n{"text": "a", "text": "b"}', ":2: field 'text' is there twice"),
         ("rows.jsonl", LINE + rb'\n{"text": "a \ud83d"}'.replace(rb"\n", b"\n"), ":2: .*half"),
