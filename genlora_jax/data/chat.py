@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genlora_jax.data.conversation import Conversation, Message
 
@@ -93,7 +93,7 @@ def _render(
         return str(
             tokenizer.apply_chat_template(
                 list(talk.messages[:turns]),
-                tools=talk.tools,
+                tools=[*talk.tools] if talk.tools else None,
                 add_generation_prompt=cue,
                 tokenize=False,
                 **talk.settings,
@@ -128,15 +128,16 @@ def _marked_by_template(
     """A conversation's text, and the spans of it that the template itself marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    variables = {**tokenizer.special_tokens_map, **talk.settings}
+    variables: dict[str, Any] = {**tokenizer.special_tokens_map, **talk.settings}
     with _template_errors(talk, tokenizer):
-        (text,), (marked,) = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[list(talk.messages)],
-            tools=talk.tools,
+            tools=[*talk.tools] if talk.tools else None,
             chat_template=template,
             return_assistant_tokens_mask=True,
             **variables,
         )
+    (text,), (marked,) = rendered
     _check_shown(talk, text)
     turns = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
     if len(turns) == len(marked):

@@ -84,6 +84,8 @@ QWEN3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined "
     "and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+FLAGS = [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False, "weight": 0}]
+FLAGS += [{"trainable": False}, {"loss": False}]
 ASKED = [{"role": "user", "content": "Two pies?"}]
 TALK = [
     *ASKED,
@@ -299,7 +301,7 @@ def test_a_completion_of_messages_is_trained_and_its_prompt_is_not(read, rendere
     assert parts(example) == (ids, [False] * len(first) + mask[len(first) :])
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("template", [plain(CHATML), marked(CHATML)], ids=["plain", "marked"])
 def test_a_turn_that_is_not_to_be_trained_is_not(read, rendered, flag, template):
     ids, mask = rendered(TALK)
