@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import sys
 
 import datasets
 import numpy as np
@@ -280,6 +281,7 @@ LINE = json.dumps(PLAIN).encode()
         ("rows.json", b'[\n{"text": "a"},\n{"text": "caf\xe9"}]', ":3: no UTF-8 .*Latin-1"),
         ("rows.csv", b"text\na\ncaf\xe9\n", ":3: no UTF-8 .*Latin-1"),
         ("rows.jsonl", LINE + b'\n{"text": ' + b"[" * 20000, ":2: nested too deeply"),
+        ("rows.jsonl", b'{"a": "\\ud800", "b": ' + b"[" * 985 + b"]" * 985 + b"}", ":1: "),
         ("rows.json", b"[\n" + b"[" * 20000, ":2: nested too deeply"),
         ("rows.jsonl", LINE + b'\n{"text": "a", "text": "b"}', ":2: field 'text' is there twice"),
         ("rows.jsonl", LINE + rb'\n{"text": "a \ud83d"}'.replace(rb"\n", b"\n"), ":2: .*half"),
@@ -330,6 +332,16 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, tokenizer, n
     assert text.startswith(str(file))
     assert len(text) < 500 + len(str(file))
     assert len(text.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.parquet", b"PAR1"), ("a.jsonl.gz", gzip.compress(LINE))]
+)
+def test_what_it_takes_to_read_a_file_is_said(tmp_path, monkeypatch, name, data):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name}: takes pyarrow .*pip install"):
+        list(read_rows(str(tmp_path / name)))
 
 
 def test_damaged_parquet_is_named(tmp_path):
