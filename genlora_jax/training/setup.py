@@ -21,6 +21,7 @@ from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.objectives import Objective, find_objective
 from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.show import shown
 from genlora_jax.training.step_options import StepOptions
 
 
@@ -53,7 +54,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     Args:
         recipe: The recipe.
         mesh: The devices.
-        print_line: Prints a report of each source.
+        print_line: Prints a report of each source, and the examples to show.
 
     Raises:
         FileNotFoundError: If data or base are not there.
@@ -69,6 +70,8 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
         return examples
 
     examples = load(recipe.data.train)
+    for number, example in enumerate(examples[: recipe.show], 1):
+        print_line(shown(number, example, found[1]))
     most, held_out = objective.max_segments(examples, recipe.data), []
     if recipe.data.eval:
         held_out_examples = load(recipe.data.eval)

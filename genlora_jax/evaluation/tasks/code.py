@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from genlora_jax.data.rows import text_field
+from genlora_jax.data.forms import text_field
 from genlora_jax.evaluation.sandbox import sandbox
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
