@@ -94,9 +94,9 @@ $(HARNESS)/ready: pyproject.toml constraints.txt
 	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable ".[test,lm-eval]"
 	touch $@
 
-# A run killed a hundred times; a quarter of an hour, and so not in `test`.
+# A run killed a hundred times, and changed files for each reader: half an hour, and so not in `test`.
 soak: $(VENV)/ready
-	$(BIN)/python -m pytest -s tests/external/soak.py
+	$(BIN)/python -m pytest -s tests/external/soak.py tests/external/fuzz.py
 
 clean:
 	rm -rf $(VENV) $(DOCS) $(FOREIGN) $(ENGINES) $(HARNESS) $(TPU) out site
