@@ -192,7 +192,12 @@ PIECES = st.sampled_from(
         *("{{ 'a' * 10 ** 5 }}", "{% if add_generation_prompt %}", "{% set m = messages[-1] %}"),
     )
 )
-TEMPLATES = st.just(CHATML) | st.lists(PIECES, max_size=8).map("".join)
+GENERATION = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEMPLATES = st.sampled_from([CHATML, GENERATION]) | st.lists(PIECES, max_size=8).map("".join)
 
 
 @st.composite
@@ -246,11 +251,24 @@ def check_rows(directory, found):
                 assert value in decoded or any(n in said for n in named), (name, decoded, said)
 
 
+def plain(message):
+    """A message as every template knows it."""
+    role = str(message["role"]).lower()
+    role = {"human": "user", "gpt": "assistant"}.get(role, role)
+    content = message["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return message | {"role": role, "content": content}
+
+
 def check_chat(directory, found):
-    """Tokens as `transformers` renders the conversation, or a part of it that ends earlier."""
+    """Tokens as `transformers` renders the conversation, or a part of it that ends earlier.
+
+    Trained are those that it marks, where the template says which the assistant generates.
+    """
     reader, examples, _ = found
-    (row,) = (json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines())
-    messages, tools = row["messages"], row.get("tools") or None
+    row = json.loads((directory / "rows.jsonl").read_text())
+    messages, tools = [plain(message) for message in row["messages"]], row.get("tools") or None
     tools = None if tools != tools else tools  # tables have NaN for what is not there
     renders = []
     for end in range(len(messages), 0, -1):
@@ -260,6 +278,13 @@ def check_chat(directory, found):
     for example in examples:
         ids = example["input_ids"].tolist()
         assert any(ids == whole[: len(ids)] for whole in renders), reader.decode(ids)
+    if reader.chat_template == GENERATION and not any("weight" in m for m in messages):
+        marked = reader.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        for example in examples:
+            expected = marked["assistant_masks"][: len(example["loss_mask"])]
+            np.testing.assert_array_equal(example["loss_mask"], np.array(expected, bool))
 
 
 # Bases.
