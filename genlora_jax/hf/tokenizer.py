@@ -34,6 +34,8 @@ def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTr
         ValueError: If there is none, or none that knows the position in the text of each token,
             or if the adapter's gives a token of the checkpoint's another id.
     """
+    if adapter is not None:
+        refuse_pointers(Path(adapter))
     own = _own_tokenizer(adapter)
     tokenizer = _load(own or directory)
     if own is not None and (directory / TOKENIZER[0]).is_file():
@@ -52,7 +54,6 @@ def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTr
 def _own_tokenizer(adapter: str | Path | None) -> Path | None:
     if adapter is None or not any((Path(adapter) / name).is_file() for name in TOKENIZER):
         return None
-    refuse_pointers(Path(adapter))
     return Path(adapter)
 
 
