@@ -72,7 +72,8 @@ def export_peft_adapter(
     """
     refuse_existing(out, overwrite=overwrite)
     cfg, loaded = load_adapter(adapter)
-    export_peft(out, cfg, generate_factors(cfg, loaded), base=base or "", overwrite=overwrite)
+    factors = generate_factors(cfg, loaded)
+    export_peft(out, cfg, factors, base=base or "", adapter=adapter, overwrite=overwrite)
     print(f"PEFT adapter: {out}")
 
 

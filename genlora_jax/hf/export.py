@@ -23,7 +23,13 @@ from genlora_jax.hf.tensorfile import (
     transpose,
     transposes_on_host,
 )
-from genlora_jax.hf.tokenizer import GENERATION, changed_generation_config, copy_companions
+from genlora_jax.hf.tokenizer import (
+    GENERATION,
+    TERMS,
+    changed_generation_config,
+    copy_files,
+    copy_tokenizer,
+)
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.sharding import constrain, replicated
 from genlora_jax.validation import first_not_finite
@@ -92,7 +98,8 @@ def export_hf(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         _write_config(source, directory, kind, own_head=HEAD in flat)
-        copy_companions(source, adapter, directory)
+        copy_files(source, (GENERATION, *TERMS), directory)
+        copy_tokenizer(source, adapter, directory)
         if generation:
             (directory / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
 

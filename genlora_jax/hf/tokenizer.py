@@ -140,22 +140,20 @@ def changed_generation_config(source: Path, adapter: str | Path | None) -> dict[
     return settings | {"eos_token_id": ids}
 
 
-def copy_companions(source: Path, adapter: str | Path | None, directory: Path) -> None:
-    """Copies what belongs to a model beside its tensors and config: tokenizer, templates, terms.
-
-    The adapter's own take the place of the base's.
-    """
+def copy_tokenizer(source: Path, adapter: str | Path | None, directory: Path) -> None:
+    """Copies the tokenizer and the chat templates, an adapter's own in the place of the base's."""
     own = _own_tokenizer(adapter)
     templates = own or source
     if own is None and adapter is not None and (Path(adapter) / TEMPLATE).is_file():
         templates = Path(adapter)
-    for origin, patterns in (
-        (source, (*TERMS, GENERATION)),
-        (own or source, TOKENIZER_FILES),
-        (templates, TEMPLATES),
-    ):
-        for file in (file for pattern in patterns for file in origin.glob(pattern)):
-            if file.is_file():
-                target = directory / file.relative_to(origin)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+    copy_files(own or source, TOKENIZER_FILES, directory)
+    copy_files(templates, TEMPLATES, directory)
+
+
+def copy_files(source: Path, patterns: tuple[str, ...], directory: Path) -> None:
+    """Copies the files of some patterns, under their paths below `source`."""
+    for file in (file for pattern in patterns for file in source.glob(pattern)):
+        if file.is_file():
+            target = directory / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)

@@ -63,7 +63,7 @@ class LlamaConfig:
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"head_dim ({self.head_dim}) times partial_rotary_factor "
-                f"({self.partial_rotary_factor:g}) must be even for rotary embeddings, above 0, and "
+                f"({self.partial_rotary_factor:g}) must be even for rotary embeddings, above 0 and "
                 "no more than head_dim"
             )
         if self.sliding_window is not None and self.sliding_window < 1:

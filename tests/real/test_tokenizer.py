@@ -1,6 +1,7 @@
 """Tokenizers, end tokens and what an export carries; the expected values are transformers'."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -21,6 +22,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OTHER = CHATML.replace("\n", "\n\n")
+PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 START, END = 510, 511  # of ChatML, in the place of the last two tokens
 
 
@@ -115,7 +117,7 @@ def test_what_is_trained_as_the_end_ends_decoding_as_the_trainer_of_transformers
         (warning,) = recwarn.list
         said = r"end a text with <s> \(1\).*, tokenizer and chat template with </s> \(2\): decoding"
         assert warning.category is UserWarning
-        assert pytest.importorskip("re").search(said, str(warning.message))
+        assert re.search(said, str(warning.message))
 
 
 def test_a_model_without_any_other_stops_at_the_tokenizers_end(base):
@@ -156,6 +158,19 @@ def test_end_tokens_that_are_no_ids_are_refused_by_name(base, ids):
     set_json(base / "generation_config.json", eos_token_id=ids)
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a whole"):
         end_tokens(base, load_tokenizer(base))
+
+
+def test_an_export_to_peft_has_tokenizer_and_end_tokens(base, tmp_path):
+    write_tokenizer(base, template=CHATML)
+    cfg, (_, params) = gl.LoRAConfig(rank=2), gl.load_llama(base)
+    factors = gl.generate_factors(cfg, gl.init_adapter(cfg, jax.random.key(0), params))
+    with pytest.warns(UserWarning, match="decoding stops at each of them"):
+        gl.export_peft(tmp_path / "out", cfg, factors, base=base)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [END, 2]
+    found, expected = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "out", base))
+    assert (found.get_vocab(), found.chat_template) == (expected.get_vocab(), CHATML)
+    gl.export_peft(tmp_path / "hub", cfg, factors, base="someone/model")
+    assert {file.name for file in (tmp_path / "hub").iterdir()} == PEFT_FILES
 
 
 # Rows of the embedding.
