@@ -16,15 +16,9 @@ from genlora_jax.validation import refuse_pointer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG = "config.json"
-ADDITIONAL_TEMPLATES = "additional_chat_templates"
-FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    f"{ADDITIONAL_TEMPLATES}/*.jinja",
-)
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", *TEMPLATES, *TERMS)
 ROWS = 4096  # of a tensor, compared at a time
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.atomic_files import new_directory
-from genlora_jax.hf.checkpoint import CONFIG, INDEX, locate, model_config, read_json
+from genlora_jax.hf.checkpoint import CONFIG, INDEX, TERMS, locate, model_config, read_json
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import (
     TensorWriter,
@@ -25,7 +25,6 @@ from genlora_jax.hf.tensorfile import (
 )
 from genlora_jax.hf.tokenizer import (
     GENERATION,
-    TERMS,
     changed_generation_config,
     copy_files,
     copy_tokenizer,

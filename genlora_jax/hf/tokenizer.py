@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlora_jax.data.chat import end_of_turn_token_ids
-from genlora_jax.hf.checkpoint import ADDITIONAL_TEMPLATES, CONFIG, read_json, refuse_pointers
+from genlora_jax.hf.checkpoint import CONFIG, TEMPLATES, read_json, refuse_pointers
 from genlora_jax.validation import require_int
 
 if TYPE_CHECKING:
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 GENERATION = "generation_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE = "chat_template.jinja"
-# What `save_pretrained` of a tokenizer or processor writes, and the terms that go with a model.
-TEMPLATES = (TEMPLATE, f"{ADDITIONAL_TEMPLATES}/*.jinja")
+# What `save_pretrained` of a tokenizer or processor writes.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "spiece.model", "sentencepiece.*", "tekken.json", "*.tiktoken"),
     *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
 )
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTrainedTokenizerFast":
@@ -61,7 +59,8 @@ def _load(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        # False, or it would ask on the terminal whether to run the directory's own code.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the errors of its parsers have no common base class
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{directory} has no usable tokenizer: {reason}") from error

@@ -292,6 +292,16 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(base):
     assert len(str(refused.value).splitlines()) == 1
 
 
+def test_the_code_of_a_tokenizer_is_neither_run_nor_asked_for(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    (base / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    set_json(base / "tokenizer_config.json", **own)
+    with pytest.raises(ValueError, match="base has no usable tokenizer"):
+        load_tokenizer(base)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_merged_kernels_are_those_of_the_adapter(base, tmp_path, merge):
     adapter = write_adapter(tmp_path / "adapter", base)
     name = "model.layers.1.self_attn.q_proj.weight"
