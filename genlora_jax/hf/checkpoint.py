@@ -102,19 +102,19 @@ def checkpoint_dtype(directory: Path) -> str:
 class Checkpoint:
     """The tensors of a directory.
 
-    Of one file and an index beside it, the file is read, as in `transformers`. The index says
-    which files there are; what is in them, they say themselves.
+    As in `transformers`: of one file and an index beside it, the file is read, and an index says
+    which files there are, not what is in them.
 
     Raises:
         FileNotFoundError: If there are no safetensors, or a shard is missing.
-        ValueError: If a file is truncated or otherwise damaged, or index and shards disagree.
+        ValueError: If a file is truncated or otherwise damaged, or the index leads out of the
+            directory, or two files differ in a tensor.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         index = directory / INDEX
-        weight_map = _weight_map(index) if index.is_file() else {}
-        files = sorted(set(weight_map.values()))
+        files = sorted(set(_weight_map(index).values())) if index.is_file() else []
         if (directory / SINGLE).is_file():
             if set(files) - {SINGLE}:
                 warnings.warn(
@@ -122,7 +122,7 @@ class Checkpoint:
                     "transformers does; remove whichever is stale",
                     stacklevel=2,
                 )
-            files, weight_map = [SINGLE], {}
+            files = [SINGLE]
         elif not files:
             raise FileNotFoundError(
                 f"{directory} has neither {SINGLE} nor {INDEX}; "
@@ -134,9 +134,6 @@ class Checkpoint:
                 other = self._where.setdefault(tensor, file)
                 if other is not file and not _equal(other, tensor, file, tensor):
                     raise ValueError(f"tensor {tensor} differs in {other.file} and {file.file}")
-        for tensor, name in weight_map.items():
-            if tensor not in self._where:
-                raise ValueError(f"{index}: tensor {tensor} is not in {name}, nor in other shards")
 
     def _open(self, name: str) -> TensorFile:
         if not (self.directory / name).is_file():
