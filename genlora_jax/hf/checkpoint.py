@@ -165,27 +165,26 @@ class Checkpoint:
         if (found := file.entries[name].shape) != shape:
             raise ValueError(f"{file.file}: tensor {name} has shape {found}, not {shape}")
 
-    def read(self, name: str, rows: slice = slice(None), dtype: Any = None) -> np.ndarray:
-        """One tensor, or some of its rows.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows."""
+        return self._where[name].read(name, rows)
 
-        Raises:
-            ValueError: If it holds a NaN or an infinity, or would when cast to `dtype`.
-        """
-        value = self._where[name].read(name, rows)
-        if not is_finite(value):
+    def refuse_unfit(self, name: str, rows: np.ndarray, dtype: Any) -> None:
+        """Raises ValueError if rows of a tensor are not finite, or would not be in a dtype."""
+        if not is_finite(rows):
             raise ValueError(
                 f"{self.file(name)}: tensor {name} holds a NaN or an infinity: the file is "
                 "damaged, or the model had diverged; take another copy"
             )
-        if dtype is not None and jnp.finfo(dtype).maxexp < jnp.finfo(value.dtype).maxexp:
-            with np.errstate(over="ignore"):
-                fits = is_finite(value.astype(dtype))
-            if not fits:
-                raise ValueError(
-                    f"{self.file(name)}: tensor {name} has values that {np.dtype(dtype).name} "
-                    "cannot hold; take bfloat16 or float32"
-                )
-        return value
+        if jnp.finfo(dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
+            return
+        with np.errstate(over="ignore"):
+            fits = is_finite(rows.astype(dtype))
+        if not fits:
+            raise ValueError(
+                f"{self.file(name)}: tensor {name} has values that {np.dtype(dtype).name} cannot "
+                "hold; take bfloat16 or float32"
+            )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

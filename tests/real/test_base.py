@@ -312,7 +312,11 @@ def test_the_first_array_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_base_that_is_not_finite_is_refused_with_file_and_tensor(tmp_path, bad, dtype):
+@pytest.mark.parametrize("host", [True, False])
+def test_a_base_that_is_not_finite_is_refused_with_file_and_tensor(
+    tmp_path, monkeypatch, bad, dtype, host
+):
+    monkeypatch.setattr("genlora_jax.hf.load.transposes_on_host", lambda: host)  # as on a GPU
     base, name = write_base(tmp_path / "base", dtype=dtype), "model.layers.1.mlp.up_proj.weight"
     value = load_file(base / "model.safetensors")[name].copy()
     value[-1, -1] = bad
@@ -323,7 +327,9 @@ def test_a_base_that_is_not_finite_is_refused_with_file_and_tensor(tmp_path, bad
         load(base, dtype)
 
 
-def test_values_that_float16_cannot_hold_are_refused_and_named(base, tmp_path):
+@pytest.mark.parametrize("host", [True, False])
+def test_values_that_float16_cannot_hold_are_refused_and_named(base, tmp_path, monkeypatch, host):
+    monkeypatch.setattr("genlora_jax.hf.load.transposes_on_host", lambda: host)  # as on a GPU
     name = "model.layers.1.mlp.up_proj.weight"
     value = load_file(base / "model.safetensors")[name].copy()
     value[0, 0] = 65504
