@@ -79,6 +79,9 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
             if data.get(field) not in (None, *DTYPES):  # which `transformers` does not read either
                 known = f"write one of {', '.join(DTYPES)}, or remove it for that of the tensors"
                 raise ValueError(f"{field} {data[field]!r} is not read: {known}")
+        # Before `transformers` sees it, which makes a list of so many entries.
+        require_int("num_hidden_layers", data["num_hidden_layers"], 1)
+        require(data["num_hidden_layers"] < 2**16, "num_hidden_layers is larger than any model's")
         config = _read_by_transformers(kind, data)
         fields = {field: getattr(config, field) for field in COMMON}
         size = fields["hidden_size"] // fields["num_attention_heads"]

@@ -451,6 +451,13 @@ def test_a_config_that_is_no_json_object_is_refused_by_name(base, content):
         load(base)
 
 
+@pytest.mark.parametrize("count", [10**30, 10**9, 60_000])
+def test_more_layers_than_there_can_be_are_refused_at_once(base, count):
+    edit_json(base / "config.json", model_type="qwen3", num_hidden_layers=count)
+    with pytest.raises(ValueError, match=r"config\.json: num_hidden_layers is"):
+        load(base)
+
+
 def test_the_config_that_is_given_is_left_as_it_was(base):
     data = json.loads((base / "config.json").read_text()) | {"rope_scaling": dict(LLAMA3)}
     before = json.dumps(data)
