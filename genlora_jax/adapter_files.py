@@ -21,6 +21,7 @@ from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.sharding import place_state
 from genlora_jax.targets import KernelLocation, Target
+from genlora_jax.validation import refuse_pointer
 
 FORMAT = 1
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
@@ -137,6 +138,7 @@ def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
     for name in (SETTINGS, TENSORS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no adapter: {name} is missing")
+        refuse_pointer(path / name)
     try:
         settings = json.loads((path / SETTINGS).read_text())
         if settings["format"] != FORMAT:

@@ -40,9 +40,9 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     refuse_existing(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    temporary.chmod(0o755)  # mkdtemp's 0700 would lock out whoever is to serve the result
     try:
         yield temporary
+        _open_to_others(temporary)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
             path.rename(old / path.name)
@@ -52,6 +52,17 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_to_others(directory: Path) -> None:
+    """Gives files and directories the modes that the umask allows.
+
+    `mkdtemp` lets in nobody but the owner, and so does safetensors, which writes to a temporary
+    file: whoever is to serve the result would be locked out.
+    """
+    os.umask(mask := os.umask(0o077))  # it can be read only by setting it
+    for path in (directory, *directory.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_whole(file: Path, text: str) -> None:

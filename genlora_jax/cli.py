@@ -24,6 +24,7 @@ from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import load_factors
+from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import parse, parse_arguments, report_errors
@@ -44,6 +45,7 @@ def merge(
     """
     refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
     source = locate(base)
+    changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     base_dtype = checkpoint_dtype(source)
     out_dtype = parse_dtype(dtype or base_dtype)
     # No narrower than base or output, so that the merged kernel is rounded once.
@@ -51,8 +53,8 @@ def merge(
         merge_dtype = jnp.promote_types(base_dtype, out_dtype)
     model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
     merged = merge_factors(params, load_factors(adapter, params, model), donate=True)
-    export_hf(out, merged, base=source, dtype=out_dtype, overwrite=overwrite)
-    print(f"merged model: {out}")
+    export_hf(out, merged, base=source, adapter=adapter, dtype=out_dtype, overwrite=overwrite)
+    print(f"merged model: {out} ({out_dtype})")
 
 
 def export_peft_adapter(
@@ -70,7 +72,8 @@ def export_peft_adapter(
     """
     refuse_existing(out, overwrite=overwrite)
     cfg, loaded = load_adapter(adapter)
-    export_peft(out, cfg, generate_factors(cfg, loaded), base=base or "", overwrite=overwrite)
+    factors = generate_factors(cfg, loaded)
+    export_peft(out, cfg, factors, base=base or "", adapter=adapter, overwrite=overwrite)
     print(f"PEFT adapter: {out}")
 
 

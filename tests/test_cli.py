@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 import genlora_jax as gl
 from genlora_jax import cli
 from genlora_jax.cli import main
-from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.settings import report_errors
 
 CFG = gl.GenLoRAConfig(rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"])
@@ -273,7 +272,7 @@ def continuation(shop):
             known = [*ids, *new]
             padded = jnp.array([known + [0] * (width - len(known))])
             token = int(forward(factors, padded)[0, len(known) - 1].argmax())
-            if token in stop_tokens(base):
+            if token == tokenizer.eos_token_id:
                 break
             new.append(token)
         return PROMPT + tokenizer.decode(new)

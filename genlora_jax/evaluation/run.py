@@ -75,7 +75,7 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
     items = _read(asked)
     walls = check_sandbox(cfg.code) if cfg.code else None
     mesh = one_device() if cfg.mesh is None else make_mesh(cfg.mesh)
-    base = load_base(cfg.model, find_base(cfg.model), mesh)
+    base = load_base(cfg.model, find_base(cfg.model, cfg.adapter), mesh)
     subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
     scores, lines = _run(subject, asked, items)
     report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
