@@ -1,33 +1,45 @@
 """Checkpoints of all that training changes, and of the place in the data; not of the base."""
 
+import contextlib
+import logging
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from genlora_jax.methods import config_from_json, config_to_json
+from genlora_jax.adapter import Adapter, adapter_shapes
+from genlora_jax.adapter_files import spec_from_json, spec_to_json
+from genlora_jax.atomic_files import disk_full
+from genlora_jax.methods import config_from_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
+from genlora_jax.validation import first_not_finite
 
+# Of a checkpoint: its arrays, and the fields of its metadata.
 STATE, DATA, SHAPES, ADAPTER, BASE = "state", "data", "shapes", "adapter", "base"
+ORIGIN, SETTINGS, SUMS, DIGEST = "origin", "settings", "checksums", "digest"
 
 
 class Checkpoints:
     """The checkpoints of one run: the last k, the best, and those of every so many steps.
 
     A checkpoint is written beside its place and renamed, so that a killed process leaves the
-    last complete one. Its arrays have the names of the state's leaves. Its metadata has the
-    adapter's config and the base's fingerprint.
+    last complete one. Its arrays have the names of the state's leaves. Its metadata has their
+    checksums, the adapter's settings, and fingerprints of base and data.
 
     Args:
         directory: The directory of the checkpoints.
         keep: How many of the latest to keep.
         keep_every: Keep also those of steps that this divides.
         base_config: Digest of the base's config; see `adapter_files.config_fingerprint`.
+        origin: Fingerprints of the content of what a recipe names, by its field: `data.train`.
     """
 
     def __init__(
@@ -37,6 +49,7 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int | None = None,
         base_config: str | None = None,
+        origin: Mapping[str, str] | None = None,
     ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -53,14 +66,22 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._base_config = base_config
+        self._origin = dict(origin or {})
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
+        # Each of Orbax's threads logs, with a traceback, what is raised here as well.
+        logger = logging.getLogger("absl")
+        self._level = logger.level
+        logger.setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+            self._checkpointer.close()
+        finally:
+            logging.getLogger("absl").setLevel(self._level)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
@@ -73,42 +94,66 @@ class Checkpoints:
         """Saves the state and the place in the data, in the background.
 
         A save waits for the one before, and the end of the `with` block waits for the last.
+
+        Raises:
+            FloatingPointError: If an array of the state is not finite; it is named.
+            OSError: If the disk is full.
         """
         step = int(state.step)
         self.wait()
         if self.latest() == step and step not in self._damaged:
             return
+        leaves = named_leaves(state)
+        if name := first_not_finite(leaves):
+            raise FloatingPointError(f"{name} is not finite after step {step}, and is not saved")
         # The place in the data is the same in all processes, so that any number of them can resume.
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {STATE: named_leaves(state)},
-            overwrite=step in self._damaged,
-            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
-            custom_metadata={
-                SHAPES: _shapes(state),
-                DATA: data.get_state(),
-                ADAPTER: config_to_json(state.adapter.config),
-                BASE: self._base(state),
-            },
-        )
+        metadata = {
+            SHAPES: _shapes(state),
+            DATA: data.get_state(),
+            SETTINGS: spec_to_json(state.adapter.spec, self._base_config),
+            ORIGIN: self._origin,
+            SUMS: checksums(leaves),
+        }
+        with self._reporting_full_disk():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {STATE: leaves},
+                overwrite=step in self._damaged,
+                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                custom_metadata=metadata | {DIGEST: json_digest(metadata)},
+            )
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""
-        self._checkpointer.wait()
+        with self._reporting_full_disk():
+            self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _reporting_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if full := disk_full(error):
+                raise OSError(
+                    f"{full}: no checkpoint was written to {self._checkpointer.directory}. Make "
+                    "room there, and go on with --train.resume true"
+                ) from error
+            raise
 
     def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint: returns its state, and sets `data` to its place.
 
         Args:
-            state: A state of the same shapes.
+            state: A state of the same shapes, which is returned if there is no checkpoint yet.
             data: The iterator of the same data set, which is moved.
 
         Raises:
-            ValueError: If the checkpoint is of another adapter or of another base, or none can be
-                read. A damaged one is named on stderr, and the one before it is taken.
+            ValueError: If the checkpoint is of another adapter, base or data, or none can be read.
+                A damaged one is named on stderr, and the one before it is taken.
         """
         self.wait()
-        for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
+        steps = sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True)
+        for step in steps:
             try:
                 return self._restore(step, state, data)
             except _MisfitError:
@@ -120,12 +165,17 @@ class Checkpoints:
                     f"{str(error).splitlines()[0]}); going back to the one before it",
                     file=sys.stderr,
                 )
-        raise ValueError(f"{self._checkpointer.directory}: no checkpoint in it can be read")
+        if steps:
+            raise ValueError(
+                f"{self._checkpointer.directory}: no checkpoint in it can be read; start a new run "
+                "with another train.output"
+            )
+        return state
 
     def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         # Checked before Orbax would find out, halfway and with background tasks running.
-        saved = self._checkpointer.metadata(step).custom_metadata or {}
         place = f"{self._checkpointer.directory}: checkpoint {step}"
+        saved = _metadata(self._checkpointer, step)
         shapes = _shapes(state)
         numbered = isinstance(saved[SHAPES], list)  # version 0.1 named leaves by their position
         if saved[SHAPES] != (list(shapes.values()) if numbered else shapes):
@@ -133,34 +183,97 @@ class Checkpoints:
                 f"{place} does not fit this recipe's adapter and optimizer; resume with the recipe "
                 "that the run was started with"
             )
+        older = {"config": saved.get(ADAPTER), "base": saved.get(BASE, {})}
+        settings = saved.get(SETTINGS, older)
         # Settings that change no shape can change what the state means.
-        if difference := adapter_difference(state.adapter.config, saved.get(ADAPTER)):
+        if difference := adapter_difference(state.adapter.config, settings["config"]):
             raise _MisfitError(f"{place} was trained {difference}")
-        for part, digest in self._base(state).items():
-            if digest and (saved.get(BASE, {}).get(part) or digest) != digest:
+        base = {"shapes": state.adapter.spec.fingerprint, "config": self._base_config}
+        for part, digest in base.items():
+            if digest and (settings["base"].get(part) or digest) != digest:
                 raise _MisfitError(
                     f"{place} was trained on another base: the {part} of model.path differ"
+                )
+        for field, digest in self._origin.items():
+            if saved.get(ORIGIN, {}).get(field, digest) != digest:
+                raise _MisfitError(
+                    f"{place} was trained with another content of {field}. Resume with what it "
+                    "was, or start a new run from its adapter, with train.init_from"
                 )
         leaves = named_leaves(state)
         if numbered:
             leaves = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values())}
-        loaded = self._checkpointer.load_checkpointables(step, {STATE: leaves})[STATE]
+        loaded = _load(self._checkpointer, step, leaves, saved)
         data.set_state(saved[DATA])
         return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in leaves])
 
-    def _base(self, state: TrainState) -> dict[str, str | None]:
-        """Digests of the base: of its parameters' shapes and, if known, of its config."""
-        return {"shapes": state.adapter.spec.fingerprint, "config": self._base_config}
+
+def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None:
+    """The adapter of the newest checkpoint that can be read: its step, its settings, its arrays.
+
+    Args:
+        directory: The directory of the checkpoints, perhaps of a run under way.
+
+    Returns:
+        None if there is none, or none that says how its adapter is made up, as of version 0.1.
+    """
+    with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
+        steps = (saved.step for saved in checkpointer.checkpoints)
+        for step in sorted(steps, reverse=True):
+            with contextlib.suppress(Exception):  # whatever Orbax makes of a damaged file
+                saved = _metadata(checkpointer, step)
+                spec = spec_from_json(saved[SETTINGS])
+                leaves = {name: _empty(shape) for name, shape in saved[SHAPES].items()}
+                loaded = _load(checkpointer, step, leaves, saved)
+                paths, tree = jax.tree.flatten_with_path(adapter_shapes(spec))
+                names = [f"adapter.{_name(path)}" for path, _ in paths]
+                adapter = jax.tree.unflatten(tree, [loaded[name] for name in names])
+                return step, saved[SETTINGS], adapter
+    return None
+
+
+def _metadata(checkpointer: Any, step: int) -> dict[str, Any]:
+    """The fields of a checkpoint; ValueError if they are not what was saved."""
+    saved = dict(checkpointer.metadata(step).custom_metadata or {})
+    if SHAPES not in saved:
+        raise ValueError("its metadata cannot be read")
+    checked = {DIGEST, SUMS} & saved.keys()  # not in checkpoints of version 0.1
+    if checked and saved.pop(DIGEST, None) != json_digest(saved):
+        raise ValueError("its metadata are not as they were saved")
+    return saved
+
+
+def _load(
+    checkpointer: Any, step: int, leaves: Mapping[str, Any], saved: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """A checkpoint's arrays, like `leaves`; ValueError if one is not what was saved."""
+    loaded: Mapping[str, Any] = checkpointer.load_checkpointables(step, {STATE: leaves})[STATE]
+    found = checksums({name: loaded[name] for name in leaves})
+    expected: Sequence[int] = saved.get(SUMS, found)
+    for name, ours, theirs in zip(leaves, found, expected, strict=True):
+        if ours != theirs:
+            raise ValueError(f"array {name} of {checkpointer.directory / str(step)} is damaged")
+    return loaded
+
+
+def _empty(described: str) -> jax.Array:
+    """Zeros of the dtype and shape that `_shapes` describes."""
+    dtype, sizes = re.fullmatch(r"(\w+)\[(.*)\]", described).groups()  # type: ignore[union-attr]
+    return jnp.zeros([int(size) for size in sizes.split(",") if size], dtype)
 
 
 class _MisfitError(ValueError):
-    """A checkpoint of another adapter or base."""
+    """A checkpoint of another adapter, base or data."""
 
 
 def named_leaves(state: TrainState) -> Mapping[str, Any]:
     """The state's leaves in order, by names such as `adapter.trainable.latents...`."""
     leaves, _ = jax.tree.flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def adapter_difference(recipe: AdapterConfig, saved: Mapping[str, Any] | None) -> str | None:
