@@ -167,7 +167,11 @@ def locked(directory: Path) -> Iterator[bool]:
 def write_whole(file: Path, text: str) -> None:
     """Writes a text file that is replaced whole or not at all."""
     temporary = file.with_name(f"{file.name}.part")
-    temporary.write_text(text, encoding="utf-8")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{error.strerror}: {file} was not written") from error
     temporary.replace(file)
 
 

@@ -1,30 +1,40 @@
 """Checkpoints of all that training changes, and of the place in the data; not of the base."""
 
 import contextlib
+import errno
 import logging
-import re
+import math
+import os
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from genlora_jax.adapter import Adapter, adapter_shapes
-from genlora_jax.adapter_files import spec_from_json, spec_to_json
+from genlora_jax.adapter_files import spec_to_json
 from genlora_jax.atomic_files import disk_full
 from genlora_jax.methods import config_from_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.training.checkpoint_reading import (
+    DIGEST,
+    SETTINGS,
+    SHAPES,
+    STATE,
+    SUMS,
+    leaf_name,
+    load_arrays,
+    read_metadata,
+)
 from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
 
-# Of a checkpoint: its arrays, and the fields of its metadata.
-STATE, DATA, SHAPES, ADAPTER, BASE = "state", "data", "shapes", "adapter", "base"
-ORIGIN, SETTINGS, SUMS, DIGEST = "origin", "settings", "checksums", "digest"
+DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"  # of the metadata
+ROOM = 2**20  # bytes of disk that a checkpoint takes at most beside its arrays
 
 
 class Checkpoints:
@@ -70,23 +80,23 @@ class Checkpoints:
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
-        # Each of Orbax's threads logs, with a traceback, what is raised here as well.
-        logger = logging.getLogger("absl")
-        self._level = logger.level
-        logger.setLevel(logging.CRITICAL)
+        # Each of Orbax's threads logs, with a traceback, what is raised here as well; some late.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        try:
-            self.wait()
-            self._checkpointer.close()
-        finally:
-            logging.getLogger("absl").setLevel(self._level)
+        self.wait()
+        self._checkpointer.close()
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
+
+    def best_loss(self) -> float:
+        """The lowest evaluation loss of the checkpoints that are kept; infinity if none has one."""
+        metrics = [dict(saved.metrics or {}) for saved in self._checkpointer.checkpoints]
+        return min((found.get("eval_loss", math.inf) for found in metrics), default=math.inf)
 
     def save(
         self, state: TrainState, data: grain.DatasetIterator, eval_loss: float | None = None
@@ -115,6 +125,7 @@ class Checkpoints:
             SUMS: checksums(leaves),
         }
         with self._reporting_full_disk():
+            self._check_room(leaves)
             self._checkpointer.save_checkpointables_async(
                 step,
                 {STATE: leaves},
@@ -127,6 +138,12 @@ class Checkpoints:
         """Returns when the last save is on disk; raises what went wrong with it."""
         with self._reporting_full_disk():
             self._checkpointer.wait()
+
+    def _check_room(self, leaves: Mapping[str, Any]) -> None:
+        """Raises OSError if the disk cannot take a checkpoint, which would end in many errors."""
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        if shutil.disk_usage(self._checkpointer.directory).free < 1.01 * size + ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
     def _reporting_full_disk(self) -> Iterator[None]:
@@ -175,7 +192,7 @@ class Checkpoints:
     def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         # Checked before Orbax would find out, halfway and with background tasks running.
         place = f"{self._checkpointer.directory}: checkpoint {step}"
-        saved = _metadata(self._checkpointer, step)
+        saved = read_metadata(self._checkpointer, step)
         shapes = _shapes(state)
         numbered = isinstance(saved[SHAPES], list)  # version 0.1 named leaves by their position
         if saved[SHAPES] != (list(shapes.values()) if numbered else shapes):
@@ -203,63 +220,9 @@ class Checkpoints:
         leaves = named_leaves(state)
         if numbered:
             leaves = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values())}
-        loaded = _load(self._checkpointer, step, leaves, saved)
+        loaded = load_arrays(self._checkpointer, step, leaves, saved)
         data.set_state(saved[DATA])
         return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in leaves])
-
-
-def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None:
-    """The adapter of the newest checkpoint that can be read: its step, its settings, its arrays.
-
-    Args:
-        directory: The directory of the checkpoints, perhaps of a run under way.
-
-    Returns:
-        None if there is none, or none that says how its adapter is made up, as of version 0.1.
-    """
-    with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
-        steps = (saved.step for saved in checkpointer.checkpoints)
-        for step in sorted(steps, reverse=True):
-            with contextlib.suppress(Exception):  # whatever Orbax makes of a damaged file
-                saved = _metadata(checkpointer, step)
-                spec = spec_from_json(saved[SETTINGS])
-                leaves = {name: _empty(shape) for name, shape in saved[SHAPES].items()}
-                loaded = _load(checkpointer, step, leaves, saved)
-                paths, tree = jax.tree.flatten_with_path(adapter_shapes(spec))
-                names = [f"adapter.{_name(path)}" for path, _ in paths]
-                adapter = jax.tree.unflatten(tree, [loaded[name] for name in names])
-                return step, saved[SETTINGS], adapter
-    return None
-
-
-def _metadata(checkpointer: Any, step: int) -> dict[str, Any]:
-    """The fields of a checkpoint; ValueError if they are not what was saved."""
-    saved = dict(checkpointer.metadata(step).custom_metadata or {})
-    if SHAPES not in saved:
-        raise ValueError("its metadata cannot be read")
-    checked = {DIGEST, SUMS} & saved.keys()  # not in checkpoints of version 0.1
-    if checked and saved.pop(DIGEST, None) != json_digest(saved):
-        raise ValueError("its metadata are not as they were saved")
-    return saved
-
-
-def _load(
-    checkpointer: Any, step: int, leaves: Mapping[str, Any], saved: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """A checkpoint's arrays, like `leaves`; ValueError if one is not what was saved."""
-    loaded: Mapping[str, Any] = checkpointer.load_checkpointables(step, {STATE: leaves})[STATE]
-    found = checksums({name: loaded[name] for name in leaves})
-    expected: Sequence[int] = saved.get(SUMS, found)
-    for name, ours, theirs in zip(leaves, found, expected, strict=True):
-        if ours != theirs:
-            raise ValueError(f"array {name} of {checkpointer.directory / str(step)} is damaged")
-    return loaded
-
-
-def _empty(described: str) -> jax.Array:
-    """Zeros of the dtype and shape that `_shapes` describes."""
-    dtype, sizes = re.fullmatch(r"(\w+)\[(.*)\]", described).groups()  # type: ignore[union-attr]
-    return jnp.zeros([int(size) for size in sizes.split(",") if size], dtype)
 
 
 class _MisfitError(ValueError):
@@ -269,11 +232,7 @@ class _MisfitError(ValueError):
 def named_leaves(state: TrainState) -> Mapping[str, Any]:
     """The state's leaves in order, by names such as `adapter.trainable.latents...`."""
     leaves, _ = jax.tree.flatten_with_path(state)
-    return {_name(path): leaf for path, leaf in leaves}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def adapter_difference(recipe: AdapterConfig, saved: Mapping[str, Any] | None) -> str | None:

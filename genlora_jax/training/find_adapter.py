@@ -40,7 +40,7 @@ def find_adapter(path: str) -> str:
     if not checkpoints.is_dir():
         return path
     # Imported here, as it needs the extra `train`, which most commands do not.
-    from genlora_jax.training.checkpoint import saved_adapter
+    from genlora_jax.training.checkpoint_reading import saved_adapter
 
     if (found := saved_adapter(checkpoints)) is None:
         raise FileNotFoundError(
