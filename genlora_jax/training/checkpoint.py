@@ -93,10 +93,11 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def best_loss(self) -> float:
-        """The lowest evaluation loss of the checkpoints that are kept; infinity if none has one."""
-        metrics = [dict(saved.metrics or {}) for saved in self._checkpointer.checkpoints]
-        return min((found.get("eval_loss", math.inf) for found in metrics), default=math.inf)
+    def best_loss(self, step: int) -> float:
+        """The lowest evaluation loss of checkpoints up to a step; infinity if none has one."""
+        saved = [found for found in self._checkpointer.checkpoints if found.step <= step]
+        losses = [dict(found.metrics or {}).get("eval_loss", math.inf) for found in saved]
+        return min(losses, default=math.inf)
 
     def save(
         self, state: TrainState, data: grain.DatasetIterator, eval_loss: float | None = None

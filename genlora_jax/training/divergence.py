@@ -9,10 +9,8 @@ from genlora_jax.validation import first_not_finite
 NAMES = {
     "loss": "the loss",
     "grad_norm": "the gradient's norm, unlike the loss,",
-    "eval_loss": "the evaluation loss",
+    "eval_loss": "the evaluation loss, unlike that of training,",
 }
-LOWER_RATE = "Lower optim.learning_rate"
-OVERFLOW = "values overflow in model.dtype, or the data are at fault: try model.dtype float32"
 
 
 def refuse_not_finite(adapter: Any, source: str) -> None:
@@ -35,23 +33,33 @@ def check_finite(step: int, values: Mapping[str, float], params: Any, saved: int
     Raises:
         FloatingPointError: If one is not finite. It says which was first, and what to do.
     """
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    first = next((name for name in ("loss", "grad_norm", "eval_loss") if name in wrong), None)
-    if first is None and values.get("adapter_finite", 1.0):
+    wrong = [name for name in NAMES if not math.isfinite(values.get(name, 0.0))]
+    if wrong:
+        what = f"{NAMES[wrong[0]]} is {values[wrong[0]]} at step {step}"
+    elif values.get("adapter_finite", 1.0):
         return
-    advice = LOWER_RATE
-    if first is None:
-        what = f"the update of step {step} is not finite; its loss and gradient are"
     else:
-        what = f"{NAMES[first]} is {values[first]} at step {step}"
-        if name := first_not_finite(params):
-            what += f", as {name} of the base is not finite"
-            advice = "Take an undamaged copy of the base: no learning rate mends this"
-        elif step == 1 and first != "eval_loss":
-            advice = f"Nothing was trained before, so the rate is not at fault: {OVERFLOW}"
-        elif first == "eval_loss":
-            advice += f"; if the training loss is well, {OVERFLOW}"
+        what = f"the update of step {step} is not finite; its loss and gradient are"
     kept = f"the last good checkpoint, of step {saved}, is kept"
     raise FloatingPointError(
-        f"{what}; {kept if saved is not None else 'nothing had been saved yet'}. {advice}"
+        f"{what}; {kept if saved is not None else 'nothing had been saved yet'}. "
+        f"{advice(step if wrong else step + 1, params)}"
     )
+
+
+def advice(step: int, params: Any, rate: str = "optim.learning_rate") -> str:
+    """What mends a loss or a gradient that is not finite at a step.
+
+    Args:
+        step: The step.
+        params: The base's parameters.
+        rate: The field that sets the learning rate.
+    """
+    if name := first_not_finite(params):
+        return f"{name} of the base is not finite: take an undamaged copy; no rate mends this"
+    if step <= 1:
+        return (
+            "Nothing was trained before, so the rate is not at fault: values overflow in "
+            "model.dtype (try float32), or the data are odd"
+        )
+    return f"Lower {rate}; if it is low already, try model.dtype float32"

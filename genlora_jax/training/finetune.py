@@ -145,7 +145,7 @@ def train(
     place = functools.partial(place_batch, run.mesh)
     held_out = [place(batch) for batch in run.held_out]
     output, start = Path(recipe.train.output), int(state.step)
-    best = min(best_eval_loss(output, start), checkpoints.best_loss())
+    best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
     schedule = learning_rate_schedule(recipe.optim, steps)
     recorder = Recorder(schedule, checkpoints, log, params)
