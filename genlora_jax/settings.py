@@ -41,9 +41,16 @@ load_yaml = jsonargparse.get_loader("yaml")
 
 
 def load_bounded_yaml(text: str) -> Any:
-    """What YAML stands for; YAMLError if aliases make it huge, or it is nested too deeply.
+    """What YAML stands for; YAMLError if it is damaged, or `beyond_bounds`."""
+    if reason := beyond_bounds(text):
+        raise yaml.YAMLError(reason)
+    return load_yaml(text)
 
-    An alias of an alias of an alias stands for more than any memory can hold.
+
+def beyond_bounds(text: str) -> str | None:
+    """How YAML stands for more than a recipe can, which would take all memory; or None.
+
+    An alias of an alias of an alias is short, and has no end.
     """
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # of each: its anchor, its size so far
@@ -61,11 +68,9 @@ def load_bounded_yaml(text: str) -> Any:
         anchor, before = open_nodes.pop()
         open_nodes.append((anchor, before + size))
         if before + size >= NODES or len(open_nodes) > LEVELS:
-            raise yaml.YAMLError(
-                f"line {event.start_mark.line + 1} is nested too deeply, or its aliases stand for "
-                "too much: write the recipe without them"
-            )
-    return load_yaml(text)
+            line = event.start_mark.line + 1
+            return f"line {line} is nested too deeply, or its aliases stand for too much"
+    return None
 
 
 jsonargparse.set_loader("yaml", load_bounded_yaml, exceptions=(yaml.YAMLError,))
@@ -136,10 +141,16 @@ def parse_arguments(
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
+    for argument in args or ():  # flags are YAML as well, which no loader of ours reads
+        with contextlib.suppress(yaml.YAMLError):
+            if reason := beyond_bounds(argument):
+                raise ValueError(f"{argument[:20]!r}...: {reason}")
     try:
         return parser.parse_args(args, given, defaults=defaults)
     except jsonargparse.ArgumentError as error:
         raise ValueError(_plain(error)) from error
+    except OverflowError as error:  # of hundreds of digits
+        raise ValueError(f"a number of the settings is too large: {error}") from error
 
 
 def _plain(error: Exception) -> str:

@@ -180,7 +180,7 @@ class Checkpoints:
                 self._damaged.add(step)
                 print(
                     f"checkpoint {step} cannot be read ({type(error).__name__}: "
-                    f"{str(error).splitlines()[0]}); going back to the one before it",
+                    f"{str(error).splitlines()[0][:200]}); going back to the one before it",
                     file=sys.stderr,
                 )
         if steps:
