@@ -78,7 +78,7 @@ $(HARNESS)/ready: pyproject.toml constraints.txt
 	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable ".[test,lm-eval]"
 	touch $@
 
-# A run killed a hundred times; a quarter of an hour, and so not in `test`.
+# A run killed a hundred times, and its merges and exports; half an hour, and so not in `test`.
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/external/soak.py
 
