@@ -14,6 +14,7 @@ results and leave. A second signal ends at once and writes nothing.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from genlora_jax.training.output import RECIPE, write_recipe
 from genlora_jax.training.processes import Interruption
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.setup import check_start, initial_adapter, prepare
-from genlora_jax.training.sweep.loop import check_members, run_sweep
+from genlora_jax.training.sweep.loop import SweepResult, check_members, run_sweep
 from genlora_jax.training.sweep.members import SweepRecipe
 from genlora_jax.training.sweep.program import SweepProgram
 from genlora_jax.training.sweep.report import print_progress, print_results, write_results
@@ -86,12 +87,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
             stop=lambda _: interruption.signal is not None,
         )
     best = result.ranking[0]
-    if not np.isfinite(result.best_loss[best]):
-        step = int(result.diverged.max())
-        raise FloatingPointError(
-            f"all {len(members)} members diverged, the last at step {step}: "
-            f"{advice(step, run.base.params, 'grid.learning_rate')}"
-        )
+    _refuse_diverged(result, run.base.params)
     with new_directory(output) as directory:
         write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
@@ -104,6 +100,16 @@ def sweep(recipe: SweepRecipe) -> int | None:
         return None
     print(f"stopped at step {len(result.loss)} of {run.steps}")
     return interruption.signal
+
+
+def _refuse_diverged(result: SweepResult, params: Any) -> None:
+    """Raises FloatingPointError if no member has an adapter to show."""
+    if not np.isfinite(result.best_loss).any():
+        step = int(result.diverged.max())
+        raise FloatingPointError(
+            f"all {len(result.members)} members diverged, the last at step {step}: "
+            f"{advice(step, params, 'grid.learning_rate')}"
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
