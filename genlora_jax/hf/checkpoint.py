@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genlora_jax.atomic_files import recover
 from genlora_jax.hf.families import parse_config
 from genlora_jax.hf.tensorfile import TensorFile
 from genlora_jax.models.config import LlamaConfig
@@ -42,6 +43,7 @@ def locate(
     Raises:
         FileNotFoundError: If it is neither a local directory nor to be had from the hub.
     """
+    recover(path)  # a merge into it may have been killed
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download

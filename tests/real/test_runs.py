@@ -26,6 +26,7 @@ import genlora_jax as gl
 from genlora_jax import atomic_files
 from genlora_jax.atomic_files import locked, new_directory, recover, refuse_existing, write_whole
 from genlora_jax.generation.decoding import decode
+from genlora_jax.hf.checkpoint import locate
 from genlora_jax.mesh import make_mesh
 from genlora_jax.settings import parse
 from genlora_jax.training import finetune as script
@@ -160,7 +161,7 @@ def test_a_kill_while_replacing_leaves_one_or_the_other_whole(name, nth, after, 
     with killed_at(Path, name, nth, after):
         write(path, "new", overwrite=True)
     assert os.listdir(tmp_path) != [path.name]  # something is left to tidy
-    recover(path)
+    assert locate(path) == path  # as any command does with a model
     assert listing(path) == {"result.txt": left.encode()}
     assert os.listdir(tmp_path) == [path.name]
 
