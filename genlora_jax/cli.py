@@ -29,6 +29,7 @@ from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation
+from genlora_jax.training.find_adapter import find_adapter
 
 
 def merge(
@@ -43,7 +44,9 @@ def merge(
         dtype: Of the tensors written; by default the base's.
         overwrite: Replace an existing directory.
     """
-    refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
+    adapter = find_adapter(adapter)
+    # Before minutes of loading, not after.
+    refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
     changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     base_dtype = checkpoint_dtype(source)
@@ -70,7 +73,8 @@ def export_peft_adapter(
         base: Name or path of the base, noted in the adapter's config.
         overwrite: Replace an existing directory.
     """
-    refuse_existing(out, overwrite=overwrite)
+    adapter = find_adapter(adapter)
+    refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     cfg, loaded = load_adapter(adapter)
     factors = generate_factors(cfg, loaded)
     export_peft(out, cfg, factors, base=base or "", adapter=adapter, overwrite=overwrite)
@@ -83,7 +87,7 @@ def inspect(adapter: str) -> None:
     Args:
         adapter: The adapter's directory.
     """
-    cfg, loaded = load_adapter(adapter)
+    cfg, loaded = load_adapter(find_adapter(adapter))
     console = Console()
     console.print(_inspection(cfg, loaded))
     count = count_parameters(loaded)
@@ -153,6 +157,7 @@ def generate(
         seed: Seed of the sampling.
         dtype: Of parameters and computation.
     """
+    adapter = adapter and find_adapter(adapter)
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)

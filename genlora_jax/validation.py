@@ -1,6 +1,5 @@
 """Checks of settings, each of which raises a ValueError that names the field, numbers and files."""
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = float(jnp.finfo(jnp.float32).max)
 
 
 def require(condition: bool, message: str) -> None:
@@ -23,17 +24,19 @@ def require_choice(field: str, value: object, choices: Collection[object]) -> No
 
 
 def require_int(field: str, value: object, least: int) -> None:
-    """Raises ValueError unless a field is a whole number of at least this size."""
+    """Raises ValueError unless a field is a whole number of at least this size, and of 32 bits."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, f"{field} must be a whole number >= {least}, got {value!r}")  # type: ignore[operator]
+    fits = whole and least <= value <= LARGEST_INT  # type: ignore[operator]
+    bounds = f">= {least}" if not whole or value < least else f"<= {LARGEST_INT}"  # type: ignore[operator]
+    require(fits, f"{field} must be a whole number {bounds}, got {value!r:.40}")
 
 
 def require_float(field: str, value: float, least: float, *, above: bool = False) -> None:
     """Raises ValueError unless a field is finite and at least (with `above`: above) a bound."""
-    fits = isinstance(value, (int, float)) and math.isfinite(value)
+    fits = isinstance(value, (int, float)) and abs(value) <= LARGEST_FLOAT
     fits = fits and (value > least if above else value >= least)
     sign = ">" if above else ">="
-    require(fits, f"{field} must be a finite number {sign} {least}, got {value!r}")
+    require(fits, f"{field} must be a finite number {sign} {least}, got {value!r:.40}")
 
 
 @jax.jit

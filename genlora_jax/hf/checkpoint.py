@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from genlora_jax.atomic_files import recover
 from genlora_jax.hf.families import parse_config
 from genlora_jax.hf.tensorfile import DTYPES, TensorFile, is_finite
 from genlora_jax.models.config import LlamaConfig
@@ -40,6 +41,7 @@ def locate(
     Raises:
         FileNotFoundError: If it is neither a local directory nor to be had from the hub.
     """
+    recover(path)  # a merge into it may have been killed
     if Path(path).is_dir():
         refuse_pointers(Path(path))
         return Path(path)
