@@ -31,6 +31,7 @@ from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
+from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.validation import require_int
 
 
@@ -46,7 +47,9 @@ def merge(
         dtype: Of the tensors written; by default the base's.
         overwrite: Replace an existing directory.
     """
-    refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
+    adapter = find_adapter(adapter)
+    # Before minutes of loading, not after.
+    refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
     changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     base_dtype = checkpoint_dtype(source)
@@ -74,9 +77,11 @@ def export_peft_adapter(
         base: Name or path of the base, noted in the adapter's config.
         overwrite: Replace an existing directory.
     """
-    refuse_existing(out, overwrite=overwrite)
+    adapter = find_adapter(adapter)
+    refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     cfg, loaded = load_adapter(adapter)
-    export_peft(out, cfg, generate_factors(cfg, loaded), base=base or "", overwrite=overwrite)
+    factors = generate_factors(cfg, loaded)
+    export_peft(out, cfg, factors, base=base or "", adapter=adapter, overwrite=overwrite)
     print(f"PEFT adapter: {out}")
 
 
@@ -86,6 +91,7 @@ def inspect(adapter: str) -> None:
     Args:
         adapter: The adapter's directory, ours or PEFT's.
     """
+    adapter = find_adapter(adapter)
     console = Console()
     if is_peft(adapter):
         console.print(*_peft_inspection(adapter), sep="\n")
@@ -195,6 +201,7 @@ def generate(
     """
     check_sampling(max_new_tokens, temperature, top_p)
     require_int("seed", seed, 0)
+    adapter = adapter and find_adapter(adapter)
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)

@@ -162,8 +162,13 @@ def test_an_existing_target_is_refused_or_replaced_whole(shop, genlora, tmp_path
     assert err.count("\n") == 1
     assert listing(tmp_path) == {"out/precious.txt": b"keep me"}
     status, _, err = genlora(*arguments, "--overwrite")
-    assert status == 0, err
-    assert not (out / "precious.txt").exists()
+    assert status == 1
+    assert "genlora did not write" in err
+    assert listing(tmp_path) == {"out/precious.txt": b"keep me"}
+    (out / "precious.txt").unlink()
+    for _ in range(2):  # in place of an empty directory, and of its own
+        status, _, err = genlora(*arguments, "--overwrite")
+        assert status == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert list(out.glob("*.safetensors"))
 

@@ -52,7 +52,9 @@ ARROWS: dict[str, set[str]] = {
     "models": {"mesh"},
     # Files.
     "atomic_files": set(),
-    "adapter_files": {"adapter", "atomic_files", "methods", "sharding", "targets"},
+    "adapter_files": {
+        *("adapter", "atomic_files", "methods", "sharding", "targets", "validation"),
+    },
     "data": {"validation"},
     "settings": {"methods"},
     "hf": {

@@ -1,15 +1,15 @@
 """Chat templates: a conversation as a tokenizer's template renders it, and the trained part."""
 
 import contextlib
-import ctypes
+import importlib
 import inspect
 import json
 import re
-import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from genlora_jax.data.conversation import Conversation, Message
+from genlora_jax.data.conversation import Conversation
+from genlora_jax.data.time_limit import time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SECONDS = 5.0  # the longest that a template may take for one conversation
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what the assistant writes
 KNOWN_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+# What a model thinks before it answers: transformers gives it to a template under each name.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 Passage = tuple[str, list[tuple[int, int]]]  # a text, and its trained spans in characters
 
 
@@ -93,7 +95,7 @@ def _render(
         return str(
             tokenizer.apply_chat_template(
                 list(talk.messages[:turns]),
-                tools=talk.tools,
+                tools=[*talk.tools] if talk.tools else None,
                 add_generation_prompt=cue,
                 tokenize=False,
                 **talk.settings,
@@ -118,7 +120,9 @@ def _as_asked(
             f"{turn + 1}: give fitting chat_template_kwargs (such as enable_thinking), prompt and "
             "completion, or a template with {% generation %}"
         )
-    _check_said(talk, turn, answered[len(header) :])
+    message = talk.messages[turn]
+    thoughts = [_ending(message[name]) for name in THOUGHTS if isinstance(message.get(name), str)]
+    _check_said(talk, turn, answered[len(header) :], thoughts)
     return header, answered
 
 
@@ -128,15 +132,16 @@ def _marked_by_template(
     """A conversation's text, and the spans of it that the template itself marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    variables = {**tokenizer.special_tokens_map, **talk.settings}
+    variables: dict[str, Any] = {**tokenizer.special_tokens_map, **talk.settings}
     with _template_errors(talk, tokenizer):
-        (text,), (marked,) = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[list(talk.messages)],
-            tools=talk.tools,
+            tools=[*talk.tools] if talk.tools else None,
             chat_template=template,
             return_assistant_tokens_mask=True,
             **variables,
         )
+    (text,), (marked,) = rendered
     _check_shown(talk, text)
     turns = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
     if len(turns) == len(marked):
@@ -174,41 +179,16 @@ def _template_errors(talk: Conversation, tokenizer: "PreTrainedTokenizerFast") -
 @contextlib.contextmanager
 def _bounded(talk: Conversation, tokenizer: "PreTrainedTokenizerFast") -> Iterator[None]:
     """Raises ValueError if a template takes too long: it has loops, and could go on for days."""
+    importlib.import_module("transformers.utils.chat_template_utils")  # not within the time
     seconds = SECONDS + len(talk.messages) / 10  # which are rendered again for every turn
     try:
-        with _time_limit(seconds):
+        with time_limit(seconds):
             yield
     except TimeoutError:
         raise ValueError(
             f"{talk.place}: the chat template of {tokenizer.name_or_path} takes longer than "
             f"{seconds:g} seconds: change the row or the template"
         ) from None
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a block of Python that takes longer.
-
-    A second thread has the interpreter raise it between two instructions. A signal would do only in
-    the main thread, and a process to kill would have to import everything again.
-    """
-    lock, ended, thread = threading.Lock(), threading.Event(), ctypes.c_ulong(threading.get_ident())
-
-    def interrupt() -> None:
-        with lock:  # never after the block
-            if not ended.is_set():
-                raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-                raise_in(thread, ctypes.py_object(TimeoutError))
-
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        with lock:
-            ended.set()
-        timer.cancel()
 
 
 def _checked_template(talk: Conversation, tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -232,6 +212,12 @@ def _checked_template(talk: Conversation, tokenizer: "PreTrainedTokenizerFast") 
                 f"{talk.place}: turn {i} has the role {role[:50]!r}, which the chat template does "
                 f"not name; usual are {', '.join(sorted(KNOWN_ROLES))}, and human and gpt"
             )
+        thoughts = any(message.get(name) for name in THOUGHTS)
+        if thoughts and not re.search(rf"\b({'|'.join(THOUGHTS)})\b", template):
+            raise ValueError(
+                f"{talk.place}: turn {i} has thoughts ({', '.join(THOUGHTS)}), of which the chat "
+                "template makes no use: take them out of the row, or give it another template"
+            )
     for name in talk.settings:
         if name in inspect.signature(tokenizer.apply_chat_template).parameters:
             raise ValueError(f"{talk.place}: chat_template_kwargs cannot set {name!r}")
@@ -247,18 +233,18 @@ def _checked_template(talk: Conversation, tokenizer: "PreTrainedTokenizerFast") 
 def _check_shown(talk: Conversation, text: str) -> None:
     """Raises ValueError if the template leaves out what someone says."""
     for i, message in enumerate(talk.messages):
-        if not _shown(_ending(message), text):
+        if not _shown(_ending(message.get("content", "")), text):
             raise ValueError(
                 f"{talk.place}: the chat template leaves out turn {i + 1} ({message['role']}): "
                 "take it out of the row, or give the tokenizer a template that shows it"
             )
 
 
-def _check_said(talk: Conversation, turn: int, span: str) -> None:
+def _check_said(talk: Conversation, turn: int, span: str, thoughts: Sequence[str] = ()) -> None:
     """Raises ValueError if what is trained of a turn is not what the turn says."""
     message = talk.messages[turn]
     calls = [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
-    for part in (_ending(message), *calls):
+    for part in (_ending(message.get("content", "")), *calls, *thoughts):
         if not _shown(part, span):
             raise ValueError(
                 f"{talk.place}: what the chat template shows as turn {turn + 1} does not have its "
@@ -266,9 +252,9 @@ def _check_said(talk: Conversation, turn: int, span: str) -> None:
             )
 
 
-def _ending(message: Message) -> str:
+def _ending(text: str) -> str:
     """The end of what a message says, which a template shows at least: some drop thoughts."""
-    parts = (part.strip() for part in re.split(r"[\n>\]]", message.get("content", "")))
+    parts = (part.strip() for part in re.split(r"[\n>\]]", text))
     return ([part for part in parts if part] or [""])[-1]
 
 

@@ -9,8 +9,9 @@ Message = dict[str, Any]
 # Fields and roles of a turn in ShareGPT's rows -> their names in chat templates.
 FIELDS = {"from": "role", "value": "content"}
 ROLES = {"human": "user", "gpt": "assistant"}
-# Fields of a turn that say whether it is trained: OpenAI's, and two of Axolotl's. None is rendered.
-FLAGS = ("weight", "train", "training")
+# Fields of a turn that say whether it is trained: OpenAI's (and Mistral's, Axolotl's), two more of
+# Axolotl's, verl's (and Fireworks'), and ms-swift's (and ChatGLM's). None is rendered.
+FLAGS = ("weight", "train", "training", "trainable", "loss")
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ def conversation(row: dict[str, Any], place: str) -> Conversation | None:
     Raises:
         ValueError: If a turn or a field beside it is not as it must be; names turn and field.
     """
-    fields = next(((n,) for n in ("messages", "conversations") if row.get(n) is not None), ())
+    fields = [name for name in ("messages", "conversations") if row.get(name) is not None][:1]
     if not fields and all(isinstance(row.get(n), list) for n in ("prompt", "completion")):
-        fields = ("prompt", "completion")
+        fields = ["prompt", "completion"]
     if not fields:
         return None
-    prompt = row["prompt"] if len(fields) == 2 else []
+    prompt: list[Any] = row["prompt"] if len(fields) == 2 else []
     messages = row[fields[-1]]
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        messages = _parsed(messages, list, f"{place}: {fields[-1]}")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{place}: {fields[-1]} must be a list of objects with role and content")
     turns = [_turn(message, f"{place}: turn {i}") for i, message in enumerate(prompt + messages, 1)]
@@ -74,15 +77,16 @@ def _turn(given: Any, place: str) -> tuple[Message, bool]:
     """A turn as chat templates know it, and whether it is trained."""
     if not isinstance(given, dict):
         raise ValueError(f"{place} is no object with role and content")
+    names = {theirs: ours for theirs, ours in FIELDS.items() if ours not in given}
     # Fields without a value are left out, as transformers does: a template would print "None".
-    message = {FIELDS.get(name, name): value for name, value in given.items() if value is not None}
+    message = {str(names.get(n, n)): value for n, value in given.items() if value is not None}
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{place} has no role: it must name who speaks")
     role = message["role"].strip().lower()
     role = message["role"] = ROLES.get(role, role)
     flags = {_flag(message.pop(name), f"{place}: {name}") for name in FLAGS if name in message}
     if len(flags) > 1:
-        raise ValueError(f"{place}: {', '.join(FLAGS)} contradict one another")
+        raise ValueError(f"{place}: fields that say whether it is trained contradict one another")
     if True in flags and role != "assistant":
         raise ValueError(f"{place} is the {role}'s: only the assistant's can be trained")
     if message.get("tool_calls"):
@@ -92,7 +96,8 @@ def _turn(given: Any, place: str) -> tuple[Message, bool]:
         raise ValueError(f"{place} ({role}) has neither content nor tool_calls")
     if "content" in message:
         message["content"] = _text(message["content"], f"{place}: content")
-    return message, role == "assistant" and False not in flags
+    says = message.get("tool_calls") or message["content"].strip()
+    return message, role == "assistant" and bool(says) and False not in flags
 
 
 def _flag(value: Any, what: str) -> bool:

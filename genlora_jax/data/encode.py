@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genlora_jax.data.chat import Passage, chat_passages
+from genlora_jax.data.chat import Passage, chat_passages, end_of_turn_token_ids
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.forms import Form, read_form, unused_fields
 from genlora_jax.data.report import BadRows, Report, joined
@@ -52,6 +52,7 @@ def encode(
     forms: Counter[str] = Counter()
     idle: dict[str, None] = {}  # a set in order
     first_without = ""
+    talks: list[Example] = []
     bad, limit = BadRows(cfg), _longest_text(tokenizer, cfg)
     for place, row in rows:
         counts["rows"] += 1
@@ -75,6 +76,7 @@ def encode(
                 counts["without_completion"] += len(pieces) - len(trained)
                 first_without = first_without or f"{place}: {_why_untrained(form, overlong)}"
             examples += trained
+            talks += trained if form.talk is not None else []
     bad.check(source, counts["rows"])
     report = Report(
         source=source,
@@ -84,6 +86,7 @@ def encode(
         overlong=counts["overlong"],
         without_completion=counts["without_completion"],
         first_without=first_without,
+        endless=bool(talks) and _never_trained_to_end(talks, tokenizer),
         rewritten=counts["rewritten"],
         forms=forms,
         unused=list(idle),
@@ -91,7 +94,7 @@ def encode(
         first_bad=bad.first,
     )
     if not examples:
-        raise ValueError(f"{report}: nothing to train on")
+        raise ValueError(f"{report.summary}: nothing to train on")
     return examples, report
 
 
@@ -138,11 +141,17 @@ def _passages(form: Form, tokenizer: "PreTrainedTokenizerFast") -> list[Passage]
     return [(text, [(len(form.prompt), len(text))] if form.completion else [])]
 
 
+def _never_trained_to_end(examples: list[Example], tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether no trained token is one that ends a turn, or could."""
+    ends = end_of_turn_token_ids(tokenizer)[:1] or list(tokenizer.added_tokens_decoder)
+    return not any(np.isin(e["input_ids"][e["loss_mask"]], ends).any() for e in examples)
+
+
 def _why_untrained(form: Form, overlong: bool) -> str:
     """Why nothing of a row is trained, for people."""
     if form.talk is not None and not form.talk.trained:
         roles = sorted({message["role"] for message in form.talk.messages})
-        return f"no turn is the assistant's and trained; roles {', '.join(roles)}"
+        return f"no turn of the assistant's is trained and says something; roles {', '.join(roles)}"
     return "the trained part lies in other pieces" if overlong else "its completion is empty"
 
 

@@ -65,9 +65,18 @@ def file_rows(path: Path) -> Rows:
 def _open(path: Path, codec: str | None) -> BinaryIO:
     if codec is None:
         return path.open("rb")
-    import pyarrow
+    return io.BufferedReader(_pyarrow(path).CompressedInputStream(str(path), codec))
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(str(path), codec))
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise ValueError(
+            f'{path}: takes pyarrow to read: pip install "genlora_jax[train]"'
+        ) from None
+    return pyarrow
 
 
 def decoded(data: bytes, path: Path, first_line: int = 1) -> str:
@@ -108,7 +117,8 @@ def _json_file(path: Path, stream: BinaryIO) -> Rows:
     text = decoded(data, path)
     at = _after_space(text, 0)
     array = text.startswith("[", at)
-    if not array and text[at:].partition("\n")[0].rstrip().endswith("}"):
+    stop = text.find("\n", at)
+    if not array and text[at : stop if stop > 0 else None].rstrip().endswith("}"):
         yield from _json_lines(path, io.BytesIO(data))
         return
     line, counted = 1, 0
@@ -136,6 +146,14 @@ def _json_value(text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
     """The JSON value at a position of a text, and where it ends."""
     try:
         value, end = DECODER.raw_decode(text, at)
+        if SURROGATE.search(text, at, end):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        value = ValueError(
+            f"{path}:{line}: {half} is half a character, which no tokenizer reads: write the "
+            "character whole, or leave it out"
+        )
     except json.JSONDecodeError as error:
         line += text.count("\n", at, error.pos)
         raise ValueError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from None
@@ -143,15 +161,6 @@ def _json_value(text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
         raise ValueError(f"{path}:{line}: nested too deeply: leave that field out") from None
     except ValueError as error:  # of `_object`, or a number of thousands of digits
         raise ValueError(f"{path}:{line}: {error}") from None
-    if SURROGATE.search(text, at, end):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            value = ValueError(
-                f"{path}:{line}: {half} is half a character, which no tokenizer reads: write the "
-                "character whole, or leave it out"
-            )
     return value, end
 
 
@@ -182,7 +191,8 @@ def _csv_rows(path: Path, stream: BinaryIO) -> Rows:
         for cells in table:
             place, line = f"{path}:{line}", table.line_num + 1
             if not header:
-                header = cells
+                # Spreadsheets leave columns without a name, and mostly without content.
+                header = [name or f"column {i}" for i, name in enumerate(cells, 1)]
                 if (name := _twice(header)) is not None:
                     raise ValueError(f"{place}: two columns are named {name!r}: rename one")
             elif len(cells) == len(header):
@@ -197,9 +207,7 @@ def _csv_rows(path: Path, stream: BinaryIO) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = _pyarrow(path)
     number, twice = 0, None
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
@@ -207,13 +215,23 @@ def _parquet_rows(path: Path) -> Rows:
             for batch in () if twice else file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path}: row {number + 1} or after it: no parquet, or damaged: {error}"
         ) from error
     if twice is not None:
         raise ValueError(f"{path}: two columns are named {twice!r}: rename one")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table, where an object has the fields of all objects in its column.
+
+    Those that its row did not have are null, and would reach the descriptions and calls of tools.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(v) for name, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 # How a file is read, by its suffix.

@@ -93,8 +93,11 @@ def _question(row: Row, place: str, asked: str, more: str | None, answer: str) -
 
 def text_field(place: str, row: Row, name: str) -> str:
     """A field that must be text; ValueError if it is not."""
-    if not isinstance(row.get(name), str):
-        raise ValueError(f"{place}: field {name!r} is missing or no text")
+    if row.get(name) is None:
+        raise ValueError(f"{place}: field {name!r} is missing; has {listed(sorted(row))}")
+    if not isinstance(row[name], str):
+        kind = type(row[name]).__name__
+        raise ValueError(f"{place}: field {name!r} is no text but {kind}: write it in quotes")
     return str(row[name])
 
 

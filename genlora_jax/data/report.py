@@ -22,6 +22,7 @@ class Report:
         overlong: Rows longer than the limit.
         without_completion: Examples left out because nothing of them is trained.
         first_without: The first of them, and why.
+        endless: Whether no turn of a conversation is trained with a token that ends it.
         rewritten: Conversations that took several examples; see `chat_passages`.
         forms: Which fields made prompt and completion, and in how many rows.
         unused: Fields that hold something and of which nothing was made.
@@ -37,6 +38,7 @@ class Report:
     overlong: int
     without_completion: int
     first_without: str = ""
+    endless: bool = False
     rewritten: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unused: Sequence[str] = ()
@@ -47,6 +49,28 @@ class Report:
     def __str__(self) -> str:
         if self.parts:
             return "\n".join(map(str, self.parts))
+        text = self.summary
+        counts = [
+            form if len(self.forms) == 1 else f"{form} ({count:,} rows)"
+            for form, count in self.forms.most_common(5)
+        ]
+        if counts:
+            text += f"\n  trained on: {'; '.join(counts)}"
+        if self.unused:
+            text += f"\n  not used: {listed(self.unused)}"
+        if self.endless:
+            text += (
+                "\n  no trained turn has a special token that ends it: answers will not end. "
+                "Mend the chat template"
+            )
+        if self.bad:
+            text += f"\n  {self.bad:,} bad rows left out:"
+            text += "".join(f"\n    {line}" for line in self.first_bad)
+        return text
+
+    @property
+    def summary(self) -> str:
+        """The counts, in a line."""
         text = (
             f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained"
@@ -61,17 +85,6 @@ class Report:
                 f"; {self.rewritten:,} conversations in several examples, as the chat template "
                 "shows earlier turns otherwise"
             )
-        counts = [
-            form if len(self.forms) == 1 else f"{form} ({count:,} rows)"
-            for form, count in self.forms.most_common(5)
-        ]
-        if counts:
-            text += f"\n  trained on: {'; '.join(counts)}"
-        if self.unused:
-            text += f"\n  of no use: {listed(self.unused)} (make prompt and completion of them)"
-        if self.bad:
-            lines = [f"  {self.bad:,} bad rows left out:", *self.first_bad]
-            text += "\n" + "\n    ".join(lines)
         return text
 
 
@@ -115,5 +128,6 @@ class BadRows:
         if self.count > limit * rows:
             raise ValueError(
                 f"{source}: {self.count:,} of {rows:,} rows are bad, more than "
-                f"data.bad_rows_limit = {limit} of them. The first: {self.first[0]}"
+                f"data.bad_rows_limit = {limit} of them: mend them, or raise it. The first: "
+                f"{self.first[0]}"
             )

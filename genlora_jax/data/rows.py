@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows
+from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows, without_nulls
 
 Row = dict[str, Any]
 
@@ -82,5 +82,14 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
         if isinstance(data, datasets.DatasetDict):
             data = data[split or "train"]
     except Exception as error:  # whatever the library raises, the user named no data set
-        raise FileNotFoundError(f"no data at {source}: {error}") from error
-    return ((f"{source}: row {number}", row) for number, row in enumerate(data, 1))
+        raise FileNotFoundError(f"no data at {source}: {_said(error)}") from error
+    number = 0
+    try:
+        for number, row in enumerate(data, 1):
+            yield f"{source}: row {number}", without_nulls(row)
+    except Exception as error:  # of decoding images, or damaged files
+        raise ValueError(f"{source}: row {number + 1}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from genlora_jax.atomic_files import recover
 from genlora_jax.hf.families import parse_config
 from genlora_jax.hf.tensorfile import DTYPES, TensorFile, is_finite
 from genlora_jax.models.config import LlamaConfig
@@ -16,15 +17,9 @@ from genlora_jax.validation import refuse_pointer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG = "config.json"
-ADDITIONAL_TEMPLATES = "additional_chat_templates"
-FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    f"{ADDITIONAL_TEMPLATES}/*.jinja",
-)
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", *TEMPLATES, *TERMS)
 ROWS = 4096  # of a tensor, compared at a time
 
 
@@ -46,6 +41,7 @@ def locate(
     Raises:
         FileNotFoundError: If it is neither a local directory nor to be had from the hub.
     """
+    recover(path)  # a merge into it may have been killed
     if Path(path).is_dir():
         refuse_pointers(Path(path))
         return Path(path)
@@ -108,19 +104,19 @@ def checkpoint_dtype(directory: Path) -> str:
 class Checkpoint:
     """The tensors of a directory.
 
-    Of one file and an index beside it, the file is read, as in `transformers`. The index says
-    which files there are; what is in them, they say themselves.
+    As in `transformers`: of one file and an index beside it, the file is read, and an index says
+    which files there are, not what is in them.
 
     Raises:
         FileNotFoundError: If there are no safetensors, or a shard is missing.
-        ValueError: If a file is truncated or otherwise damaged, or index and shards disagree.
+        ValueError: If a file is truncated or otherwise damaged, or the index leads out of the
+            directory, or two files differ in a tensor.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         index = directory / INDEX
-        weight_map = _weight_map(index) if index.is_file() else {}
-        files = sorted(set(weight_map.values()))
+        files = sorted(set(_weight_map(index).values())) if index.is_file() else []
         if (directory / SINGLE).is_file():
             if set(files) - {SINGLE}:
                 warnings.warn(
@@ -128,7 +124,7 @@ class Checkpoint:
                     "transformers does; remove whichever is stale",
                     stacklevel=2,
                 )
-            files, weight_map = [SINGLE], {}
+            files = [SINGLE]
         elif not files:
             raise FileNotFoundError(
                 f"{directory} has neither {SINGLE} nor {INDEX}; "
@@ -140,9 +136,6 @@ class Checkpoint:
                 other = self._where.setdefault(tensor, file)
                 if other is not file and not _equal(other, tensor, file, tensor):
                     raise ValueError(f"tensor {tensor} differs in {other.file} and {file.file}")
-        for tensor, name in weight_map.items():
-            if tensor not in self._where:
-                raise ValueError(f"{index}: tensor {tensor} is not in {name}, nor in other shards")
 
     def _open(self, name: str) -> TensorFile:
         if not (self.directory / name).is_file():
@@ -174,27 +167,26 @@ class Checkpoint:
         if (found := file.entries[name].shape) != shape:
             raise ValueError(f"{file.file}: tensor {name} has shape {found}, not {shape}")
 
-    def read(self, name: str, rows: slice = slice(None), dtype: Any = None) -> np.ndarray:
-        """One tensor, or some of its rows.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows."""
+        return self._where[name].read(name, rows)
 
-        Raises:
-            ValueError: If it holds a NaN or an infinity, or would when cast to `dtype`.
-        """
-        value = self._where[name].read(name, rows)
-        if not is_finite(value):
+    def refuse_unfit(self, name: str, rows: np.ndarray, dtype: Any) -> None:
+        """Raises ValueError if rows of a tensor are not finite, or would not be in a dtype."""
+        if not is_finite(rows):
             raise ValueError(
                 f"{self.file(name)}: tensor {name} holds a NaN or an infinity: the file is "
                 "damaged, or the model had diverged; take another copy"
             )
-        if dtype is not None and jnp.finfo(dtype).maxexp < jnp.finfo(value.dtype).maxexp:
-            with np.errstate(over="ignore"):
-                fits = is_finite(value.astype(dtype))
-            if not fits:
-                raise ValueError(
-                    f"{self.file(name)}: tensor {name} has values that {np.dtype(dtype).name} "
-                    "cannot hold; take bfloat16 or float32"
-                )
-        return value
+        if jnp.finfo(dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
+            return
+        with np.errstate(over="ignore"):
+            fits = is_finite(rows.astype(dtype))
+        if not fits:
+            raise ValueError(
+                f"{self.file(name)}: tensor {name} has values that {np.dtype(dtype).name} cannot "
+                "hold; take bfloat16 or float32"
+            )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.atomic_files import new_directory
-from genlora_jax.hf.checkpoint import CONFIG, INDEX, locate, model_config, read_json
+from genlora_jax.hf.checkpoint import CONFIG, INDEX, TERMS, locate, model_config, read_json
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import (
     TensorWriter,
@@ -23,10 +23,15 @@ from genlora_jax.hf.tensorfile import (
     transpose,
     transposes_on_host,
 )
-from genlora_jax.hf.tokenizer import GENERATION, changed_generation_config, copy_companions
+from genlora_jax.hf.tokenizer import (
+    GENERATION,
+    changed_generation_config,
+    copy_files,
+    copy_tokenizer,
+)
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.sharding import constrain, replicated
-from genlora_jax.validation import first_not_finite
+from genlora_jax.validation import all_finite, first_not_finite
 
 HEAD = ("lm_head", "kernel")
 
@@ -92,7 +97,8 @@ def export_hf(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         _write_config(source, directory, kind, own_head=HEAD in flat)
-        copy_companions(source, adapter, directory)
+        copy_files(source, (GENERATION, *TERMS), directory)
+        copy_tokenizer(source, adapter, directory)
         if generation:
             (directory / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
 
@@ -121,15 +127,15 @@ def _write_tensors(
     """Writes every tensor to its file; threads write while the next tensors are fetched."""
     on_host = transposes_on_host()
 
-    def fetched() -> Iterator[tuple[Tensor, Any]]:
+    def fetched() -> Iterator[tuple[Tensor, Any, Any]]:
         for tensor in order:
             transposed = tensor.transposed and not on_host
-            yield tensor, _fetch(flat[tensor.path], tensor.index, kind, transposed)
+            yield tensor, *_fetch(flat[tensor.path], tensor.index, kind, transposed)
 
-    def write(item: tuple[Tensor, Any]) -> None:
-        tensor, value = item[0], np.asarray(item[1])
+    def write(item: tuple[Tensor, Any, Any]) -> None:
+        tensor, value, finite = item[0], np.asarray(item[1]), item[2]
         value = transpose(value) if tensor.transposed and on_host else value
-        if not is_finite(value):
+        if not (is_finite(value) if finite is None else finite):
             _refuse_not_finite(tensor, flat[tensor.path], kind)
         writers[tensor.name].write(tensor.name, value)
 
@@ -137,8 +143,13 @@ def _write_tensors(
         pass
 
 
-def _fetch(leaf: Any, index: int | None, kind: np.dtype, transposed: bool) -> Any:
-    """One tensor as it is to be written, on its way to host memory."""
+def _fetch(
+    leaf: Any, index: int | None, kind: np.dtype, transposed: bool
+) -> tuple[Any, jax.Array | None]:
+    """One tensor as it is to be written, on its way to host memory, and whether it is finite.
+
+    That is None on CPUs, where NumPy finds it out faster than XLA.
+    """
     if not isinstance(leaf, jax.Array):
         leaf = jnp.asarray(leaf)
     on_many = len(leaf.sharding.device_set) > 1
@@ -149,9 +160,9 @@ def _fetch(leaf: Any, index: int | None, kind: np.dtype, transposed: bool) -> An
     if on_many and leaf.is_fully_replicated:  # one device's copy is enough
         leaf = leaf.addressable_data(0)
     if jax.default_backend() == "cpu":
-        return leaf
+        return leaf, None
     # Page-locked memory, which JAX keeps for reuse: copies to any other are 20 x slower.
-    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host")), all_finite(leaf)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "transposed", "where"))

@@ -79,23 +79,27 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
             if data.get(field) not in (None, *DTYPES):  # which `transformers` does not read either
                 known = f"write one of {', '.join(DTYPES)}, or remove it for that of the tensors"
                 raise ValueError(f"{field} {data[field]!r} is not read: {known}")
+        # Before `transformers` sees it, which makes a list of so many entries.
+        require_int("num_hidden_layers", data["num_hidden_layers"], 1)
+        require(data["num_hidden_layers"] < 2**16, "num_hidden_layers is larger than any model's")
         config = _read_by_transformers(kind, data)
-        for field in (*SIZES, *COUNTS):
-            require_int(field, getattr(config, field), 1)
-            require(getattr(config, field) < 2**31, f"{field} is larger than any model's")
+        fields = {field: getattr(config, field) for field in COMMON}
+        size = fields["hidden_size"] // fields["num_attention_heads"]
+        fields["head_dim"] = getattr(config, "head_dim", None) or size
+        for field in (*SIZES, *COUNTS, "head_dim"):
+            require_int(field, fields[field], 1)
+            require(fields[field] < 2**31, f"{field} is larger than any model's")
         if config.hidden_act not in ("silu", "swish"):
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; silu is")
-        size = config.hidden_size // config.num_attention_heads
         return LlamaConfig(
-            **{field: getattr(config, field) for field in COMMON},
-            head_dim=getattr(config, "head_dim", None) or size,
+            **fields,
             rope_theta=_positive(config.rope_parameters, "rope_theta"),
             rope_scaling=_rope_scaling(config.rope_parameters),
             **FAMILIES[kind](config),
         )
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 

@@ -148,25 +148,30 @@ def _read_leaves(
     leaves: dict[tuple[str, ...], jax.Array] = {}
 
     def read(tensor: Tensor) -> jax.Array:
-        return _read(checkpoint, tensor, shapes[tensor.path], tensor.transposed and on_host)
+        return _read(checkpoint, tensor, shapes[tensor.path], on_host)
 
     for tensor, value in zip(order, in_threads(read, order), strict=True):
         path, transposed = tensor.path, tensor.transposed and not on_host
+        if not on_host and not _fits(value, shapes[path].dtype):  # free where memory is fast
+            checkpoint.refuse_unfit(tensor.name, checkpoint.read(tensor.name), shapes[path].dtype)
         leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
         leaves[path].block_until_ready()  # or tensors would pile up before the device
     return leaves
 
 
 def _read(
-    checkpoint: Checkpoint, tensor: Tensor, leaf: jax.ShapeDtypeStruct, transposed: bool
+    checkpoint: Checkpoint, tensor: Tensor, leaf: jax.ShapeDtypeStruct, on_host: bool
 ) -> jax.Array:
-    """One tensor on the devices; `transposed` says whether the host transposes it on the way."""
+    """One tensor on the devices; `on_host` says whether the host checks and transposes it."""
+    transposed = tensor.transposed and on_host
     stored = tensor.shape_in_file(leaf.shape)
     shape = stored[::-1] if transposed else stored
     axis = len(shape) - 1 if transposed else 0  # the file's rows, as the array has them
 
     def read(index: Any) -> np.ndarray:
-        rows = checkpoint.read(tensor.name, index[axis], leaf.dtype)
+        rows = checkpoint.read(tensor.name, index[axis])
+        if on_host:
+            checkpoint.refuse_unfit(tensor.name, rows, leaf.dtype)
         return transpose(rows) if transposed else rows
 
     where: Any = leaf.sharding
@@ -192,6 +197,11 @@ def _fill(
     if transposed or value.dtype != dtype or (where is not None and value.sharding != where):
         return _convert(value, dtype, transposed, where)
     return value
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _fits(value: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.isfinite(value.astype(dtype)).all()
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transposed", "where"))

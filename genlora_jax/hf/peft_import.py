@@ -15,6 +15,7 @@ from genlora_jax.adapter import generate_factors
 from genlora_jax.adapter_files import load_adapter
 from genlora_jax.factors import KINDS, LOW_RANK
 from genlora_jax.factors.kind import Kind, Leaves
+from genlora_jax.hf.checkpoint import refuse_pointers
 from genlora_jax.hf.names import natural_order, tensors
 from genlora_jax.hf.peft_base import (
     EMBEDDING_A,
@@ -105,6 +106,7 @@ def _read(
     path: Path, params: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], dict[str, Any], BaseChanges]:
     """The base, with a head of its own if the adapter needs it; factors; changes of the base."""
+    refuse_pointers(path)
     settings = read_settings(path / SETTINGS)
     if settings.get("fan_in_fan_out"):
         warnings.warn(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlora_jax.data.chat import end_of_turn_token_ids
-from genlora_jax.hf.checkpoint import ADDITIONAL_TEMPLATES, CONFIG, read_json, refuse_pointers
+from genlora_jax.hf.checkpoint import CONFIG, TEMPLATES, read_json, refuse_pointers
 from genlora_jax.validation import require_int
 
 if TYPE_CHECKING:
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 GENERATION = "generation_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATE = "chat_template.jinja"
-# What `save_pretrained` of a tokenizer or processor writes, and the terms that go with a model.
-TEMPLATES = (TEMPLATE, f"{ADDITIONAL_TEMPLATES}/*.jinja")
+# What `save_pretrained` of a tokenizer or processor writes.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "spiece.model", "sentencepiece.*", "tekken.json", "*.tiktoken"),
     *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
 )
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTrainedTokenizerFast":
@@ -34,6 +32,8 @@ def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTr
         ValueError: If there is none, or none that knows the position in the text of each token,
             or if the adapter's gives a token of the checkpoint's another id.
     """
+    if adapter is not None:
+        refuse_pointers(Path(adapter))
     own = _own_tokenizer(adapter)
     tokenizer = _load(own or directory)
     if own is not None and (directory / TOKENIZER[0]).is_file():
@@ -52,7 +52,6 @@ def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTr
 def _own_tokenizer(adapter: str | Path | None) -> Path | None:
     if adapter is None or not any((Path(adapter) / name).is_file() for name in TOKENIZER):
         return None
-    refuse_pointers(Path(adapter))
     return Path(adapter)
 
 
@@ -60,7 +59,8 @@ def _load(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        # False, or it would ask on the terminal whether to run the directory's own code.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the errors of its parsers have no common base class
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{directory} has no usable tokenizer: {reason}") from error
@@ -139,22 +139,20 @@ def changed_generation_config(source: Path, adapter: str | Path | None) -> dict[
     return settings | {"eos_token_id": ids}
 
 
-def copy_companions(source: Path, adapter: str | Path | None, directory: Path) -> None:
-    """Copies what belongs to a model beside its tensors and config: tokenizer, templates, terms.
-
-    The adapter's own take the place of the base's.
-    """
+def copy_tokenizer(source: Path, adapter: str | Path | None, directory: Path) -> None:
+    """Copies the tokenizer and the chat templates, an adapter's own in the place of the base's."""
     own = _own_tokenizer(adapter)
     templates = own or source
     if own is None and adapter is not None and (Path(adapter) / TEMPLATE).is_file():
         templates = Path(adapter)
-    for origin, patterns in (
-        (source, (*TERMS, GENERATION)),
-        (own or source, TOKENIZER_FILES),
-        (templates, TEMPLATES),
-    ):
-        for file in (file for pattern in patterns for file in origin.glob(pattern)):
-            if file.is_file():
-                target = directory / file.relative_to(origin)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+    copy_files(own or source, TOKENIZER_FILES, directory)
+    copy_files(templates, TEMPLATES, directory)
+
+
+def copy_files(source: Path, patterns: tuple[str, ...], directory: Path) -> None:
+    """Copies the files of some patterns, under their paths below `source`."""
+    for file in (file for pattern in patterns for file in source.glob(pattern)):
+        if file.is_file():
+            target = directory / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)

@@ -218,11 +218,12 @@ def test_the_usage_names_the_subcommand(capsys, command):
     )
 
 
-def test_a_sweep_that_finds_its_output_advises_no_flag_that_it_lacks(tmp_path):
-    from genlora_jax.training.sweep.sweep import _new_output
-
-    with pytest.raises(FileExistsError, match=r"exists: choose another train\.output$"):
-        _new_output(str(tmp_path))
+def test_a_sweep_that_finds_its_output_advises_no_flag_that_it_lacks(tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    options = ("--model.path", "none", "--data.train", data, "--data.eval", data)
+    status, _, err = run(capsys, "sweep", *options, "--train.output", tmp_path)
+    assert status == 1
+    assert err == f"error: {tmp_path} exists: choose another train.output\n"
 
 
 def test_a_warning_is_one_line_without_the_code_that_gave_it(monkeypatch):

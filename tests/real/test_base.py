@@ -184,10 +184,13 @@ def test_a_tensor_that_no_index_names_is_read_from_its_shard(base):
     np.testing.assert_array_equal(params["model"]["norm"]["scale"], expected["model.norm.weight"])
 
 
-def test_a_tensor_that_an_index_names_and_no_shard_has_is_named(base):
-    weight_map = shard(base)
-    edit_json(base / INDEX, weight_map=weight_map | {"model.extra": weight_map[EMBEDDING]})
-    with pytest.raises(ValueError, match=rf"{INDEX}: tensor model\.extra is not in model-0000"):
+def test_a_tensor_that_an_index_names_and_no_shard_has_is_missed_if_the_model_needs_it(base):
+    weight_map = shard(base)  # of a tied model: its head is in many an index, and in no shard
+    edit_json(base / INDEX, weight_map=weight_map | {HEAD: weight_map[EMBEDDING]})
+    assert HEAD not in theirs(base)[1]
+    load(base)
+    edit_tensors(base / weight_map["model.norm.weight"], model__norm__weight=None)
+    with pytest.raises(ValueError, match=r"base: tensor model\.norm\.weight is missing"):
         load(base)
     edit_json(base / INDEX, weight_map={})
     with pytest.raises(ValueError, match=rf"{INDEX}: weight_map is missing, empty"):
@@ -309,7 +312,11 @@ def test_the_first_array_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_base_that_is_not_finite_is_refused_with_file_and_tensor(tmp_path, bad, dtype):
+@pytest.mark.parametrize("host", [True, False])
+def test_a_base_that_is_not_finite_is_refused_with_file_and_tensor(
+    tmp_path, monkeypatch, bad, dtype, host
+):
+    monkeypatch.setattr("genlora_jax.hf.load.transposes_on_host", lambda: host)  # as on a GPU
     base, name = write_base(tmp_path / "base", dtype=dtype), "model.layers.1.mlp.up_proj.weight"
     value = load_file(base / "model.safetensors")[name].copy()
     value[-1, -1] = bad
@@ -320,7 +327,9 @@ def test_a_base_that_is_not_finite_is_refused_with_file_and_tensor(tmp_path, bad
         load(base, dtype)
 
 
-def test_values_that_float16_cannot_hold_are_refused_and_named(base, tmp_path):
+@pytest.mark.parametrize("host", [True, False])
+def test_values_that_float16_cannot_hold_are_refused_and_named(base, tmp_path, monkeypatch, host):
+    monkeypatch.setattr("genlora_jax.hf.load.transposes_on_host", lambda: host)  # as on a GPU
     name = "model.layers.1.mlp.up_proj.weight"
     value = load_file(base / "model.safetensors")[name].copy()
     value[0, 0] = 65504
@@ -439,6 +448,13 @@ def test_a_config_that_is_no_json_object_is_refused_by_name(base, content):
     content = content if isinstance(content, bytes) else content.encode()
     (base / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):
+        load(base)
+
+
+@pytest.mark.parametrize("count", [10**30, 10**9, 60_000])
+def test_more_layers_than_there_can_be_are_refused_at_once(base, count):
+    edit_json(base / "config.json", model_type="qwen3", num_hidden_layers=count)
+    with pytest.raises(ValueError, match=r"config\.json: num_hidden_layers is"):
         load(base)
 
 

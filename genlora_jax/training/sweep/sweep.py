@@ -14,6 +14,7 @@ results and leave. A second signal ends at once and writes nothing.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,12 @@ from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import run_command
+from genlora_jax.training.divergence import advice, refuse_not_finite
 from genlora_jax.training.output import RECIPE, write_recipe
 from genlora_jax.training.processes import Interruption
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.setup import check_start, initial_adapter, prepare
-from genlora_jax.training.sweep.loop import check_members, run_sweep
+from genlora_jax.training.sweep.loop import SweepResult, check_members, run_sweep
 from genlora_jax.training.sweep.members import SweepRecipe
 from genlora_jax.training.sweep.program import SweepProgram
 from genlora_jax.training.sweep.report import print_progress, print_results, write_results
@@ -42,10 +44,11 @@ def sweep(recipe: SweepRecipe) -> int | None:
     Raises:
         FloatingPointError: If no member's evaluation was ever finite; nothing is written.
     """
-    output = _new_output(recipe.train.output)
+    output = _new_output(recipe)
     members = recipe.members()
+    source = recipe.train.init_from
     for cfg in {member.config(recipe.adapter) for member in members}:
-        check_start(cfg, recipe.train.init_from)
+        source = check_start(cfg, source)
     mesh = make_mesh(recipe.mesh)
     check_members(len(members), mesh, recipe.members_per_pass)
     if recipe.data.batch_size % mesh.shape["fsdp"]:
@@ -54,20 +57,20 @@ def sweep(recipe: SweepRecipe) -> int | None:
             f"mesh.fsdp ({mesh.shape['fsdp']})"
         )
     run = prepare(recipe, mesh)
-    print(f"{len(members)} members, {run.steps} steps")
+    print(f"{len(members)} members, {run.steps} steps; compiling, then training ...")
     program = SweepProgram(
         model=run.base.model,
         cfg=recipe.adapter,
         optim=recipe.optim,
         steps=run.steps,
-        options=recipe.step_options,
+        options=run.options,
         loss=run.objective.loss,
         members_per_pass=recipe.members_per_pass,
         mesh=mesh,
     )
 
     def make_adapter(cfg: AdapterConfig, seed: int) -> Adapter:
-        return initial_adapter(cfg, seed, recipe.train.init_from, run.base)
+        return initial_adapter(cfg, seed, source, run.base)
 
     with Interruption() as interruption:
         result = run_sweep(
@@ -83,15 +86,12 @@ def sweep(recipe: SweepRecipe) -> int | None:
             stop=lambda _: interruption.signal is not None,
         )
     best = result.ranking[0]
-    if not np.isfinite(result.best_loss[best]):
-        raise FloatingPointError(
-            f"all {len(members)} members diverged, the last at step {result.diverged.max()}: "
-            "lower grid.learning_rate"
-        )
+    _refuse_diverged(result, run.base.params)
     with new_directory(output) as directory:
         write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
         adapter = result.adapter(best)
+        refuse_not_finite(adapter, f"{output / 'best'} is not written")
         save_adapter(directory / "best", adapter.config, adapter, model=run.base.model)
     print_results(result)
     print(f"best adapter: {output / 'best'}")
@@ -101,12 +101,23 @@ def sweep(recipe: SweepRecipe) -> int | None:
     return interruption.signal
 
 
-def _new_output(path: str) -> Path:
+def _new_output(recipe: SweepRecipe) -> Path:
     """The directory to make; raises OSError if it is there or cannot be made."""
-    if Path(path).exists():  # the other check's advice is a flag that a sweep has not got
-        raise FileExistsError(f"{path} exists: choose another train.output")
-    refuse_existing(path, overwrite=False)
-    return Path(path)
+    output, inputs = Path(recipe.train.output), (recipe.model.path, recipe.train.init_from)
+    if output.exists():  # the other check's advice is a flag that a sweep has not got
+        raise FileExistsError(f"{output} exists: choose another train.output")
+    refuse_existing(output, overwrite=False, inputs=inputs)
+    return output
+
+
+def _refuse_diverged(result: SweepResult, params: Any) -> None:
+    """Raises FloatingPointError if no member has an adapter to show."""
+    if not np.isfinite(result.best_loss).any():
+        step = int(result.diverged.max())
+        raise FloatingPointError(
+            f"all {len(result.members)} members diverged, the last at step {step}: "
+            f"{advice(step, params, 'grid.learning_rate')}"
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
