@@ -10,25 +10,24 @@ This file is sent as text into the sandbox and imports nothing but the standard 
 
 import ast
 import builtins
-import collections
 import contextlib
-import datetime
-import fractions
 import importlib
 import json
 import os
 import signal
 import sys
 import types
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
+from datetime import date, datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NoReturn
 
 ENDED = "ended early"
 CONTAINERS = (list, dict, set, bytearray)  # what a called function may have changed
 
 # Values between candidate and checker. Those of a subclass travel as the class's.
-
 VALUES: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[[list[Any]], Any]]] = {
     "int": (int, lambda v: [hex(v)], lambda p: int(p[0], 16)),
     "complex": (complex, lambda v: [v.real, v.imag], lambda p: complex(*p)),
@@ -38,30 +37,21 @@ VALUES: dict[str, tuple[type, Callable[[Any], list[Any]], Callable[[list[Any]], 
     "tuple": (tuple, list, tuple),
     "set": (set, list, set),
     "frozenset": (frozenset, list, frozenset),
-    "counter": (collections.Counter, lambda v: [*v.items()], lambda p: collections.Counter(dict(p))),
-    "ordered": (collections.OrderedDict, lambda v: [*v.items()], collections.OrderedDict),
+    "counter": (Counter, lambda v: [*v.items()], lambda p: Counter(dict(p))),
+    "ordered": (OrderedDict, lambda v: [*v.items()], OrderedDict),
     "dict": (dict, lambda v: [*v.items()], dict),
     "keys": (type({}.keys()), list, lambda p: dict.fromkeys(p).keys()),
     "items": (type({}.items()), list, lambda p: dict(p).items()),
-    "deque": (collections.deque, list, collections.deque),
+    "deque": (deque, list, deque),
     "range": (range, lambda v: [v.start, v.stop, v.step], lambda p: range(*p)),
-    "fraction": (
-        fractions.Fraction,
-        lambda v: [v.numerator, v.denominator],
-        lambda p: fractions.Fraction(*p),
-    ),
+    "fraction": (Fraction, lambda v: [v.numerator, v.denominator], lambda p: Fraction(*p)),
     "decimal": (Decimal, lambda v: [str(v)], lambda p: Decimal(*p)),
-    "datetime": (
-        datetime.datetime,
-        lambda v: [v.isoformat()],
-        lambda p: datetime.datetime.fromisoformat(*p),
-    ),
-    "date": (datetime.date, lambda v: [v.isoformat()], lambda p: datetime.date.fromisoformat(*p)),
-    "time": (datetime.time, lambda v: [v.isoformat()], lambda p: datetime.time.fromisoformat(*p)),
+    "datetime": (datetime, lambda v: [v.isoformat()], lambda p: datetime.fromisoformat(*p)),
+    "date": (date, lambda v: [v.isoformat()], lambda p: date.fromisoformat(*p)),
     "timedelta": (
-        datetime.timedelta,
+        timedelta,
         lambda v: [v.days, v.seconds, v.microseconds],
-        lambda p: datetime.timedelta(*p),
+        lambda p: timedelta(*p),
     ),
 }
 
@@ -72,9 +62,11 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
         return value
     if isinstance(value, int) and abs(value) < 1 << 63:
         return int(value)
-    if type(value).__module__ == "numpy" and getattr(value, "dtype", "") != "":
-        if value.dtype.kind in "biufc":
-            return ["numpy", [value.dtype.str, encode(value.tolist(), keep)]]
+    dtype = getattr(value, "dtype", None) if type(value).__module__ == "numpy" else None
+    if getattr(dtype, "kind", "-") in "biufc":
+        return ["numpy", [dtype.str, encode(value.tolist(), keep)]]
+    if isinstance(value, type) and getattr(builtins, value.__name__, "") is value:
+        return ["type", [value.__name__]]
     for name, (kind, parts, _) in VALUES.items():
         if isinstance(value, kind):
             return [name, [encode(part, keep) for part in parts(value)]]
@@ -89,6 +81,8 @@ def decode(form: Any, find: Callable[[int], Any]) -> Any:
     parts = [decode(part, find) for part in forms]
     if name == "remote":
         return find(*parts)
+    if name == "type" and isinstance(named := getattr(builtins, *parts), type):
+        return named
     if name == "numpy":
         return importlib.import_module("numpy").array(parts[1], parts[0])[()]
     return VALUES[name][2](parts)
@@ -118,7 +112,8 @@ def answer_calls(program: str, messages: Any, answers: Any) -> None:
     def perform(operation: str, args: Any, kwargs: Any) -> Any:
         values = decode(args, kept.__getitem__)
         if operation == "program":
-            return [exec(compile(program, "candidate.py", "exec"), module.__dict__), None]
+            exec(compile(program, "candidate.py", "exec"), module.__dict__)
+            return [None, None]
         if operation == "name":
             return [encode(module.__dict__[values[0]], keep), None]
         result = OPERATIONS[operation](*values, **decode(kwargs, kept.__getitem__))
@@ -199,6 +194,8 @@ class Remote:
         return self._checker.ask("call", self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # by which libraries ask for memory addresses, among others
+            raise AttributeError(name)
         return self._checker.ask("getattr", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -278,7 +275,8 @@ def _complete(source: str) -> str:
 
 def _free(tree: ast.AST) -> set[str]:
     """Names that tests read and do not set."""
-    read, known = set(), set()
+    read: set[str] = set()
+    known: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             (read if isinstance(node.ctx, ast.Load) else known).add(node.id)

@@ -83,7 +83,9 @@ class Outcome:
     detail: str = ""
 
 
-HARMLESS = Trial("import dataclasses, math, socket, tempfile\ndef one(): return 1", "assert one() == 1")
+HARMLESS = Trial(
+    "import dataclasses, math, socket, tempfile\ndef one(): return 1", "assert one() == 1"
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Sandbox:
             "reads_any_file": not self.command,
             "roles": _source("roles"),
         }
-        asked = {"role": "checker", "before": trial.before, "tests": trial.tests}
+        asked: dict[str, Any] = {"role": "checker", "before": trial.before, "tests": trial.tests}
         asked |= {"names": list(trial.names)}
         with contextlib.ExitStack() as stack:
             here = stack.enter_context(_directory())
@@ -128,7 +130,7 @@ class Sandbox:
             # Each writes where the other reads, after the line that says what to be.
             checker = self._start(stack, here, checker_in, to_candidate, said[0])
             candidate = self._start(stack, here, candidate_in, to_checker, said[1])
-            late = threading.Timer(seconds + GRACE, lambda: (_end(checker), _end(candidate)))
+            late = threading.Timer(seconds + GRACE, _end, (checker, candidate))
             stack.callback(late.cancel)
             late.start()
             checker_in.close()
@@ -141,7 +143,9 @@ class Sandbox:
             try:
                 passed, detail = json.loads(report)
             except ValueError:  # no verdict: what it was run with has failed, or was too slow
-                return Outcome(False, "timed out" if timed_out else trouble or report or "no result")
+                return Outcome(
+                    False, "timed out" if timed_out else trouble or report or "no result"
+                )
             if detail == ENDED:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     detail = trouble or f"{ENDED}, with status {candidate.wait(GRACE)}"
@@ -263,13 +267,14 @@ def _remove(directory: str) -> None:
             subprocess.run([*command, directory], stderr=subprocess.DEVNULL, check=False)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks a process to end, as a container's command must be, and then makes it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(GRACE)
+def _end(*processes: subprocess.Popen[bytes]) -> None:
+    """Asks processes to end, as a container's command must be, and then makes them."""
+    for process in processes:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(GRACE)
 
 
 def _last_line(file: IO[bytes]) -> str:

@@ -36,13 +36,14 @@ sysinfo 99 179; getrusage 98 165; getrlimit 97 163; getrandom 318 278; select 23
 pselect6 270 72; poll 7 -; ppoll 271 73; epoll_create1 291 20; epoll_ctl 233 21
 epoll_wait 232 -; epoll_pwait 281 22; eventfd2 290 19; socketpair 53 199; recvfrom 45 207
 getsockname 51 204; getsockopt 55 209; shutdown 48 210; exit 60 93; exit_group 231 94
-fcntl 72 25; prlimit64 302 261; sendto 44 206
+fcntl 72 25; ioctl 16 29; prlimit64 302 261; sendto 44 206
 """
 # Calls that depend on an argument: its index, and its values. The commands of fcntl that are left
-# out name a process to signal or widen pipes; sendto could name a socket outside, prlimit64
-# another process.
+# out name a process to signal or widen pipes; those of ioctl that are kept concern a descriptor
+# alone; sendto could name a socket outside, prlimit64 another process.
 ONLY = {
     "fcntl": (1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),
+    "ioctl": (1, (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)),
     "prlimit64": (0, (0,)),
     "sendto": (4, (0,)),
 }
