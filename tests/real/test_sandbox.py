@@ -15,7 +15,7 @@ import pytest
 
 from genlora_jax.evaluation.sandbox import sandbox, system_calls
 from genlora_jax.evaluation.sandbox.sandbox import Trial
-from genlora_jax.evaluation.sandbox.walls import ESCAPES, open_walls
+from genlora_jax.evaluation.sandbox.walls import open_walls
 from genlora_jax.evaluation.tasks import code
 
 AMPLE = 60.0
@@ -97,18 +97,25 @@ NUMBERS = {  # of system calls, by machine
 }[os.uname().machine]
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_system_calls_of_attackers_are_refused(name):
-    # All at once would be quicker, but which one is open should be seen.
-    program = f"""
-try:
-    call({NUMBERS[name]}, 0, 0, 0, 0, 0)
-except PermissionError:
-    raise
-except OSError:
-    pass  # the kernel has looked at it
-"""
-    assert attack("namespaces", program).detail.startswith("PermissionError")
+def passing(way, programs, **bounds):
+    """The names of programs that come to their end, and how the others fail."""
+    trials = [Trial(PRELUDE + program) for program in programs.values()]
+    outcomes = sandbox.run_all(WAYS[way], trials, **{"seconds": AMPLE, "mib": 128} | bounds)
+    ended = dict(zip(programs, outcomes, strict=True))
+    return [n for n, o in ended.items() if o.passed], {n: o.detail for n, o in ended.items()}
+
+
+@every_way
+def test_system_calls_of_attackers_are_refused(way):
+    # Any other error would say that the kernel has looked at the arguments.
+    programs = {
+        name: f"try:\n    call({number}, 0, 0, 0, 0, 0)\nexcept PermissionError:\n    raise\n"
+        "except OSError:\n    pass"
+        for name, number in NUMBERS.items()
+    }
+    passed, details = passing(way, programs)
+    assert not passed
+    assert {detail.partition(":")[0] for detail in details.values()} == {"PermissionError"}
 
 
 ESCAPING = {
@@ -156,13 +163,12 @@ ESCAPING = {
 
 
 @closed
-@pytest.mark.parametrize("name", ESCAPING)
-def test_a_program_does_not_get_to(way, name):
-    outcome = attack(way, ESCAPING[name])
-    assert not outcome.passed
-    error = outcome.detail.partition(":")[0]
-    known = ("Permission", "OS", "Memory", "Assertion", "FileNotFound", "Runtime", "Blocking")
-    assert error in {f"{kind}Error" for kind in known} | {"ValueError"}
+def test_a_program_gets_nowhere(way):
+    passed, details = passing(way, ESCAPING)
+    assert not passed
+    kinds = ("Permission", "OS", "Memory", "Assertion", "FileNotFound", "Runtime", "Value")
+    errors = {f"{kind}Error" for kind in kinds}
+    assert not {n: text for n, text in details.items() if text.partition(":")[0] not in errors}
 
 
 HANDLE = """
@@ -195,9 +201,23 @@ os.open('new', os.O_CREAT | os.O_WRONLY, dir_fd=opened)
 
 
 @closed
-def test_sockets_and_pipes_of_the_file_system_are_out_of_reach(way, outside):
-    # The walls' own attempts, which are made at a directory that everybody may enter.
-    assert {"sockets", "writing", "reading"} <= {*ESCAPES} - {*open_walls(WAYS[way])}
+def test_files_outside_cannot_be_changed_and_the_directory_is_gone(way, outside):
+    kept, place = outside / "kept", outside / "place"
+    kept.write_text("mine")
+    for program in (
+        f"open({str(kept)!r}, 'w')",
+        f"os.remove({str(kept)!r})",
+        f"os.chmod({str(kept)!r}, 0)",
+        f"open({str(place)!r}, 'w')",
+        f"os.symlink({str(outside)!r}, 'link')\nopen('link/place', 'w')",
+        f"open('/proc/self/root{place}', 'w')",
+        f"open(os.path.join('..', '..') + {str(place)!r}, 'w')",
+    ):
+        assert attack(way, program).detail.startswith("FileNotFoundError")
+    assert kept.read_text() == "mine"
+    assert os.listdir(outside) == ["kept"]
+    where = attack(way, "raise ValueError(os.getcwd())").detail
+    assert where == "ValueError: /tmp"
 
 
 STUBBORN = """
@@ -470,6 +490,7 @@ def test_all_walls_hold_for_an_ordinary_user():
     assert not done.stderr
     found = dict(line.split(":") for line in done.stdout.splitlines())
     assert found.pop("user") == "1000"
+    assert found.pop("cleaned up, mode of a file outside") == "0o640"
     assert found.pop("none").split()
     assert [*found] == [*WAYS][:-1]
     assert not any(found[way].split() for way in found)
