@@ -294,7 +294,8 @@ def test_script_with_an_adapter(run, base, subject, score, exercises, tmp_path):
     assert {"jax", "transformers"} <= set(first["versions"])
     assert first["commit"]
     assert first["settings"]["match"]["limit"] == 3
-    assert set(first["sandbox"]) == {"network", "files", "processes", "signals"}
+    assert {"network", "writing", "processes", "signals"} <= set(first["sandbox"]["closed"])
+    assert first["sandbox"]["open"] == []
     for name, count in (("perplexity", 3), ("match", 3), ("choices", 6), ("code", 2)):
         ((source, entry),) = first["results"][name].items()
         assert entry["rows"] == count

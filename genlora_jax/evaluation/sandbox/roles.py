@@ -62,10 +62,10 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
         return value
     if isinstance(value, int) and abs(value) < 1 << 63:
         return int(value)
-    dtype = getattr(value, "dtype", None) if type(value).__module__ == "numpy" else None
+    dtype: Any = getattr(value, "dtype", None) if type(value).__module__ == "numpy" else None
     if getattr(dtype, "kind", "-") in "biufc":
         return ["numpy", [dtype.str, encode(value.tolist(), keep)]]
-    if isinstance(value, type) and getattr(builtins, value.__name__, "") is value:
+    if isinstance(value, type) and value in vars(builtins).values():
         return ["type", [value.__name__]]
     for name, (kind, parts, _) in VALUES.items():
         if isinstance(value, kind):
