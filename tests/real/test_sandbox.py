@@ -30,14 +30,19 @@ def call(number, *arguments):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 """
-has_bubblewrap = pytest.mark.skipif("bubblewrap" not in WAYS, reason="bubblewrap is not installed")
-# Every way of closing the walls: that of bubblewrap is tried where it is installed.
-closed = pytest.mark.parametrize(
-    "way", [pytest.param("bubblewrap", marks=has_bubblewrap), "namespaces"]
-)
-every_way = pytest.mark.parametrize(
-    "way", [pytest.param("bubblewrap", marks=has_bubblewrap), "namespaces", "none"]
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the walls are those of Linux")
+
+
+def works(way):
+    """The way, if it runs a harmless program here; CI's machines give namespaces."""
+    runs = way in WAYS and WAYS[way].run(sandbox.HARMLESS, seconds=AMPLE).passed
+    return pytest.param(way, marks=pytest.mark.skipif(not runs, reason=f"no {way} here"))
+
+
+CLOSED = [works("bubblewrap"), works("namespaces")]
+closed = pytest.mark.parametrize("way", CLOSED)
+every_way = pytest.mark.parametrize("way", [*CLOSED, "none"])
+in_namespaces = pytest.mark.parametrize("way", CLOSED[1:])
 
 
 def attack(way, program, *, seconds=AMPLE, mib=128, **tests):
@@ -94,13 +99,13 @@ NUMBERS = {  # of system calls, by machine
         "pidfd_open": 434,
         "memfd_secret": 447,
     },
-}[os.uname().machine]
+}.get(os.uname().machine, {})
 
 
-def passing(way, programs, **bounds):
+def passing(way, programs, tests=""):
     """The names of programs that come to their end, and how the others fail."""
-    trials = [Trial(PRELUDE + program) for program in programs.values()]
-    outcomes = sandbox.run_all(WAYS[way], trials, **{"seconds": AMPLE, "mib": 128} | bounds)
+    trials = [Trial(PRELUDE + program, tests) for program in programs.values()]
+    outcomes = sandbox.run_all(WAYS[way], trials, seconds=AMPLE, mib=128)
     ended = dict(zip(programs, outcomes, strict=True))
     return [n for n, o in ended.items() if o.passed], {n: o.detail for n, o in ended.items()}
 
@@ -388,13 +393,14 @@ FAKES = {
 }
 
 
-@pytest.mark.parametrize("name", FAKES)
-def test_a_score_cannot_be_faked(name, outside):
+@in_namespaces
+def test_a_score_cannot_be_faked(way, outside):
     (outside / "answers.json").write_text("4")
-    outcome = attack("namespaces", FAKES[name], tests=SQUARE, seconds=10.0)
-    assert not outcome.passed
+    assert not passing(way, FAKES, SQUARE)[0]
+    assert passing(way, {"honest": "def square(x): return x * x"}, SQUARE)[0] == ["honest"]
 
 
+@in_namespaces
 @pytest.mark.parametrize(
     ("program", "tests"),
     [
@@ -404,14 +410,23 @@ def test_a_score_cannot_be_faked(name, outside):
         ("class math:\n    isclose = lambda *_: True\nf = float", "assert math.isclose(f(1), 2)"),
         ("def f(x):\n    os._exit(0)", "try:\n    f(1)\nexcept Exception:\n    pass"),
         ("def f(x):\n    while True: pass", "try:\n    f(1)\nexcept BaseException:\n    pass"),
+        # It gives an answer, and has ended before the next question.
+        (
+            "def f(x):\n    for n in range(3, 64):\n"
+            "        try: os.write(n, b'[\"value\", 1, null]\\n')\n"
+            "        except OSError: pass\n    os._exit(0)",
+            "import time\nassert f(1) == 1\ntime.sleep(0.3)\n"
+            "try:\n    f(1)\nexcept Exception:\n    pass",
+        ),
         ("def helper(a): return 0\ndef f(x): return 1", "assert helper(f(1)) == 0"),
     ],
 )
-def test_tests_that_trust_too_much_are_not_misled(program, tests):
+def test_tests_that_trust_too_much_are_not_misled(way, program, tests):
     before = "def helper(a):\n    return a\n"
-    assert not attack("namespaces", program, tests=tests, before=before, seconds=2.0).passed
+    assert not attack(way, program, tests=tests, before=before, seconds=2.0).passed
 
 
+@in_namespaces
 @pytest.mark.parametrize(
     ("program", "tests"),
     [
@@ -451,7 +466,7 @@ def test_tests_that_trust_too_much_are_not_misled(program, tests):
         ),
     ],
 )
-def test_honest_programs_pass(program, tests):
+def test_honest_programs_pass(way, program, tests):
     before = textwrap.dedent("""
         from collections import Counter, OrderedDict, deque
         from datetime import date, datetime, timedelta
@@ -467,7 +482,7 @@ def test_honest_programs_pass(program, tests):
     """)
     if "numpy" in tests + program:
         before += "import numpy\n"
-    outcome = attack("namespaces", program, tests=tests, before=before, mib=1024)
+    outcome = attack(way, program, tests=tests, before=before, mib=1024)
     assert outcome == sandbox.Outcome(True)
 
 
@@ -479,7 +494,8 @@ def test_all_walls_hold(way):
     assert open_walls(WAYS[way]) == []
 
 
-def test_all_walls_hold_for_an_ordinary_user():
+@in_namespaces
+def test_all_walls_hold_for_an_ordinary_user(way):
     """Beside root: a process in a user namespace, which has root's files and none of its rights."""
     script = Path(__file__).with_name("walls_of_a_user.py")
     done = subprocess.run(
@@ -492,8 +508,8 @@ def test_all_walls_hold_for_an_ordinary_user():
     assert found.pop("user") == "1000"
     assert found.pop("cleaned up, mode of a file outside") == "0o640"
     assert found.pop("none").split()
-    assert [*found] == [*WAYS][:-1]
-    assert not any(found[way].split() for way in found)
+    assert not found[way].split()
+    assert not any(names.split() for names in found.values())
 
 
 def test_without_namespaces_the_walls_that_are_left_are_told_apart():
@@ -514,7 +530,8 @@ def test_an_open_sandbox_is_refused_until_it_is_allowed(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("warning: the sandbox (none) leaves open")
 
 
-def test_the_best_way_of_the_machine_is_taken_and_a_named_command_before_it(monkeypatch):
+@in_namespaces
+def test_the_best_way_is_taken_and_a_named_command_before_it(way, monkeypatch):
     assert sandbox.choose.__wrapped__() == next(iter(WAYS.values()))
     # As a container: any command that runs another, and finds `python3` inside.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")

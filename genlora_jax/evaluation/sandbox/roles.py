@@ -144,7 +144,9 @@ class Checker:
 
     def ask(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         """What the candidate answers; a program that has ended has failed."""
-        send(self.answers, [operation, encode([*args], _number), encode(kwargs, _number)])
+        question = [operation, encode([*args], _number), encode(kwargs, _number)]
+        with contextlib.suppress(OSError):  # it has ended, as the next line finds
+            send(self.answers, question)
         if not (line := self.messages.readline()):
             self.end(ENDED)
         try:
