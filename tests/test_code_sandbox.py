@@ -128,9 +128,20 @@ def test_scores_are_the_share_of_answers_that_pass(monkeypatch):
     monkeypatch.setattr(code, "ask", lambda *_: (said, 0))
     cfg = code.CodeConfig(data="x", allow_code=True, samples=2, k=[1, 2], temperature=1.0)
     result = code.run(None, cfg, [code._exercise("here", HUMAN_EVAL)] * 2)
-    assert result.metrics == {"pass@1": 0.25, "pass@2": 0.5, "cut_prompts": 0}
+    assert result.metrics == {"pass@1": 0.25, "pass@2": 0.5, "cut_prompts": 0, "not_run": 0}
     assert [row["passed"] for row in result.rows] == [[True, False], [False, False]]
     assert result.rows[1]["details"] == ["AssertionError: "] * 2
+
+
+def test_a_sandbox_that_fails_is_told_from_a_program_that_does(monkeypatch, capsys):
+    monkeypatch.setattr(code, "ask", lambda *_: ([["    return a + b\n"]] * 2, 0))
+    broken = sandbox.Sandbox("broken", ("/bin/sh", "-c", "echo out of order >&2"))
+    monkeypatch.setattr(sandbox, "choose", lambda _: broken)
+    cfg = code.CodeConfig(data="x", allow_code=True)
+    result = code.run(None, cfg, [code._exercise("here", HUMAN_EVAL)] * 2)
+    assert result.metrics == {"pass@1": 0.0, "cut_prompts": 0, "not_run": 2}
+    said = "warning: 2 programs count as failed but were not run: out of order\n"
+    assert capsys.readouterr().out == said
 
 
 def test_bad_exercises_are_named():

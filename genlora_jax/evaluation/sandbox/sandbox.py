@@ -77,10 +77,12 @@ class Outcome:
     Attributes:
         passed: Whether it and all its tests ran to their end.
         detail: If not, why: what was raised, `timed out`, or its exit status.
+        ran: Whether there was a verdict; False says that the sandbox failed, not the program.
     """
 
     passed: bool
     detail: str = ""
+    ran: bool = True
 
 
 HARMLESS = Trial(
@@ -142,10 +144,9 @@ class Sandbox:
             report, trouble = map(_last_line, said)
             try:
                 passed, detail = json.loads(report)
-            except ValueError:  # no verdict: what it was run with has failed, or was too slow
-                return Outcome(
-                    False, "timed out" if timed_out else trouble or report or "no result"
-                )
+            except ValueError:  # no verdict
+                reason = trouble or report or "no result"
+                return Outcome(False, "timed out" if timed_out else reason, ran=timed_out)
             if detail == ENDED:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     detail = trouble or f"{ENDED}, with status {candidate.wait(GRACE)}"

@@ -156,8 +156,8 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     """Has the model write programs, and runs them.
 
     Returns:
-        `pass@k` for every k, and `cut_prompts`, how many prompts were too long and lost their
-        beginning.
+        `pass@k` for every k; `cut_prompts`, how many prompts were too long and lost their
+        beginning; `not_run`, how many programs failed because the sandbox did.
 
     Raises:
         ValueError: If programs may not be run, a worked example has no solution, or as `ask` does.
@@ -172,17 +172,21 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     answers, too_long = ask(subject, cfg, prompts, [[] if cfg.chat else e.stop for e in exercises])
     trials = [trial(e, text) for e, texts in zip(exercises, answers, strict=True) for text in texts]
     place = sandbox.choose(cfg.container)
-    outcomes = iter(sandbox.run_all(place, trials, seconds=cfg.seconds, mib=cfg.mib))
+    ended = sandbox.run_all(place, trials, seconds=cfg.seconds, mib=cfg.mib)
+    if not_run := [outcome.detail for outcome in ended if not outcome.ran]:
+        print(f"warning: {len(not_run)} programs count as failed but were not run: {not_run[0]}")
+    outcomes = iter(ended)
     rows: list[dict[str, Any]] = []
     for prompt, texts in zip(prompts, answers, strict=True):
-        ended = [next(outcomes) for _ in texts]
-        passed, details = [o.passed for o in ended], [o.detail for o in ended]
+        own = [next(outcomes) for _ in texts]
+        passed, details = [o.passed for o in own], [o.detail for o in own]
         rows.append({"prompt": prompt, "answers": texts, "passed": passed, "details": details})
     metrics: dict[str, Any] = {
         f"pass@{k}": float(np.mean([pass_at_k(cfg.samples, sum(r["passed"]), k) for r in rows]))
         for k in cfg.k
     }
-    return Result(metrics | {"cut_prompts": too_long}, rows)
+    counts = {"cut_prompts": too_long, "not_run": len(not_run)}
+    return Result(metrics | counts, rows)
 
 
 def _question(cfg: CodeConfig, exercise: Exercise) -> str:
