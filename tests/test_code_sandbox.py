@@ -144,6 +144,12 @@ def test_a_sandbox_that_fails_is_told_from_a_program_that_does(monkeypatch, caps
     assert capsys.readouterr().out == said
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_time_limit_is_one(seconds):
+    with pytest.raises(ValueError, match="seconds"):
+        code.CodeConfig(data="x", seconds=seconds)
+
+
 def test_bad_exercises_are_named():
     for row, message in (
         ({"prompt": "a", "test_list": []}, "test_list is missing or empty"),

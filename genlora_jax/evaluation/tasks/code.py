@@ -62,9 +62,9 @@ class CodeConfig(AnswerConfig):
         super().__post_init__()
         if not self.k or min(self.k) < 1 or max(self.k) > self.samples:
             raise ValueError(f"k must lie between 1 and samples ({self.samples}), got {self.k}")
-        if not self.seconds > 0 or self.mib < 1:
+        if not 0 < self.seconds < math.inf or self.mib < 1:
             raise ValueError(
-                f"seconds ({self.seconds}) and mib ({self.mib}) of a program must be positive"
+                f"seconds ({self.seconds}) and mib ({self.mib}) of a program must be positive and finite"
             )
         if self.container is not None and not self.container.strip():
             raise ValueError("container must be a command")
