@@ -46,16 +46,32 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-# Adapters in a model of transformers 4, the last to have Flax models, in an environment of its own.
+# Adapters in a model of transformers 4, the last to have Flax models, in an environment of its own;
+# and our exports in llama.cpp and CTranslate2, which lie where no other run meets them.
 FOREIGN := .venv-foreign
-foreign: $(FOREIGN)/ready
+ENGINES := .engines
+foreign: $(FOREIGN)/ready $(ENGINES)/ready
 	$(FOREIGN)/bin/python -m pytest tests/external/foreign_flax_llama.py
+	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest tests/external/inference_engines.py
 
 $(FOREIGN)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FOREIGN)
 	grep -E '^(jax|jaxlib|flax|optax|numpy|pytest)==' constraints.txt > $(FOREIGN)/pins.txt
 	$(FOREIGN)/bin/pip install --quiet --requirement $(FOREIGN)/pins.txt transformers==4.57.6
 	$(FOREIGN)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# llama.cpp's scripts lie in the source of its Python bindings, whose build would take minutes;
+# xllamacpp is llama.cpp compiled.
+LLAMA_CPP := */vendor/llama.cpp
+$(ENGINES)/ready: $(VENV)/ready constraints.txt
+	rm -rf $(ENGINES)
+	$(BIN)/pip install --quiet --no-deps --target $(ENGINES) \
+	  $$(grep -E '^(ctranslate2|sentencepiece|xllamacpp)==' constraints.txt)
+	$(BIN)/pip download --quiet --no-deps --no-binary llama_cpp_python --dest $(ENGINES) \
+	  $$(grep '^llama_cpp_python==' constraints.txt)
+	tar xzf $(ENGINES)/llama_cpp_python-*.tar.gz -C $(ENGINES) --strip-components=3 --wildcards \
+	  '$(LLAMA_CPP)/convert_*_to_gguf.py' '$(LLAMA_CPP)/conversion' '$(LLAMA_CPP)/gguf-py/gguf'
 	touch $@
 
 # A step compiled for TPUs that are not there. libtpu lies where no other run meets it: JAX would look
@@ -78,9 +94,9 @@ $(HARNESS)/ready: pyproject.toml constraints.txt
 	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable ".[test,lm-eval]"
 	touch $@
 
-# A run killed a hundred times; a quarter of an hour, and so not in `test`.
+# A run killed a hundred times, and changed files for each reader: half an hour, and so not in `test`.
 soak: $(VENV)/ready
-	$(BIN)/python -m pytest -s tests/external/soak.py
+	$(BIN)/python -m pytest -s tests/external/soak.py tests/external/fuzz.py
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(FOREIGN) $(HARNESS) $(TPU) out site
+	rm -rf $(VENV) $(DOCS) $(FOREIGN) $(ENGINES) $(HARNESS) $(TPU) out site

@@ -151,6 +151,8 @@ def generate(
         dtype: Of parameters and computation.
     """
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
+    if subject.tokenizer.chat_template and not chat:
+        print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)
     message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     ids = subject.encode_prompt(message)
     if len(ids) + max_new_tokens > subject.positions:

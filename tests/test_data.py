@@ -269,14 +269,18 @@ def test_messages_need_a_chat_template(load):
         load([TALK])
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(load, tokenizer):
+def test_a_turn_that_a_template_rewrites_later_has_an_example_of_its_own(load, tokenizer):
     tokenizer.chat_template = FORGETFUL
     plain, _ = load([TALK], length=128)
     assert trained_text(tokenizer, plain[0]) == "Two.</s>\nThree, I say.</s>\n"
     talk = json.loads(json.dumps(TALK))
     talk["messages"][2]["content"] = "[1 + 1] Two."
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*rewrites earlier turns"):
-        load([talk])
+    examples, report = load([talk], length=128)
+    assert [trained_text(tokenizer, example) for example in examples] == [
+        "Three, I say.</s>\n",
+        "[1 + 1] Two.</s>\n",
+    ]
+    assert "1 conversations in several examples" in str(report)
 
 
 # What is left out.

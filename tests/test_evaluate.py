@@ -178,7 +178,7 @@ def test_conversations_are_asked_in_the_chat_template(subject, monkeypatch):
     assert subject.encode(subject.render(prompt)) == expected["input_ids"]
     row = {"messages": [*prompt, {"role": "assistant", "content": "14"}]}
     problem = match._problem("here", row)
-    assert problem == match.Problem(prompt, "14")
+    assert (problem.prompt.messages, problem.expected) == (prompt, "14")
     (row,) = match.run(subject, match.MatchConfig(data="x", max_new_tokens=8), [problem]).rows
     assert row["prompt"] == prompt
 

@@ -67,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
         ),
     },
     # What runs.
-    "generation": {"hf", "inject", "mesh", "models"},
+    "generation": {"data", "hf", "inject", "mesh", "models"},
     "training": {
         *(
             "adapter",

@@ -165,10 +165,10 @@ def test_a_json_array_is_read_like_lines(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text('[\n {"text": "a"},\n {"text": "b"}\n]')
     assert list(read_rows(str(file))) == [
-        (f"{file}: row 1", {"text": "a"}),
-        (f"{file}: row 2", {"text": "b"}),
+        (f"{file}:2", {"text": "a"}),
+        (f"{file}:3", {"text": "b"}),
     ]
-    for text, message in (('[{"text": 1},\n', ":2: not JSON"), ("[1]", "row 1: a row must be")):
+    for text, message in (('[{"text": 1},\n', ":2: not JSON"), ("[1]", ":1: a row must be")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             list(read_rows(str(file)))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from genlora_jax.validation import require, require_choice, require_int
+from genlora_jax.validation import require, require_choice, require_float, require_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,14 +11,18 @@ class DataConfig:
     """What is trained on, and the shape of its batches.
 
     Attributes:
-        train: A `.jsonl`, `.json` or `.parquet` file, a directory that `datasets` saved, or a data
-            set's id on the hub (`ID` or `ID:SPLIT`; the split is `train` by default); or several.
+        train: A file of rows (`.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`), a directory that
+            `datasets` saved, or a data set's id on the hub (`ID` or `ID:SPLIT`; the split is
+            `train` by default); or several.
         eval: The same for evaluation; None for none.
         length: Tokens in a row of a batch.
         batch_size: Rows of a batch, over all micro-batches of a step.
         pack: Several examples in a row, kept apart by segment ids.
         overlong: What becomes of an example of more than `length` tokens: `"drop"`,
             `"truncate"`, `"split"` into several, or `"error"`.
+        bad_rows: What becomes of a row that cannot be read or encoded: `"error"`, or `"skip"`,
+            which counts and lists them.
+        bad_rows_limit: The share of bad rows of a source above which skipping ends in an error.
         seed: Seed of the order.
     """
 
@@ -28,6 +32,8 @@ class DataConfig:
     batch_size: int = 16
     pack: bool = True
     overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows_limit: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,3 +43,5 @@ class DataConfig:
         require_int("data.length", self.length, 2)
         require_int("data.batch_size", self.batch_size, 1)
         require_choice("data.overlong", self.overlong, ("drop", "truncate", "split", "error"))
+        require_choice("data.bad_rows", self.bad_rows, ("error", "skip"))
+        require_float("data.bad_rows_limit", self.bad_rows_limit, 0)

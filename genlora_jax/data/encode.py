@@ -4,108 +4,177 @@ Every row is read and tokenised at the start, so that a bad row is reported befo
 and the counts in the report are of the whole set.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genlora_jax.data.chat import Passage, chat_passages, end_of_turn_token_ids
 from genlora_jax.data.config import DataConfig
-from genlora_jax.data.rows import read_rows, text_spans
+from genlora_jax.data.forms import Form, read_form, unused_fields
+from genlora_jax.data.report import BadRows, Report, joined
+from genlora_jax.data.rows import rows_or_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Example = dict[str, np.ndarray]  # "input_ids": int32 [n], "loss_mask": bool [n]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of the rows of a source."""
-
-    source: str
-    examples: int
-    tokens: int
-    trained_tokens: int
-    overlong: int
-    without_completion: int
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} of them trained"
-        )
-        if self.overlong:
-            text += f"; {self.overlong:,} rows longer than the limit"
-        if self.without_completion:
-            text += f"; {self.without_completion:,} rows with nothing to train on, left out"
-        return text
+# What reading or a tokenizer raises over a row.
+ROW_ERRORS = (ValueError, TypeError, KeyError, RecursionError)
+# Tokenising takes some 300 bytes a character at worst: a text this long two gigabytes.
+LONGEST_TEXT = 8_000_000
 
 
 def encode(
-    rows: Iterator[tuple[str, dict[str, Any]]],
+    rows: Iterator[tuple[str, Any]],
     tokenizer: "PreTrainedTokenizerFast",
     cfg: DataConfig,
     source: str,
 ) -> tuple[list[Example], Report]:
     """Tokenises rows and marks the tokens that are trained.
 
-    A token is trained if it ends within a trained span. The end-of-sequence token that follows
-    a completion is trained by its place, so that a pad token of the same id makes no difference.
+    A token is trained if a part of it lies in a trained span. The end-of-sequence token that
+    follows a completion is trained by its place, so that a pad token of the same id makes no
+    difference.
+
+    Args:
+        rows: Rows with their places, as of `rows_or_errors`.
+        tokenizer: The tokenizer.
+        cfg: Lengths, and what becomes of bad rows.
+        source: What the report calls them.
 
     Raises:
-        ValueError: If a row is bad, or none is left.
+        ValueError: If a row is bad and not to be skipped, too many are, or none is left.
     """
     examples: list[Example] = []
-    dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    forms: Counter[str] = Counter()
+    idle: dict[str, None] = {}  # a set in order
+    first_without = ""
+    talks: list[Example] = []
+    bad, limit = BadRows(cfg), _longest_text(tokenizer, cfg)
     for place, row in rows:
-        ids, mask = _tokenize(row, tokenizer, place)
-        pieces = [slice(i, i + cfg.length) for i in range(0, max(len(ids), 1), cfg.length)]
-        if len(ids) > cfg.length:
-            dropped["overlong"] += 1
-            if cfg.overlong == "error":
-                raise ValueError(
-                    f"{place}: {len(ids)} tokens, more than data.length = {cfg.length}; "
-                    "raise it, or set data.overlong to drop, truncate or split"
-                )
-            pieces = {"drop": [], "truncate": pieces[:1], "split": pieces}[cfg.overlong]
-        for piece in pieces:
-            if not mask[piece][1:].any():  # the first token is predicted from nothing
-                dropped["without_completion"] += 1
-                continue
-            # Copies: a view of a short piece would keep the whole text in memory.
-            examples.append({"input_ids": ids[piece].copy(), "loss_mask": mask[piece].copy()})
+        counts["rows"] += 1
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            form = read_form(row, place)
+            passages = _passages(form, tokenizer)
+            cut = [_pieces(form, *p, tokenizer, cfg, limit, place) for p in passages]
+        except ROW_ERRORS as error:
+            bad.add(place, error)
+            continue
+        forms[form.made_of] += 1
+        idle |= dict.fromkeys(unused_fields(row, form))
+        counts["rewritten"] += len(cut) > 1
+        for pieces, overlong in cut:
+            counts["overlong"] += overlong
+            # The first token has no context.
+            trained = [p for p in pieces if p["loss_mask"][1:].any()]
+            if len(trained) < len(pieces):
+                counts["without_completion"] += len(pieces) - len(trained)
+                first_without = first_without or f"{place}: {_why_untrained(form, overlong)}"
+            examples += trained
+            talks += trained if form.talk is not None else []
+    bad.check(source, counts["rows"])
     report = Report(
         source=source,
         examples=len(examples),
         tokens=sum(len(e["input_ids"]) for e in examples),
         trained_tokens=sum(int(e["loss_mask"][1:].sum()) for e in examples),
-        overlong=dropped["overlong"],
-        without_completion=dropped["without_completion"],
+        overlong=counts["overlong"],
+        without_completion=counts["without_completion"],
+        first_without=first_without,
+        endless=bool(talks) and _never_trained_to_end(talks, tokenizer),
+        rewritten=counts["rewritten"],
+        forms=forms,
+        unused=list(idle),
+        bad=bad.count,
+        first_bad=bad.first,
     )
     if not examples:
-        raise ValueError(f"{report}: nothing to train on")
+        raise ValueError(f"{report.summary}: nothing to train on")
     return examples, report
 
 
+def _longest_text(tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig) -> int:
+    """How many characters of a row are tokenised: longer ones have more tokens than are asked."""
+    if cfg.overlong == "split":
+        return LONGEST_TEXT
+    return max(map(len, tokenizer.get_vocab())) * (cfg.length + 1) + 1000
+
+
+def _pieces(
+    form: Form,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    tokenizer: "PreTrainedTokenizerFast",
+    cfg: DataConfig,
+    limit: int,
+    place: str,
+) -> tuple[list[Example], bool]:
+    """The examples of a row's text, and whether it is too long for one."""
+    cut = len(text) > limit
+    if cut and cfg.overlong in ("split", "error"):
+        raise ValueError(f"{place}: {len(text):,} characters in one row: cut it into shorter rows")
+    plain = form.talk is None  # a chat template writes its own tokens of begin and end
+    ids, mask = _tokenize(text[:limit], spans, tokenizer, special=plain, ends=plain and not cut)
+    pieces = [slice(i, i + cfg.length) for i in range(0, max(len(ids), 1), cfg.length)]
+    overlong = cut or len(ids) > cfg.length
+    if overlong:
+        if cfg.overlong == "error":
+            raise ValueError(
+                f"{place}: {len(ids)} tokens, more than data.length = {cfg.length}; "
+                "raise it, or set data.overlong to drop, truncate or split"
+            )
+        pieces = {"drop": [], "truncate": pieces[:1], "split": pieces}[cfg.overlong]
+    # Copies: a view of a short piece would keep the whole text in memory.
+    return [{"input_ids": ids[p].copy(), "loss_mask": mask[p].copy()} for p in pieces], overlong
+
+
+def _passages(form: Form, tokenizer: "PreTrainedTokenizerFast") -> list[Passage]:
+    """A row's text, and the parts of it that are trained; several if a chat template needs it."""
+    if form.talk is not None:
+        return chat_passages(form.talk, tokenizer)
+    text = form.prompt + form.completion
+    return [(text, [(len(form.prompt), len(text))] if form.completion else [])]
+
+
+def _never_trained_to_end(examples: list[Example], tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether no trained token is one that ends a turn, or could."""
+    ends = end_of_turn_token_ids(tokenizer)[:1] or list(tokenizer.added_tokens_decoder)
+    return not any(np.isin(e["input_ids"][e["loss_mask"]], ends).any() for e in examples)
+
+
+def _why_untrained(form: Form, overlong: bool) -> str:
+    """Why nothing of a row is trained, for people."""
+    if form.talk is not None and not form.talk.trained:
+        roles = sorted({message["role"] for message in form.talk.messages})
+        return f"no turn of the assistant's is trained and says something; roles {', '.join(roles)}"
+    return "the trained part lies in other pieces" if overlong else "its completion is empty"
+
+
 def _tokenize(
-    row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", place: str
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    special: bool,
+    ends: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A row's tokens, int32 `[n]`, and which of them are trained, bool `[n]`."""
-    text, spans, ends = text_spans(row, tokenizer, place)
+    """A text's tokens, int32 `[n]`, and which of them are trained, bool `[n]`."""
     eos = tokenizer.eos_token_id
-    # A chat template writes its own begin-of-sequence token.
     encoded = tokenizer(
         text,
         return_offsets_mapping=True,
-        add_special_tokens="messages" not in row,
+        add_special_tokens=special,
         verbose=False,  # `encode` counts what is too long
     )
     ids = encoded["input_ids"]
     mask = [
-        any(start < last <= stop for start, stop in spans) for _, last in encoded["offset_mapping"]
+        any(start < last and first < stop for start, stop in spans)
+        for first, last in encoded["offset_mapping"]
     ]
     if ends:
         if eos is None:
@@ -119,7 +188,11 @@ def _tokenize(
 def load_examples(
     sources: str | Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig
 ) -> tuple[list[Example], Report]:
-    """Reads and tokenises a source or several; see `read_rows` and `encode`."""
+    """Reads and tokenises a source or several; see `rows_or_errors` and `encode`."""
     sources = [sources] if isinstance(sources, str) else sources
-    rows = itertools.chain.from_iterable(map(read_rows, sources))
-    return encode(rows, tokenizer, cfg, ", ".join(sources))
+    examples, reports = [], []
+    for source in sources:
+        found, report = encode(rows_or_errors(source), tokenizer, cfg, source)
+        examples += found
+        reports.append(report)
+    return examples, joined(reports)

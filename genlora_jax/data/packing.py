@@ -1,5 +1,6 @@
 """Packing: examples to batches of rows of one length."""
 
+import math
 from collections.abc import Sequence
 
 import grain
@@ -24,15 +25,28 @@ def train_batches(
         Batches of `input_ids`, `segment_ids` (0 at padding), `positions` int32 and `loss_mask`
         bool, all `[batch_size, length]`.
     """
-    return _pack(grain.MapDataset.source(examples).seed(cfg.seed).shuffle().repeat(epochs), cfg)
+    shuffled = grain.MapDataset.source(examples).seed(cfg.seed).shuffle().repeat(epochs)
+    return _pack(shuffled, cfg, max_segments(examples, cfg))
 
 
 def eval_batches(examples: Sequence[Example], cfg: DataConfig) -> list[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is filled with padding."""
-    return list(_pack(grain.MapDataset.source(examples), cfg))
+    most = max_segments(examples, cfg)
+    return list(_pack(grain.MapDataset.source(examples), cfg, most))
 
 
-def _pack(examples: grain.MapDataset, cfg: DataConfig) -> grain.IterDataset:
+def max_segments(examples: Sequence[Example], cfg: DataConfig) -> int:
+    """The most examples that a row of a batch is given: half as many again as fit on average.
+
+    Attention on GPUs takes time and memory for as many, whether they are there or not.
+    """
+    if not cfg.pack or not examples:
+        return 1
+    mean = sum(len(example["input_ids"]) for example in examples) / len(examples)
+    return 4 * math.ceil(1.5 * cfg.length / mean / 4)
+
+
+def _pack(examples: grain.MapDataset, cfg: DataConfig, most: int) -> grain.IterDataset:
     def name_fields(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
             "input_ids": row["input_ids"],
@@ -55,6 +69,6 @@ def _pack(examples: grain.MapDataset, cfg: DataConfig) -> grain.IterDataset:
         length_struct={"input_ids": cfg.length, "loss_mask": cfg.length},
         num_packing_bins=cfg.batch_size,
         shuffle_bins=False,
-        max_sequences_per_bin=None if cfg.pack else 1,
+        max_sequences_per_bin=most,
     )
     return packed.map(name_fields).batch(cfg.batch_size, batch_fn=stack)

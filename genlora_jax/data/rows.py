@@ -1,72 +1,75 @@
-"""Rows: where they come from, and which text of a row is read and which is trained."""
+"""Rows: where they come from."""
 
 import importlib.util
-import json
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows, without_nulls
+
+Row = dict[str, Any]
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[^/]+)?")
+# Ids of the hub have versions (`.5`, `.v2`) where files have suffixes.
+SUFFIX = re.compile(r"\.(?!v?[0-9])\w+$")
+FILES = f"{', '.join(READERS)}, each also with {' or '.join(COMPRESSED)}"
 
 
-def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(source: str) -> Iterator[tuple[str, Row]]:
     """The rows of a source, each with the place that an error names (`FILE:LINE`).
 
     Raises:
         FileNotFoundError: If there is no such source.
-        ValueError: If a line is no JSON object.
+        ValueError: If a row is bad.
     """
-    path = Path(source)
-    readers = {".jsonl": _json_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        rows = _hugging_face_rows(source)
-    elif path.is_file():
-        rows = readers[path.suffix](path)
-    else:
-        raise FileNotFoundError(f"no such data file: {path}")
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: a row must be a JSON object")
+    for place, row in rows_or_errors(source):
+        if isinstance(row, ValueError):
+            raise row
         yield place, row
 
 
-def _numbered(source: object, rows: Any) -> Iterator[tuple[str, Any]]:
-    return ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1))
+def rows_or_errors(source: str) -> Iterator[tuple[str, Row | ValueError]]:
+    """The rows of a source, and in place of a bad one what is wrong with it.
+
+    A field of null, or of NaN, which is how pandas writes it, counts as missing.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        ValueError: If the source cannot be read at all, or not beyond a place.
+    """
+    for place, row in _source_rows(source):
+        if isinstance(row, dict):
+            yield place, {name: value for name, value in row.items() if not _missing(value)}
+        elif isinstance(row, ValueError):
+            yield place, row
+        else:
+            yield place, ValueError(f"{place}: a row must be a JSON object")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file of one JSON array (`.json`), or of one JSON object a line."""
-
-    def parse(text: str, first_line: int) -> Any:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            line = first_line + error.lineno - 1
-            raise ValueError(f"{path}:{line}: not JSON: {error}") from None
-
-    if path.suffix == ".json":
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            yield from _numbered(path, parse(text, 1))
-            return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{path}:{number}", parse(line.strip(), number)
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
-
-    return _numbered(path, pyarrow.parquet.read_table(path).to_pylist())
+def _source_rows(source: str) -> Iterator[tuple[str, Any]]:
+    path = Path(source)
+    if path.is_file():
+        if file_kind(path.name) is None:
+            raise ValueError(f"{source}: a file of another kind than {FILES}: convert or rename it")
+        return file_rows(path)
+    name = source.partition(":")[0]
+    is_id = HUB_ID.fullmatch(source) and not SUFFIX.search(name)
+    if not is_id and not Path(name).is_dir():
+        raise FileNotFoundError(f"no such data file: {source}")
+    return _hugging_face_rows(source)
 
 
 def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"{source} is no .jsonl, .json or .parquet file. To read it with Hugging Face "
-            'datasets: pip install "genlora_jax[datasets]"'
+            f"{source} is no file ({FILES}). To read it with Hugging Face datasets: "
+            'pip install "genlora_jax[datasets]"'
         )
     import datasets
 
@@ -76,98 +79,17 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, split=split or "train")
+        if isinstance(data, datasets.DatasetDict):
+            data = data[split or "train"]
     except Exception as error:  # whatever the library raises, the user named no data set
-        raise FileNotFoundError(f"no data at {source}: {error}") from error
-    if isinstance(data, datasets.DatasetDict):
-        data = data[split or "train"]
-    return _numbered(source, data)
+        raise FileNotFoundError(f"no data at {source}: {_said(error)}") from error
+    number = 0
+    try:
+        for number, row in enumerate(data, 1):
+            yield f"{source}: row {number}", without_nulls(row)
+    except Exception as error:  # of decoding images, or damaged files
+        raise ValueError(f"{source}: row {number + 1}: {_said(error)}") from error
 
 
-def text_spans(
-    row: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", place: str
-) -> tuple[str, list[tuple[int, int]], bool]:
-    """A row's text and the parts of it, in characters, that are trained.
-
-    Returns:
-        The text, `[start, stop)` spans, and whether an end-of-sequence token is to follow.
-
-    Raises:
-        ValueError: If a field is missing or has another type.
-    """
-    if "messages" in row:
-        return *_chat_spans(row["messages"], tokenizer, place), False
-    if isinstance(row.get("text"), str) and not {"prompt", "completion"} & row.keys():
-        pair: tuple[str, str] | None = ("", row["text"])
-    else:
-        pair = prompt_and_completion(row, place)
-    if pair is None:
-        raise ValueError(
-            f"{place}: needs fields prompt and completion, question and answer, messages, or text; "
-            f"has {sorted(row)}"
-        )
-    prompt, completion = pair
-    text = prompt + completion
-    return text, [(len(prompt), len(text))] if completion else [], True
-
-
-def prompt_and_completion(row: dict[str, Any], place: str) -> tuple[str, str] | None:
-    """A row's prompt and completion, which a question (or instruction) and answer make as well.
-
-    Returns:
-        The two, or None if the row is of another form.
-
-    Raises:
-        ValueError: If one of them is missing or no text.
-    """
-    if "prompt" in row or "completion" in row:
-        return text_field(place, row, "prompt"), text_field(place, row, "completion")
-    for name in ("question", "instruction"):
-        if name in row:
-            question, answer = text_field(place, row, name), text_field(place, row, "answer")
-            return f"Question: {question}\nAnswer:", f" {answer}"
-    return None
-
-
-def text_field(place: str, row: dict[str, Any], name: str) -> str:
-    """A field that must be text; ValueError if it is not."""
-    if not isinstance(row.get(name), str):
-        raise ValueError(f"{place}: field {name!r} is missing or no text")
-    return row[name]
-
-
-def _chat_spans(
-    messages: Any, tokenizer: "PreTrainedTokenizerFast", place: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation in the tokenizer's chat template, and the spans of the assistant's messages.
-
-    A span is what the template adds to the conversation before the message and the cue to answer.
-    So the mark that ends the message is trained, and its header is not.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(f"{place}: has messages, but the tokenizer has no chat template")
-    messages = conversation(messages, place)
-
-    def render(count: int, **settings: Any) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, **settings))
-
-    text, spans = render(len(messages)), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        header, answered = render(i, add_generation_prompt=True), render(i + 1)
-        if not answered.startswith(header) or not text.startswith(answered):
-            raise ValueError(
-                f"{place}: the chat template rewrites earlier turns, so that turn {i + 1} cannot "
-                "be told from the text before it; give prompt and completion instead"
-            )
-        spans.append((len(header), len(answered)))
-    return text, spans
-
-
-def conversation(messages: Any, place: str) -> list[dict[str, Any]]:
-    """A row's messages; ValueError unless they are objects with role and content."""
-    if not isinstance(messages, Sequence) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise ValueError(f"{place}: messages must be a list of objects with role and content")
-    return list(messages)
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

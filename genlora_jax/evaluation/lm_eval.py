@@ -3,9 +3,11 @@ r"""The model `genlora_jax` of EleutherAI's lm-eval; needs the extra `lm-eval`.
     python -m genlora_jax.evaluation.lm_eval --model genlora_jax \
         --model_args path=BASE,adapter=ADAPTER --tasks arc_easy
 
-is the `lm_eval` command with this model registered; all other arguments are lm-eval's.
+is the `lm_eval` command with this model registered; all other arguments are lm-eval's. A batch has
+16 rows unless `--batch_size` says otherwise, where lm-eval's own default is one.
 """
 
+import sys
 from typing import Any
 
 import lm_eval.models  # noqa: F401  # lm-eval registers its models only while there is no other
@@ -16,6 +18,8 @@ from lm_eval.api.registry import register_model
 from genlora_jax.evaluation import harness
 from genlora_jax.generation.subject import Subject, load_subject
 
+ROWS = 16  # of a batch
+
 
 @register_model("genlora_jax")
 class GenLoRALM(LM):
@@ -24,7 +28,7 @@ class GenLoRALM(LM):
     Args:
         path: Local directory or hub id.
         adapter: An adapter's directory, one of `save_adapter` or of PEFT.
-        batch_size: Rows of a batch.
+        batch_size: Rows of a batch; "auto" for the default.
         max_batch_size: Not used.
         device: Not used: JAX's default device is taken.
         dtype: Dtype of parameters and computation.
@@ -37,7 +41,7 @@ class GenLoRALM(LM):
         path: str,
         adapter: str | None = None,
         *,
-        batch_size: int | str = 16,
+        batch_size: int | str = ROWS,
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "bfloat16",
@@ -45,12 +49,13 @@ class GenLoRALM(LM):
         **options: Any,
     ):
         super().__init__()
-        if not str(batch_size).isdecimal():
-            raise ValueError(f"batch_size must be a number, got {batch_size!r}")
+        rows = str(ROWS if batch_size == "auto" else batch_size)
+        if not rows.isdecimal() or not int(rows):
+            raise ValueError(f"batch_size must be auto or at least 1, got {batch_size!r}")
         self._name = f"{path}+{adapter}"
         self._seed = seed
         self._subject: Subject = load_subject(
-            path, adapter, batch_size=int(batch_size), dtype=dtype, param_dtype=dtype, **options
+            path, adapter, batch_size=int(rows), dtype=dtype, param_dtype=dtype, **options
         )
 
     def loglikelihood(
@@ -80,5 +85,13 @@ class GenLoRALM(LM):
         return self._name.replace("/", "__")
 
 
+def with_batch_size(arguments: list[str]) -> list[str]:
+    """The arguments of a run, with a batch size unless they or a file of settings may have one."""
+    running = any(argument.startswith("--model") for argument in arguments)
+    told = any(argument.startswith(("-b", "--b", "-C", "--config")) for argument in arguments)
+    return [*arguments, "--batch_size", "auto"] if running and not told else arguments
+
+
 if __name__ == "__main__":
+    sys.argv = with_batch_size(sys.argv)
     cli_evaluate()

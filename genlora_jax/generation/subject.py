@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from genlora_jax.data.chat import render
+from genlora_jax.data.conversation import Conversation
 from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
 from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.hf.peft_import import load_factors
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, str]]
-Prompt = str | Messages  # text, or a conversation that the model is to continue
+# Text, or a conversation that the model is to continue.
+Prompt = str | Messages | Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +66,20 @@ class Subject:
         """Token ids of a prompt; a conversation is rendered in the tokenizer's chat template.
 
         Raises:
-            ValueError: If it is a conversation and the tokenizer has no chat template.
+            ValueError: If it is a conversation that the tokenizer's chat template does not render.
         """
         if isinstance(prompt, str):
             return self.encode(prompt) or [self.prefix]
         return self.encode(self.render(prompt), special=False)
 
-    def render(self, messages: Messages, *, cue: bool = True) -> str:
-        """A conversation as text, by default with the cue to answer."""
-        if not self.tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: give prompts as text")
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
-        )
+    def render(self, messages: Messages | Conversation, *, cue: bool = True) -> str:
+        """A conversation as text, by default with the cue to answer.
+
+        Raises:
+            ValueError: If the tokenizer has no chat template, or one that does not render it.
+        """
+        talk = messages if isinstance(messages, Conversation) else Conversation(messages)
+        return render(talk, self.tokenizer, cue=cue)
 
 
 def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) -> Subject:

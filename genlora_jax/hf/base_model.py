@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 from jax.sharding import Mesh
 
 from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
 from genlora_jax.hf.load import load_llama
-from genlora_jax.models.attention import Attention
+from genlora_jax.models import cudnn
+from genlora_jax.models.attention import Attention, choose, keeps_scores
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, Remat
 
@@ -25,8 +27,10 @@ class ModelConfig:
         dtype: Dtype of the computation.
         param_dtype: Dtype of the base's parameters.
         revision: Branch, tag or commit on the hub.
-        scan: Layers scanned (fast to compile) or unrolled (a little faster to run on CPUs).
-        remat: `none`, `full` or `dots`: what the backward pass recomputes.
+        scan: Layers scanned (fast to compile), or unrolled (faster on GPUs, which then copy neither
+            kernels nor activations from and to stacks). None: unrolled on GPUs.
+        remat: What the backward pass recomputes: `none`, all but the outputs of projections and
+            attention (`dots`), or all (`full`).
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         shape: The fields of the checkpoint's `config.json`, for planning without it.
     """
@@ -35,10 +39,14 @@ class ModelConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "bfloat16"
     revision: str | None = None
-    scan: bool = True
+    scan: bool | None = None
     remat: Remat = "none"
     attention: Attention = "auto"
     shape: LlamaConfig | None = None
+
+    def scans(self, platform: str) -> bool:
+        """Whether layers are scanned on `"cpu"`, `"gpu"` or `"tpu"`."""
+        return platform != "gpu" if self.scan is None else self.scan
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,17 @@ class Base:
     tokenizer: "PreTrainedTokenizerFast"
     model: LlamaForCausalLM
     params: Any
+
+    @property
+    def attention(self) -> str:
+        """Which attention the model runs where it lies, for the user."""
+        model, devices = self.model, jax.tree.leaves(self.params)[0].devices()
+        device, suits = min(devices, key=lambda device: device.id), True
+        if device.platform == "gpu":
+            suits = cudnn.suits(model.dtype, model.config.head_dim, device)
+        name = choose(model.attention, device.platform, devices=len(devices), suits=suits)
+        slow = keeps_scores(name) and device.platform != "cpu"
+        return f"{name}, which writes all scores to memory" if slow else name
 
 
 def find_base(cfg: ModelConfig) -> tuple[Path, "PreTrainedTokenizerFast"]:
@@ -77,5 +96,6 @@ def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], m
     """Loads the base that `find_base` found onto a mesh; raises as `load_llama` does."""
     source, tokenizer = found
     options = {k: v for k, v in vars(cfg).items() if k not in ("path", "shape")}
+    options["scan"] = cfg.scans(mesh.devices.flat[0].platform)
     model, params = load_llama(source, **options, mesh=mesh)
     return Base(source, tokenizer, model, params)

@@ -1,19 +1,23 @@
 """A decoder layer: norm, attention, feed-forward network, under Hugging Face's names."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genlora_jax.mesh import BATCH
 from genlora_jax.models.attention import Attention, attend
 from genlora_jax.models.config import LlamaConfig
+from genlora_jax.models.cudnn import Runs
 from genlora_jax.models.rope import rotate
 
+# Names of what a layer computes, for the policies of `remat`.
+PROJECTION, ATTENTION = "projection", "attention"
 Cache = Any  # per layer {"k", "v": [..., batch, slots, kv_heads, head_dim]}
 Array = jax.Array
 
@@ -77,8 +81,12 @@ class Blueprint:
             embedding_init=nn.initializers.normal(0.02),
         )
 
+    def project(self, x: Array, features: int, bias: bool, name: str) -> Array:
+        """A projection of x, which `remat="dots"` keeps."""
+        return checkpoint_name(self.dense(features, bias, name)(x), PROJECTION)
+
     def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
-        """A projection."""
+        """A Dense layer."""
         return nn.Dense(
             features,
             use_bias=bias,
@@ -105,6 +113,8 @@ class Context:
         start: The first slot of the cache that is written.
         segments: Int `[batch, length]` if each token sees all that comes before it in its
             segment and nothing else; None otherwise.
+        runs: What the mask says, with `window`, as runs; None if they are not known.
+        window: How many tokens back every layer sees; None for all, or if layers differ.
     """
 
     rope: tuple[Array, Array]
@@ -112,6 +122,8 @@ class Context:
     sliding_mask: Any
     start: Any
     segments: Any
+    runs: Runs | None = None
+    window: int | None = field(default=None, metadata={"static": True})
 
 
 class LlamaAttention(nn.Module):
@@ -125,14 +137,14 @@ class LlamaAttention(nn.Module):
     ) -> tuple[Array, Cache]:
         """Returns the output, and the cache with these positions in it if there is one."""
         blueprint, cfg = self.blueprint, self.blueprint.cfg
-        dense, norm, constrain = blueprint.dense, blueprint.norm, blueprint.constrain
+        project, norm, constrain = blueprint.project, blueprint.norm, blueprint.constrain
         heads, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         widths = {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size}
         if cfg.fused_projections:
-            fused = dense(sum(widths.values()), cfg.attention_bias, "qkv_proj")(x)
+            fused = project(x, sum(widths.values()), cfg.attention_bias, "qkv_proj")
             q, k, v = jnp.split(fused, (heads * size, (heads + groups) * size), axis=-1)
         else:
-            q, k, v = (dense(n, cfg.attention_bias, name)(x) for name, n in widths.items())
+            q, k, v = (project(x, n, cfg.attention_bias, name) for name, n in widths.items())
         if cfg.qk_norm == "whole":
             q, k = norm("q_norm")(q), norm("k_norm")(k)
         q, k, v = (part.reshape(*x.shape[:2], -1, size) for part in (q, k, v))
@@ -145,10 +157,25 @@ class LlamaAttention(nn.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, context.start, axis=1)
             cache = {"k": k, "v": v}
         out = attend(
-            q, k, v, mask, blueprint.attention, segments=context.segments, mesh=blueprint.mesh
+            q,
+            k,
+            v,
+            mask,
+            blueprint.attention,
+            segments=context.segments,
+            runs=context.runs,
+            window=context.window,
+            mesh=blueprint.mesh,
         )
+        out = checkpoint_name(out, ATTENTION)
         out = constrain(out.reshape(*x.shape[:2], heads * size), "tensor")
-        return dense(cfg.hidden_size, cfg.attention_output_bias, "o_proj")(out), cache
+        return project(out, cfg.hidden_size, cfg.attention_output_bias, "o_proj"), cache
+
+
+@jax.checkpoint
+def _swiglu(gate: Array, up: Array) -> Array:
+    """SwiGLU; the backward pass computes it again, rather than keep a third array of this size."""
+    return nn.silu(gate) * up
 
 
 class LlamaMLP(nn.Module):
@@ -159,14 +186,14 @@ class LlamaMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[batch, length, hidden]` to the same."""
-        cfg, dense = self.blueprint.cfg, self.blueprint.dense
+        cfg, project = self.blueprint.cfg, self.blueprint.project
         width = cfg.intermediate_size
         if cfg.fused_projections:
-            gate, up = jnp.split(dense(2 * width, cfg.mlp_bias, "gate_up_proj")(x), 2, axis=-1)
+            gate, up = jnp.split(project(x, 2 * width, cfg.mlp_bias, "gate_up_proj"), 2, axis=-1)
         else:
-            gate, up = (dense(width, cfg.mlp_bias, name)(x) for name in ("gate_proj", "up_proj"))
-        inner = self.blueprint.constrain(nn.silu(gate) * up, "tensor")
-        return dense(cfg.hidden_size, cfg.mlp_bias, "down_proj")(inner)
+            gate, up = (project(x, width, cfg.mlp_bias, name) for name in ("gate_proj", "up_proj"))
+        inner = self.blueprint.constrain(_swiglu(gate, up), "tensor")
+        return project(inner, cfg.hidden_size, cfg.mlp_bias, "down_proj")
 
 
 class LlamaDecoderLayer(nn.Module):

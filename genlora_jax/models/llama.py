@@ -10,11 +10,28 @@ from jax.sharding import Mesh
 
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
-from genlora_jax.models.layers import Blueprint, Cache, Context, LlamaDecoderLayer
+from genlora_jax.models.cudnn import Runs, find_runs
+from genlora_jax.models.layers import (
+    ATTENTION,
+    PROJECTION,
+    Blueprint,
+    Cache,
+    Context,
+    LlamaDecoderLayer,
+)
 from genlora_jax.models.rope import rotary
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "dots", "full"]
 Array = jax.Array
+
+
+def keeps_products(primitive: Any, *values: Any, **parameters: Any) -> Any:
+    """A policy of `jax.checkpoint`: projections and attention are kept, the rest recomputed."""
+    # The gradient of cuDNN's attention takes its output and the logarithm of its denominator.
+    if "dot_product_attention_fwd" in primitive.name:
+        return True
+    policy = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
+    return policy(primitive, *values, **parameters)
 
 
 class _UnrolledLayers(nn.Module):
@@ -50,8 +67,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = blueprint.embed()
         block: Any = LlamaDecoderLayer
         if self.remat != "none":
-            policies = jax.checkpoint_policies
-            policy = policies.checkpoint_dots_with_no_batch_dims if self.remat == "dots" else None
+            policy = keeps_products if self.remat == "dots" else None
             block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
         if self.scan:
             self.layers = nn.scan(
@@ -85,8 +101,9 @@ class LlamaForCausalLM(nn.Module):
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
-        remat: What of a layer the backward pass recomputes: `"none"`, `"full"`, or all but the
-            outputs of matrix products (`"dots"`).
+        remat: What of a layer the backward pass recomputes: almost nothing (`"none"`), all but the
+            outputs of projections and of attention (`"dots"`), or all (`"full"`). Each takes less
+            memory and more time.
         attention: `"auto"`, `"xla"`, `"cudnn"`, `"splash"` or `"blocks"`; see `attend`.
         mesh: Devices, with axes `data`, `fsdp` and `tensor`, that shard activations.
     """
@@ -137,8 +154,13 @@ class LlamaForCausalLM(nn.Module):
         attention_mask: Array | None = None,
         positions: Array | None = None,
         segment_ids: Array | None = None,
+        max_segments: int | None = None,
     ) -> Array:
-        """Normalised hidden states `[batch, length, hidden]`: what `head` takes."""
+        """Normalised hidden states `[batch, length, hidden]`: what `head` takes.
+
+        The arguments are those of a call, and `max_segments`: the most segments that a row has, if
+        equal ids lie together. cuDNN's attention then needs no mask. More of them give NaN.
+        """
         length = input_ids.shape[1]
         mask, segments = None, jnp.ones_like(input_ids) if segment_ids is None else segment_ids
         if attention_mask is not None:
@@ -155,13 +177,24 @@ class LlamaForCausalLM(nn.Module):
             positions = jnp.maximum(jnp.cumsum(attention_mask != 0, axis=1) - 1, 0)
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
-        return self._run(input_ids, positions, mask, segments, 0, None)[0]
+        runs = None
+        if max_segments is not None and segment_ids is not None and attention_mask is None:
+            runs = find_runs(segment_ids, max_segments)
+        hidden = self._run(input_ids, positions, mask, segments, 0, None, runs)[0]
+        return hidden if runs is None else jnp.where(runs.fit, hidden, jnp.nan)
 
     def _run(
-        self, input_ids: Array, positions: Array, mask: Any, segments: Any, start: Any, cache: Cache
+        self,
+        input_ids: Array,
+        positions: Array,
+        mask: Any,
+        segments: Any,
+        start: Any,
+        cache: Cache,
+        runs: Runs | None = None,
     ) -> tuple[Array, Cache]:
         """Hidden states and cache, with the masks of sliding windows."""
-        cfg, sliding_mask, slides = self.config, None, None
+        cfg, sliding_mask, slides, window = self.config, None, None, None
         slots = input_ids.shape[1] if cache is None else cache["k"].shape[2]
         if cfg.sliding_window is not None and cfg.sliding_window < slots:
             segments = None  # a token's view now depends on its window as well
@@ -169,11 +202,12 @@ class LlamaForCausalLM(nn.Module):
             causal = (key <= query)[None, None] if mask is None else mask
             sliding_mask = causal & (key > query - cfg.sliding_window)[None, None]
             if cfg.sliding_layers is None:
-                mask, sliding_mask = sliding_mask, None
+                mask, sliding_mask, window = sliding_mask, None, cfg.sliding_window
             else:
-                mask = causal
+                mask, runs = causal, None
                 slides = jnp.array([i in cfg.sliding_layers for i in range(cfg.num_hidden_layers)])
-        context = Context(rotary(cfg, positions), mask, sliding_mask, start, segments)
+        rope = rotary(cfg, positions)
+        context = Context(rope, mask, sliding_mask, start, segments, runs, window)
         return self.model(input_ids, context, slides, cache)
 
     def head(self, hidden: Array) -> Array:

@@ -65,7 +65,7 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
         model_shape(recipe),
         dtype=jnp.dtype(recipe.model.dtype),
         param_dtype=jnp.dtype(recipe.model.param_dtype),
-        scan=recipe.model.scan,
+        scan=recipe.model.scans(mesh.devices.flat[0].platform),
         remat=recipe.model.remat,
         attention=recipe.model.attention,
         mesh=mesh,

@@ -20,9 +20,8 @@ FLOP_PER_PRODUCT = 2  # derived: a multiplication and an addition
 # Derived: those of a query with all keys, and of its weights with all values. The masked half
 # counts, though some implementations skip it: this is an upper bound.
 ATTENTION_PRODUCTS = 2
-# Derived: forward, forward again in the backward pass of the chunked loss, and the gradient of the
-# hidden states.
-PASSES_OVER_HEAD = 3
+# Derived: forward, and the gradient of the hidden states.
+PASSES_OVER_HEAD = 2
 # Assumed, not measured: arrays of the hidden size that a layer reads and writes over all passes.
 ACTIVATIONS_READ_PER_LAYER = 30
 # Derived: an all-reduce is a reduce-scatter and an all-gather, and over n chips each of them
@@ -30,8 +29,8 @@ ACTIVATIONS_READ_PER_LAYER = 30
 ALL_REDUCE = 2
 # Derived: attention and the feed-forward network each end in one.
 ALL_REDUCES_PER_LAYER = 2
-# Derived: every micro-batch all-gathers the head for its forward and for its backward pass.
-GATHERS_OF_HEAD = 2
+# Derived: a micro-batch computes the head's gradient with its loss.
+GATHERS_OF_HEAD = 1
 
 
 @dataclass(frozen=True)

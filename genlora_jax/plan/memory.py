@@ -19,17 +19,23 @@ from genlora_jax.sharding import factor_specs, param_specs, state_specs
 BATCH_BYTES_PER_TOKEN = 3 * 4 + 1
 # Derived: a trained value and Adam's two moments of it.
 COPIES_OF_TRAINED = 3
-# Derived, per token of a layer, for its backward pass: the residual before attention and before
-# the feed-forward network, and what goes into and comes out of each; queries and the heads'
-# output; keys and values; gate, up, silu(gate), and their product.
-HIDDEN_ACTIVATIONS = 6
-HEAD_ACTIVATIONS = 2
-KV_ACTIVATIONS = 2
-FEED_FORWARD_ACTIVATIONS = 4
-# Derived, without remat: SwiGLU's parts that are no product's input or output, and two float32
-# arrays in each of the two norms.
+# Derived, per token of a layer, for its backward pass, as numbers of arrays of the size hidden,
+# heads, key-value heads and feed-forward: the residual before attention and before the
+# feed-forward network, and what goes into and comes out of each; queries and the heads' output;
+# keys and values; gate, up, silu(gate), and their product.
+ACTIVATIONS = (6, 2, 2, 4)
+# Derived, the same for what is kept for the backward pass. `dots`: the residual before each half;
+# queries and the heads' output; keys and values; gate and up. Unrolled layers without remat: also
+# what goes into each half's products.
+KEPT_BY_DOTS = (2, 2, 2, 2)
+KEPT_UNROLLED = (4, 2, 2, 2)
+# Derived: a scan without remat stacks whatever the backward pass reads: all activations, SwiGLU's
+# parts that are no product's input or output, and two float32 arrays in each of the two norms.
 SWIGLU_ACTIVATIONS = 2
 NORM_ACTIVATIONS = 4
+# Measured: cuDNN's backward pass holds a float32 gradient of the queries, of the row's length, for
+# each segment that a row may have. Assumed: how many those are.
+SEGMENTS = 16
 # Measured on v5p: from this many chips of a 3D torus on, the compiler all-gathers by an all-reduce
 # of zeros with the chip's shard among them. What goes in is then as large as what comes out.
 CHIPS_OF_TWO_COPIES = 64
@@ -63,6 +69,10 @@ def temporary_bytes(step: Step) -> int:
     return peak + _transposed_values(step) * _stored_bytes(step)
 
 
+def _platform(step: Step) -> str:
+    return "tpu" if step.chip.tpu else "gpu"
+
+
 def _stored_bytes(step: Step) -> int:
     """Bytes of a value of the base."""
     return jnp.dtype(step.recipe.model.param_dtype).itemsize
@@ -71,30 +81,46 @@ def _stored_bytes(step: Step) -> int:
 def _kept_bytes(step: Step) -> int:
     """Bytes of what the layers keep for their backward pass."""
     cfg, tensor = step.config, step.mesh.tensor
-    remat = step.recipe.model.remat
-    if remat == "full":  # what passes from layer to layer
+    model = step.recipe.model
+    if model.remat == "full":  # what passes from layer to layer
         return cfg.num_hidden_layers * (step.tokens * cfg.hidden_size * step.width // tensor)
-    kept = _activation_bytes(step)
-    if remat == "none":
-        swiglu = SWIGLU_ACTIVATIONS * cfg.intermediate_size * step.width
-        norms = NORM_ACTIVATIONS * cfg.hidden_size * FLOAT32
-        kept += step.tokens * (swiglu + norms) // tensor
+    if model.remat == "dots":
+        return cfg.num_hidden_layers * _values(step, KEPT_BY_DOTS) * step.width
+    if not model.scans(_platform(step)):
+        kept = _values(step, KEPT_UNROLLED) * step.width + _score_bytes(step)
+        return cfg.num_hidden_layers * kept
+    swiglu = SWIGLU_ACTIVATIONS * cfg.intermediate_size * step.width
+    norms = NORM_ACTIVATIONS * cfg.hidden_size * FLOAT32
+    kept = _activation_bytes(step) + step.tokens * (swiglu + norms) // tensor
     return cfg.num_hidden_layers * kept
+
+
+def _values(step: Step, arrays: tuple[int, int, int, int]) -> int:
+    """Values of so many arrays of the sizes hidden, heads, key-value heads and feed-forward."""
+    cfg, tensor = step.config, step.mesh.tensor
+    hidden, heads, key_value_heads, feed_forward = arrays
+    heads = heads * cfg.num_attention_heads + key_value_heads * cfg.num_key_value_heads
+    values = hidden * cfg.hidden_size + heads * cfg.head_dim // tensor
+    return step.tokens * (values + feed_forward * cfg.intermediate_size // tensor)
 
 
 def _activation_bytes(step: Step) -> int:
     """Bytes of one layer's activations, and of its attention scores if they exist."""
-    cfg, tensor = step.config, step.mesh.tensor
-    heads = HEAD_ACTIVATIONS * cfg.num_attention_heads + KV_ACTIVATIONS * cfg.num_key_value_heads
-    values = HIDDEN_ACTIVATIONS * cfg.hidden_size + heads * cfg.head_dim // tensor
-    values += FEED_FORWARD_ACTIVATIONS * cfg.intermediate_size // tensor
-    return step.tokens * values * step.width + _score_bytes(step)
+    return _values(step, ACTIVATIONS) * step.width + _score_bytes(step)
+
+
+def _packed_bytes(step: Step) -> int:
+    """Bytes that the backward pass of attention holds for packed rows on GPUs."""
+    if step.chip.tpu or not step.recipe.data.pack or step.width == FLOAT32:
+        return 0
+    heads = step.config.num_attention_heads * step.config.head_dim // step.mesh.tensor
+    return SEGMENTS * step.tokens * heads * FLOAT32
 
 
 def _score_bytes(step: Step) -> int:
     """Bytes of attention's scores in float32, their softmax, and their gradient in float32."""
-    platform = "tpu" if step.chip.tpu else "gpu"
-    if not keeps_scores(choose(step.recipe.model.attention, platform)):
+    suits = step.chip.tpu or step.width < FLOAT32  # cuDNN's takes half precision
+    if not keeps_scores(choose(step.recipe.model.attention, _platform(step), suits=suits)):
         return 0
     heads = step.rows * step.config.num_attention_heads // step.mesh.tensor
     return heads * step.recipe.data.length**2 * (FLOAT32 + step.width + FLOAT32)
@@ -106,7 +132,8 @@ def _layer_bytes(step: Step) -> int:
     deltas = step.formed_values + step.stored_values
     deltas = deltas // step.config.num_hidden_layers * step.width // step.mesh.tensor
     recomputed = _activation_bytes(step) if step.recipe.model.remat == "full" else 0
-    return _gathered_copies(step) * step.layer_bytes + recomputed + deltas
+    gathered = _gathered_copies(step) * step.layer_bytes
+    return gathered + recomputed + deltas + _packed_bytes(step)
 
 
 def _head_bytes(step: Step) -> int:
@@ -127,7 +154,7 @@ def _gathered_copies(step: Step) -> int:
 
 def _transposed_values(step: Step) -> int:
     """Values of the kernels that the compiler keeps a second time, transposed."""
-    if not step.recipe.model.scan or (step.mesh.fsdp == 1 and not step.chip.tpu):
+    if not step.recipe.model.scans(_platform(step)) or (step.mesh.fsdp == 1 and not step.chip.tpu):
         return 0
     pattern = TRANSPOSED_ON_TPU if step.chip.tpu else TRANSPOSED_ON_GPU
     layers: dict[tuple[str, ...], Any] = flatten_dict(step.shapes.params["model"]["layers"])

@@ -112,7 +112,7 @@ def train(
     """
     model, params, steps = run.base.model, run.base.params, run.steps
     settings: dict[str, Any] = {"loss": run.objective.loss, "mesh": run.mesh}
-    optimizer, options = make_optimizer(recipe.optim, steps), recipe.step_options
+    optimizer, options = make_optimizer(recipe.optim, steps), run.options
     train_step = make_train_step(model, recipe.adapter, optimizer, options, **settings)
     eval_step = make_eval_step(model, options, **settings)
     place = functools.partial(place_batch, run.mesh)

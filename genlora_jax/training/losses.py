@@ -1,6 +1,7 @@
 """Losses that a step can minimise. Logits are computed in chunks and never exist whole."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -103,9 +104,9 @@ def cross_entropy(
     The model has methods `hidden_states` and `head`, and its layers compute in its `dtype`. The
     batch has `input_ids`, `loss_mask`, `segment_ids` and `positions`, `[rows, length]`.
 
-    The hidden states are computed whole. The head is computed a chunk of tokens at a time, and
-    again in the backward pass: the logits of a chunk are all that ever exists. `options.chunk` is
-    rounded up to the same number of tokens in every row.
+    The hidden states are computed whole, the head a chunk of tokens at a time, so that the logits
+    of a chunk are all that ever exists. Its gradient is computed with its loss, so that they are
+    computed once. `options.chunk` is rounded up to the same number of tokens in every row.
 
     Returns:
         The sum, and the number of trained tokens: float32 scalars.
@@ -123,6 +124,7 @@ def cross_entropy(
         method="hidden_states",
         positions=batch["positions"],
         segment_ids=batch["segment_ids"] if options.packed else None,
+        **({} if options.max_segments is None else {"max_segments": options.max_segments}),
         dropout=dropout,
         rngs=None if body_key is None else {"dropout": body_key},
     )
@@ -130,17 +132,64 @@ def cross_entropy(
     rows, length = weights.shape
     width = min(-(-options.chunk // rows), length)
 
-    @jax.checkpoint
-    def chunk_loss(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        index, states, target, weight = part
-        rngs = None if head_key is None else {"dropout": jax.random.fold_in(head_key, index)}
+    def chunk_loss(states: jax.Array, shared: Any, columns: Any) -> jax.Array:
+        head, params, key = shared
+        index, target, weight = columns
+        rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
         logits = apply(model, params, head, states, method="head", dropout=dropout, rngs=rngs)
         logits = logits.astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - picked
-        return total + jnp.vdot(losses, weight), None
+        # A comparison fuses with what else reads the logits, in both directions. A gather does not.
+        tokens = jax.lax.broadcasted_iota(target.dtype, logits.shape, logits.ndim - 1)
+        picked = jnp.where(tokens == target[..., None], logits, 0).sum(axis=-1)
+        return jnp.vdot(jax.nn.logsumexp(logits, axis=-1) - picked, weight)
 
-    columns = [split_columns(x, width) for x in (hidden, targets, weights)]
-    parts = (jnp.arange(len(columns[0])), *columns)
-    total, _ = jax.lax.scan(chunk_loss, jnp.zeros(()), parts)
-    return total, weights.sum()
+    states, *columns = [split_columns(x, width) for x in (hidden, targets, weights)]
+    columns = [jnp.arange(len(states)), *columns]
+    return _sum_over_chunks(chunk_loss, states, (head, params, head_key), columns), weights.sum()
+
+
+ChunkLoss = Callable[[jax.Array, Any, Any], jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_chunks(loss: ChunkLoss, states: jax.Array, shared: Any, columns: Any) -> jax.Array:
+    """Sum over i of `loss(states[i], shared, columns[i])`; its gradient is computed with it."""
+
+    def add(total: jax.Array, part: tuple[Any, Any]) -> tuple[jax.Array, None]:
+        return total + loss(part[0], shared, part[1]), None
+
+    return jax.lax.scan(add, jnp.zeros(()), (states, columns))[0]
+
+
+def _sum_forward(loss: ChunkLoss, states: Any, shared: Any, columns: Any) -> tuple[jax.Array, Any]:
+    """The sum, and its gradients in `states` and in what of `shared` is differentiated."""
+    leaves, tree = jax.tree.flatten(shared, is_leaf=lambda x: hasattr(x, "perturbed"))
+    states, columns = jax.tree.map(lambda x: x.value, (states, columns))
+
+    def loss_of(states: jax.Array, moved: list[Any], columns: Any) -> jax.Array:
+        values = iter(moved)
+        whole = [next(values) if x.perturbed else x.value for x in leaves]
+        return loss(states, tree.unflatten(whole), columns)
+
+    compute = jax.value_and_grad(loss_of, argnums=(0, 1))
+    moved = [x.value for x in leaves if x.perturbed]
+
+    def add(carry: Any, part: tuple[Any, Any]) -> tuple[Any, jax.Array]:
+        value, (d_states, d_moved) = compute(part[0], moved, part[1])
+        return jax.tree.map(jnp.add, carry, (value, d_moved)), d_states
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, moved)
+    (total, d_moved), d_states = jax.lax.scan(add, zero, (states, columns))
+    gradients = iter(d_moved)
+    return total, (
+        d_states,
+        tree.unflatten([next(gradients) if x.perturbed else None for x in leaves]),
+    )
+
+
+def _sum_backward(loss: ChunkLoss, gradients: Any, scale: jax.Array) -> Any:
+    scaled = jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), gradients)
+    return (*scaled, None)
+
+
+_sum_over_chunks.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from genlora_jax.data.encode import load_examples
-from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.data.packing import eval_batches, max_segments, train_batches
 from genlora_jax.training.losses import Loss, cross_entropy
 from genlora_jax.validation import require_choice
 
@@ -20,16 +20,20 @@ class Objective:
         train_batches: `(examples, DataConfig, epochs=None)` -> shuffled batches, whose iterator's
             state can be saved.
         eval_batches: `(examples, DataConfig)` -> a list of batches, every example once.
+        max_segments: `(examples, DataConfig)` -> the most segments of a row of either.
     """
 
     loss: Loss
     load: Callable[..., Any]
     train_batches: Callable[..., Any]
     eval_batches: Callable[..., Any]
+    max_segments: Callable[..., int]
 
 
 # The values of `train.objective`. A new one is a line here.
-OBJECTIVES = {"sft": Objective(cross_entropy, load_examples, train_batches, eval_batches)}
+OBJECTIVES = {
+    "sft": Objective(cross_entropy, load_examples, train_batches, eval_batches, max_segments)
+}
 
 
 def find_objective(name: str) -> Objective:

@@ -65,4 +65,5 @@ def write_recipe(file: Path, recipe: Recipe, comments: Sequence[str]) -> None:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What decides on a run's result, by its name in the recipe."""
     flat = flatten_dict(dataclasses.asdict(recipe), sep=".")
-    return {name: flat[name] for name in flat.keys() - {f"train.{x}" for x in WITHOUT_EFFECT}}
+    without_effect = {"show", *(f"train.{name}" for name in WITHOUT_EFFECT)}
+    return {name: flat[name] for name in flat.keys() - without_effect}

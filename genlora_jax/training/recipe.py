@@ -71,7 +71,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run; the fields of a recipe's YAML."""
+    """A whole run; the fields of a recipe's YAML.
+
+    Attributes:
+        model: The base.
+        data: What is trained on.
+        train: The run.
+        adapter: The adapter.
+        optim: The optimizer.
+        mesh: The devices.
+        show: Examples of `data.train` to print first, with what is trained of them.
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -79,9 +89,11 @@ class Recipe:
     adapter: AdapterConfig = field(default_factory=GenLoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    show: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the fields at fault."""
+        require_int("show", self.show, 0)
         require(
             self.data.batch_size % self.train.accumulate == 0,
             f"data.batch_size ({self.data.batch_size}) is no multiple of "

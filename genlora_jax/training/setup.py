@@ -1,7 +1,7 @@
 """What finetune and sweep begin with: mesh, data, base and adapter."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.objectives import Objective, find_objective
 from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.show import shown
+from genlora_jax.training.step_options import StepOptions
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Run:
         examples: The encoded rows of `data.train`.
         held_out: Batches of `data.eval`, on the host; empty if there is none.
         steps: Length of the run.
+        options: How a step computes its batch.
     """
 
     mesh: Mesh
@@ -42,6 +45,7 @@ class Run:
     examples: list[Example]
     held_out: list[dict[str, np.ndarray]]
     steps: int
+    options: StepOptions
 
 
 def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = print) -> Run:
@@ -50,7 +54,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     Args:
         recipe: The recipe.
         mesh: The devices.
-        print_line: Prints a report of each source.
+        print_line: Prints a report of each source, and the examples to show.
 
     Raises:
         FileNotFoundError: If data or base are not there.
@@ -66,15 +70,21 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
         return examples
 
     examples = load(recipe.data.train)
-    held_out = []
+    for number, example in enumerate(examples[: recipe.show], 1):
+        print_line(shown(number, example, found[1]))
+    most, held_out = objective.max_segments(examples, recipe.data), []
     if recipe.data.eval:
-        held_out = objective.eval_batches(load(recipe.data.eval), recipe.data)
+        held_out_examples = load(recipe.data.eval)
+        held_out = objective.eval_batches(held_out_examples, recipe.data)
+        most = max(most, objective.max_segments(held_out_examples, recipe.data))
     steps = recipe.train.steps
     if steps is None:
         batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
         steps = sum(1 for _ in batches)
     base = load_base(recipe.model, found, mesh)
-    return Run(mesh, base, objective, examples, held_out, steps)
+    print_line(f"attention: {base.attention}")
+    options = replace(recipe.step_options, max_segments=most)
+    return Run(mesh, base, objective, examples, held_out, steps, options)
 
 
 def recipe_mesh(recipe: Recipe) -> Mesh:

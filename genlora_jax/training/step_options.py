@@ -17,11 +17,14 @@ class StepOptions:
         chunk: Tokens whose logits exist at a time, in each shard of the batch.
         packed: Whether a row may hold several segments. If none does, padding comes last, and the
             causal mask is all that attention needs.
+        max_segments: The most segments of a row, if that is known: packed rows then need no mask
+            where attention can do without. A batch with more of them gives NaN.
     """
 
     accumulate: int = 1
     chunk: int = 1024
     packed: bool = True
+    max_segments: int | None = None
 
     def over(self, mesh: Mesh | None) -> "StepOptions":
         """These options with a `chunk` that counts the tokens of all shards of the batch."""

@@ -6,6 +6,7 @@ Not collected with the rest: it needs lm-eval, see the Makefile's `harness`.
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -134,6 +135,24 @@ def test_command_line(workshop, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "acc_norm" in done.stdout
+    assert "batch_size: auto" in done.stdout  # 16 rows; lm-eval's own default is one
+
+
+def test_answers_do_not_depend_on_the_batch_size(workshop):
+    requests = [SimpleNamespace(args=(f"{i} and", f" {i % 3} more")) for i in range(20)]
+    one, many = (
+        GenLoRALM(str(workshop / "base"), dtype="float32", batch_size=size) for size in (1, "auto")
+    )
+    assert many._subject.batch_size == 16
+    found, expected = many.loglikelihood(requests), one.loglikelihood(requests)
+    np.testing.assert_allclose([s for s, _ in found], [s for s, _ in expected], rtol=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.parametrize("size", ["0", "many", "auto:4"])
+def test_a_batch_size_that_is_none_is_refused(workshop, size):
+    with pytest.raises(ValueError, match="batch_size must be auto or at least 1"):
+        GenLoRALM(str(workshop / "base"), batch_size=size)
 
 
 def test_chat_templates(workshop):

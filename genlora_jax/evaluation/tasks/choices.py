@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genlora_jax.data.rows import text_field
+from genlora_jax.data.forms import text_field
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
 from genlora_jax.evaluation.tasks.task import (
     PromptConfig,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from genlora_jax.data.rows import text_field
+from genlora_jax.data.forms import text_field
 from genlora_jax.evaluation.sandbox import sandbox
 from genlora_jax.evaluation.sandbox.sandbox import Trial
 from genlora_jax.evaluation.sandbox.walls import ESCAPES, open_walls

@@ -1,13 +1,14 @@
 """Exact match: the model answers, and its answer equals the row's or does not."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from genlora_jax.data.rows import conversation, prompt_and_completion, text_field
+from genlora_jax.data.conversation import Conversation
+from genlora_jax.data.forms import read_form, text_field
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
@@ -28,8 +29,8 @@ NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 class MatchConfig(AnswerConfig):
     """Questions to answer.
 
-    Rows have `prompt` and `completion`, `messages` of which the assistant's last is the answer,
-    or `question` (or `instruction`) and `answer`, as GSM8K and SVAMP have.
+    Rows have the forms of training data, but `text`. Of a conversation the assistant's last
+    message is the answer. Of rows with `output` and `answer`, as SVAMP has, it is `answer`.
 
     The score is the mean over all answers to all prompts.
 
@@ -57,17 +58,15 @@ def read(source: str, limit: int | None = None) -> list[Problem]:
 
 
 def _problem(place: str, row: dict[str, Any]) -> Problem:
-    if (pair := prompt_and_completion(row, place)) is not None:
-        return Problem(*pair)
-    if "messages" in row:
-        messages = conversation(row["messages"], place)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    form = read_form(row, place, asked=True)
+    if form.talk is not None:
+        *asked, answer = form.talk.messages
+        if not asked or answer["role"] != "assistant":
             raise ValueError(f"{place}: messages must end with the assistant's, after another's")
-        return Problem(messages[:-1], text_field(place, messages[-1], "content"))
-    raise ValueError(
-        f"{place}: needs fields prompt and completion, question and answer, or messages; "
-        f"has {sorted(row)}"
-    )
+        return Problem(replace(form.talk, messages=asked), text_field(place, answer, "content"))
+    # Rows of LLM-Adapters have the steps in `output`, and what counts in `answer`.
+    steps = "output" in form.used and isinstance(row.get("answer"), str)
+    return Problem(form.prompt, f" {row['answer']}" if steps else form.completion)
 
 
 def final_number(text: str) -> Decimal | None:
@@ -120,7 +119,7 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     answers, too_long = ask(subject, cfg, prompts, stop)
     rows = [
         {
-            "prompt": prompt,
+            "prompt": prompt.messages if isinstance(prompt, Conversation) else prompt,
             "expected": problem.expected,
             "answers": texts,
             "right": [matches(text, problem.expected, cfg.answer) for text in texts],

@@ -177,6 +177,8 @@ def ask(
         ValueError: If `cfg.max_new_tokens` leaves no position for a prompt, or the tokenizer has no
             chat template for a conversation.
     """
+    if subject.tokenizer.chat_template and any(isinstance(prompt, str) for prompt in prompts):
+        print("note: asks without the model's chat template; chat: true asks in it")
     encoded = [subject.encode_prompt(prompt) for prompt in prompts]
     names = ("max_new_tokens", "temperature", "top_p", "samples", "seed")
     continuations = answers(subject, encoded, **{name: getattr(cfg, name) for name in names})

@@ -61,8 +61,8 @@ class SweepProgram:
         model = self.model
         if getattr(model, "mesh", None) is not None:
             model = model.clone(mesh=None)
-        if getattr(model, "attention", None) == "cudnn":
-            model = model.clone(attention="cudnn_vmap")
+        if getattr(model, "attention", None) in ("auto", "cudnn"):
+            model = model.clone(attention="vmap")
         object.__setattr__(self, "model", model)
 
     def factors(self, adapter: Adapter, scale: jax.Array) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
         cfg=recipe.adapter,
         optim=recipe.optim,
         steps=run.steps,
-        options=recipe.step_options,
+        options=run.options,
         loss=run.objective.loss,
         members_per_pass=recipe.members_per_pass,
         mesh=mesh,

@@ -1,0 +1,133 @@
+"""What became of the rows of a source: counts, the fields used, and the bad rows."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from genlora_jax.data.config import DataConfig
+from genlora_jax.data.forms import listed
+
+SHOWN = 10  # bad rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows of a source, or of several.
+
+    Attributes:
+        source: Their name, or names.
+        examples: Rows and pieces of rows that are trained on.
+        tokens: Their tokens.
+        trained_tokens: How many of those are predicted.
+        overlong: Rows longer than the limit.
+        without_completion: Examples left out because nothing of them is trained.
+        first_without: The first of them, and why.
+        endless: Whether no turn of a conversation is trained with a token that ends it.
+        rewritten: Conversations that took several examples; see `chat_passages`.
+        forms: Which fields made prompt and completion, and in how many rows.
+        unused: Fields that hold something and of which nothing was made.
+        bad: Bad rows that were left out.
+        first_bad: What is wrong with the first of them.
+        parts: The reports of each source, if there are several.
+    """
+
+    source: str
+    examples: int
+    tokens: int
+    trained_tokens: int
+    overlong: int
+    without_completion: int
+    first_without: str = ""
+    endless: bool = False
+    rewritten: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    unused: Sequence[str] = ()
+    bad: int = 0
+    first_bad: Sequence[str] = ()
+    parts: Sequence["Report"] = ()
+
+    def __str__(self) -> str:
+        if self.parts:
+            return "\n".join(map(str, self.parts))
+        text = self.summary
+        counts = [
+            form if len(self.forms) == 1 else f"{form} ({count:,} rows)"
+            for form, count in self.forms.most_common(5)
+        ]
+        if counts:
+            text += f"\n  trained on: {'; '.join(counts)}"
+        if self.unused:
+            text += f"\n  not used: {listed(self.unused)}"
+        if self.endless:
+            text += (
+                "\n  no trained turn has a special token that ends it: answers will not end. "
+                "Mend the chat template"
+            )
+        if self.bad:
+            text += f"\n  {self.bad:,} bad rows left out:"
+            text += "".join(f"\n    {line}" for line in self.first_bad)
+        return text
+
+    @property
+    def summary(self) -> str:
+        """The counts, in a line."""
+        text = (
+            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} of them trained"
+        )
+        if self.overlong:
+            text += f"; {self.overlong:,} rows longer than the limit"
+        if self.without_completion:
+            text += f"; {self.without_completion:,} rows with nothing to train on, left out"
+            text += f" (the first, {self.first_without})"
+        if self.rewritten:
+            text += (
+                f"; {self.rewritten:,} conversations in several examples, as the chat template "
+                "shows earlier turns otherwise"
+            )
+        return text
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """The report of several sources together."""
+    if len(reports) == 1:
+        return reports[0]
+    counts = ("examples", "tokens", "trained_tokens", "overlong", "without_completion", "bad")
+    return Report(
+        source=", ".join(report.source for report in reports),
+        parts=tuple(reports),
+        **{name: sum(getattr(report, name) for report in reports) for name in counts},
+    )
+
+
+class BadRows:
+    """Counts the bad rows of a source, or stops at the first, as the config says."""
+
+    def __init__(self, cfg: DataConfig) -> None:
+        """None so far."""
+        self.cfg = cfg
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, place: str, error: Exception) -> None:
+        """Counts a row; ValueError that names its place if bad rows are an error."""
+        text = " ".join(str(error).split())
+        if not isinstance(error, ValueError):
+            text = f"{type(error).__name__}: {text}"
+        text = text if text.startswith(place) else f"{place}: {text}"
+        text = text if len(text) < 400 else f"{text[:400]} ..."
+        if self.cfg.bad_rows == "error":
+            raise ValueError(text) from error
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(text)
+
+    def check(self, source: str, rows: int) -> None:
+        """Raises ValueError if more of a source's rows are bad than the config allows."""
+        limit = self.cfg.bad_rows_limit
+        if self.count > limit * rows:
+            raise ValueError(
+                f"{source}: {self.count:,} of {rows:,} rows are bad, more than "
+                f"data.bad_rows_limit = {limit} of them: mend them, or raise it. The first: "
+                f"{self.first[0]}"
+            )

@@ -1,0 +1,198 @@
+"""A training step as the one-GPU recipe ships it, and tuned, beside PEFT and PEFT with Liger.
+
+    python -m train.benchmarks.step_time
+
+LLaMA's shapes with random weights in bfloat16. Our arms take `train/recipes/llama3_8b_gpu.yaml`
+and change what their name says. Tokens a second are those of the median step. Memory is what the
+compiler reserves for ours, and the allocator's peak for PyTorch. PEFT's arms need PyTorch, peft
+and, for Liger, `liger-kernel`; an arm that cannot run says why.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.benchmarks.measuring import RESULTS, median_ms, time_step, write_result
+from train.benchmarks.random_base import SIZES
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "llama3_8b_gpu.yaml"
+RESULT = RESULTS / "step_time.json"
+SEGMENTS = 4  # examples in a packed row
+LORA = ("--adapter.class_path", "genlora_jax.LoRAConfig", "--adapter.alpha", "128")
+NOT_PACKED = ("--data.pack", "false")
+
+
+def batch(rows: int, length: int, *more: str) -> tuple[str, ...]:
+    """A step of one micro-batch."""
+    sizes = ("--data.batch_size", str(rows), "--data.length", str(length))
+    return (*sizes, "--train.accumulate", "1", *more)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One program: changes of the recipe for ours, flags of `peft_step` for PEFT's."""
+
+    name: str
+    size: str = "llama-8b"
+    recipe: tuple[str, ...] | None = None
+    peft: tuple[str, ...] | None = None
+
+
+def peft(rows: int, length: int, *flags: str) -> tuple[str, ...]:
+    return ("--rows", str(rows), "--length", str(length), *flags)
+
+
+OURS = [
+    Arm("GenLoRA r=64, the recipe as it is", recipe=()),
+    Arm("the same, not packed", recipe=NOT_PACKED),
+    Arm("LoRA r=64, the recipe otherwise", recipe=(*LORA, "--adapter.rank", "64")),
+    Arm("LoRA r=16, the recipe otherwise", recipe=(*LORA, "--adapter.rank", "16")),
+    Arm("GenLoRA, all recomputed, 4 x 2048", recipe=batch(4, 2048, "--model.remat", "full")),
+    Arm("GenLoRA, products kept, 2 x 2048", recipe=batch(2, 2048, "--model.remat", "dots")),
+    Arm("GenLoRA, 2 x 4096", recipe=batch(2, 4096)),
+    Arm("GenLoRA, 1 x 8192", recipe=batch(1, 8192)),
+    Arm("GenLoRA, 1 x 8192, not packed", recipe=batch(1, 8192, *NOT_PACKED)),
+    Arm("1B: GenLoRA, 8 x 2048", size="llama3.2-1b", recipe=batch(8, 2048)),
+]
+PEFT = [
+    Arm("PEFT, 2 x 2048", peft=peft(2, 2048)),
+    Arm("PEFT + Liger, 2 x 2048", peft=peft(2, 2048, "--liger")),
+    Arm("PEFT, checkpointing, 4 x 2048", peft=peft(4, 2048, "--checkpointing")),
+    Arm("PEFT + Liger, checkpointing, 4 x 2048", peft=peft(4, 2048, "--liger", "--checkpointing")),
+    Arm("PEFT + Liger, 2 x 4096", peft=peft(2, 4096, "--liger")),
+    Arm("1B: PEFT + Liger, 8 x 2048", size="llama3.2-1b", peft=peft(8, 2048, "--liger")),
+]
+
+
+def measure_peft(arm: Arm, steps: int) -> dict[str, Any]:
+    """Step time and peak memory in a process of its own; `error` if it failed."""
+    assert arm.peft is not None
+    command = [sys.executable, "-m", "train.benchmarks.peft_step", "--size", arm.size]
+    done = subprocess.run(
+        [*command, "--steps", str(steps), *arm.peft], capture_output=True, text=True
+    )
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1:]}
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    rows, length = int(arm.peft[1]), int(arm.peft[3])
+    return found | {"tokens_per_s": rows * length / found["step_s"]}
+
+
+def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
+    """Step time and memory of the recipe's own step."""
+    import jax
+
+    from genlora_jax.adapter import init_adapter
+    from genlora_jax.settings import parse
+    from genlora_jax.training.optim import make_optimizer
+    from genlora_jax.training.recipe import Recipe
+    from genlora_jax.training.step import init_state, make_train_step
+    from train.benchmarks.random_base import random_batch
+
+    assert arm.recipe is not None
+    recipe = parse(Recipe, ["--config", str(RECIPE), *arm.recipe])
+    model, params = base
+    model = model.clone(remat=recipe.model.remat, attention=recipe.model.attention)
+    rows, length = recipe.data.batch_size, recipe.data.length
+    segments = SEGMENTS if recipe.data.pack else 1
+    # What packing allows for rows of so many examples, see `data.packing.max_segments`.
+    most = 4 * -(-3 * segments // 8) if recipe.data.pack else 1
+    size = dataclasses.replace(SIZES[arm.size], rows=rows, length=length)
+    optimizer = make_optimizer(recipe.optim, 100)
+    state = init_state(init_adapter(recipe.adapter, jax.random.key(0), params), optimizer)
+    options = dataclasses.replace(recipe.step_options, max_segments=most)
+    step = make_train_step(model, recipe.adapter, optimizer, options)
+    timing = time_step(
+        step.lower, state, params, jax.device_put(random_batch(size, segments)), calls=steps + 2
+    )
+    seconds = timing.median(warmup=2)
+    return {
+        "step_s": seconds,
+        "tokens_per_s": rows * length / seconds,
+        "peak_gib": timing.arguments_gib + timing.temporaries_gib,
+        "compile_s": timing.compile_s,
+    }
+
+
+def unrolled(model: Any, params: Any) -> tuple[Any, Any]:
+    """A model and its parameters as the recipe has them on a GPU, a layer a module."""
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    flat = {}
+    for path, leaf in flatten_dict(params).items():
+        if "layers" not in path:
+            flat[path] = leaf
+            continue
+        at = path.index("layers") + 1
+        flat |= {(*path[:at], str(i), *path[at:]): leaf[i] for i in range(len(leaf))}
+    return model.clone(scan=False), unflatten_dict(flat)
+
+
+def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[str, Any]:
+    """All arms: PyTorch's before JAX takes the memory."""
+    rows = {}
+    for arm in peft:
+        rows[arm.name] = measure_peft(replace_size(arm, size), steps)
+        print(arm.name, rows[arm.name], flush=True)
+    import jax
+    import jax.numpy as jnp
+
+    from train.benchmarks.random_base import random_base
+
+    for name in dict.fromkeys(replace_size(arm, size).size for arm in ours):
+        base = unrolled(*random_base(SIZES[name]))
+        for arm in ours:
+            if replace_size(arm, size).size != name:
+                continue
+            try:
+                rows[arm.name] = measure_ours(replace_size(arm, size), base, steps)
+            except jax.errors.JaxRuntimeError as error:
+                rows[arm.name] = {"error": str(error).splitlines()[:1]}
+            print(arm.name, rows[arm.name], flush=True)
+        del base
+    n = 8192 if jax.default_backend() == "gpu" else 256
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
+    product = jax.jit(lambda a, b: a @ b)
+    ms = median_ms(lambda: jax.block_until_ready([product(x, x) for _ in range(10)]), 5) / 10
+    device = jax.devices()[0].device_kind
+    return {"device": device, "arms": rows, "product_tflops": 2 * n**3 / ms / 1e9}
+
+
+def replace_size(arm: Arm, size: str | None) -> Arm:
+    return arm if size is None else dataclasses.replace(arm, size=size)
+
+
+def main() -> None:
+    """Measures, writes the result and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--size", choices=SIZES, help="one size for all arms, to try the script")
+    parser.add_argument("--only", default="", help="arms whose name this pattern is found in")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    ours, theirs = (
+        [arm for arm in arms if re.search(options.only, arm.name)] for arms in (OURS, PEFT)
+    )
+    result = run(ours, theirs, options.steps, options.size)
+    write_result(options.output, result)
+    table = Table("program", "step, ms", "tokens/s", "GiB")
+    for name, row in result["arms"].items():
+        if "error" in row:
+            table.add_row(name, str(row["error"]), "", "")
+            continue
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        table.add_row(name, f"{1e3 * row['step_s']:,.0f}", f"{row['tokens_per_s']:,.0f}", peak)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
