@@ -64,7 +64,7 @@ class CodeConfig(AnswerConfig):
             raise ValueError(f"k must lie between 1 and samples ({self.samples}), got {self.k}")
         if not 0 < self.seconds < math.inf or self.mib < 1:
             raise ValueError(
-                f"seconds ({self.seconds}) and mib ({self.mib}) of a program must be positive and finite"
+                f"seconds ({self.seconds}) and mib ({self.mib}) must be positive and finite"
             )
         if self.container is not None and not self.container.strip():
             raise ValueError("container must be a command")
