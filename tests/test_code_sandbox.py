@@ -155,7 +155,7 @@ def test_bad_exercises_are_named():
         ({"prompt": "a", "test_list": []}, "test_list is missing or empty"),
         ({"prompt": "a", "entry_point": "f"}, "'test' is missing"),
         ({"test_list": ["x"]}, "'prompt' is missing"),
-        (MBPP | {"test_setup_code": 3}, "'test_setup_code' is missing or no text"),
+        (MBPP | {"test_setup_code": 3}, "'test_setup_code' is no text"),
         (MBPP | {"test_imports": "math"}, "test_imports must be a list"),
     ):
         with pytest.raises(ValueError, match=f"here: .*{message}"):
