@@ -94,7 +94,7 @@ $(HARNESS)/ready: pyproject.toml constraints.txt
 	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable ".[test,lm-eval]"
 	touch $@
 
-# A run killed a hundred times, and changed files for each reader: half an hour, and so not in `test`.
+# A run killed a hundred times, its merges and exports, and changed files for each reader: half an hour.
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/external/soak.py tests/external/fuzz.py
 

@@ -21,6 +21,7 @@ from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.sharding import place_state
 from genlora_jax.targets import KernelLocation, Target
+from genlora_jax.validation import refuse_pointer
 
 FORMAT = 1
 TENSORS, SETTINGS = "adapter.safetensors", "adapter.json"
@@ -60,14 +61,16 @@ def save_adapter(
         ValueError: If the config is not the adapter's.
     """
     cfg.check_is(adapter.config)
+    settings = spec_to_json(adapter.spec, config_fingerprint(model))
+    write_adapter(path, settings, adapter, overwrite=overwrite)
+
+
+def write_adapter(
+    path: str | Path, settings: Mapping[str, Any], adapter: Adapter, *, overwrite: bool = False
+) -> None:
+    """Writes an adapter with the settings that `spec_to_json` made; see `save_adapter`."""
     flat = flatten_dict({"trainable": adapter.trainable, "frozen": adapter.frozen}, sep="/")
     arrays = {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
-    settings = {
-        "format": FORMAT,
-        "config": config_to_json(cfg),
-        "base": {"shapes": adapter.spec.fingerprint, "config": config_fingerprint(model)},
-        "targets": [asdict(target) for target in adapter.spec.targets],
-    }
     with new_directory(path, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "genlora"})
         (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
@@ -137,18 +140,33 @@ def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
     for name in (SETTINGS, TENSORS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no adapter: {name} is missing")
+        refuse_pointer(path / name)
     try:
         settings = json.loads((path / SETTINGS).read_text())
-        if settings["format"] != FORMAT:
-            raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
-        spec = AdapterSpec(
-            config=config_from_json(settings["config"]),
-            targets=tuple(map(_target, settings["targets"])),
-            fingerprint=settings["base"]["shapes"],
-        )
-        return spec, settings["base"].get("config")
+        return spec_from_json(settings), settings["base"].get("config")
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / SETTINGS}: {error}") from error
+
+
+def spec_to_json(spec: AdapterSpec, base_config: str | None) -> dict[str, Any]:
+    """An adapter's static part, and the digest of its base's config, as JSON has it."""
+    return {
+        "format": FORMAT,
+        "config": config_to_json(spec.config),
+        "base": {"shapes": spec.fingerprint, "config": base_config},
+        "targets": [asdict(target) for target in spec.targets],
+    }
+
+
+def spec_from_json(settings: Mapping[str, Any]) -> AdapterSpec:
+    """What `spec_to_json` was given; ValueError, KeyError or TypeError if it is damaged."""
+    if settings["format"] != FORMAT:
+        raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
+    return AdapterSpec(
+        config=config_from_json(settings["config"]),
+        targets=tuple(map(_target, settings["targets"])),
+        fingerprint=settings["base"]["shapes"],
+    )
 
 
 def _target(entry: dict[str, Any]) -> Target:

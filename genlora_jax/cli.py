@@ -24,10 +24,12 @@ from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import load_factors
+from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation
+from genlora_jax.training.find_adapter import find_adapter
 
 
 def merge(
@@ -42,8 +44,11 @@ def merge(
         dtype: Of the tensors written; by default the base's.
         overwrite: Replace an existing directory.
     """
-    refuse_existing(out, overwrite=overwrite)  # before minutes of loading, not after
+    adapter = find_adapter(adapter)
+    # Before minutes of loading, not after.
+    refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
+    changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     base_dtype = checkpoint_dtype(source)
     out_dtype = parse_dtype(dtype or base_dtype)
     # No narrower than base or output, so that the merged kernel is rounded once.
@@ -51,8 +56,8 @@ def merge(
         merge_dtype = jnp.promote_types(base_dtype, out_dtype)
     model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
     merged = merge_factors(params, load_factors(adapter, params, model), donate=True)
-    export_hf(out, merged, base=source, dtype=out_dtype, overwrite=overwrite)
-    print(f"merged model: {out}")
+    export_hf(out, merged, base=source, adapter=adapter, dtype=out_dtype, overwrite=overwrite)
+    print(f"merged model: {out} ({out_dtype})")
 
 
 def export_peft_adapter(
@@ -68,9 +73,11 @@ def export_peft_adapter(
         base: Name or path of the base, noted in the adapter's config.
         overwrite: Replace an existing directory.
     """
-    refuse_existing(out, overwrite=overwrite)
+    adapter = find_adapter(adapter)
+    refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     cfg, loaded = load_adapter(adapter)
-    export_peft(out, cfg, generate_factors(cfg, loaded), base=base or "", overwrite=overwrite)
+    factors = generate_factors(cfg, loaded)
+    export_peft(out, cfg, factors, base=base or "", adapter=adapter, overwrite=overwrite)
     print(f"PEFT adapter: {out}")
 
 
@@ -80,7 +87,7 @@ def inspect(adapter: str) -> None:
     Args:
         adapter: The adapter's directory.
     """
-    cfg, loaded = load_adapter(adapter)
+    cfg, loaded = load_adapter(find_adapter(adapter))
     console = Console()
     console.print(_inspection(cfg, loaded))
     count = count_parameters(loaded)
@@ -150,6 +157,7 @@ def generate(
         seed: Seed of the sampling.
         dtype: Of parameters and computation.
     """
+    adapter = adapter and find_adapter(adapter)
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)

@@ -5,12 +5,14 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jsonargparse
+import yaml
 
 from genlora_jax.methods.config import AdapterConfig
 
@@ -23,11 +25,55 @@ OPTIONAL = re.compile(
 OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED.*(Out of memory|device buffer|memory space hbm)", re.DOTALL
 )
+# What the user can mend.
+USERS_ERRORS = (
+    *(ValueError, OSError, FloatingPointError, OverflowError),
+    jax.errors.JaxRuntimeError,
+)
 MEMORY_ADVICE = (
     "the device's memory is full. Smaller batches, shorter rows and a mesh of more devices save "
     "some; in training also model.remat full and train.accumulate (genlora plan says what a recipe "
     "needs), in a sweep members_per_pass. The device's message: "
 )
+
+NODES, LEVELS = 100_000, 50  # the most in a recipe, an alias counted as what it stands for
+load_yaml = jsonargparse.get_loader("yaml")
+
+
+def load_bounded_yaml(text: str) -> Any:
+    """What YAML stands for; YAMLError if it is damaged, or `beyond_bounds`."""
+    if reason := beyond_bounds(text):
+        raise yaml.YAMLError(reason)
+    return load_yaml(text)
+
+
+def beyond_bounds(text: str) -> str | None:
+    """How YAML stands for more than a recipe can, which would take all memory; or None.
+
+    An alias of an alias of an alias is short, and has no end.
+    """
+    sizes: dict[str | None, int] = {}
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # of each: its anchor, its size so far
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            sizes[anchor] = size
+        elif isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, NODES)  # unknown: an alias of what it lies in
+        elif isinstance(event, yaml.ScalarEvent):
+            size = sizes[event.anchor] = 1
+        anchor, before = open_nodes.pop()
+        open_nodes.append((anchor, before + size))
+        if before + size >= NODES or len(open_nodes) > LEVELS:
+            line = event.start_mark.line + 1
+            return f"line {line} is nested too deeply, or its aliases stand for too much"
+    return None
+
+
+jsonargparse.set_loader("yaml", load_bounded_yaml, exceptions=(yaml.YAMLError,))
 
 # `adapter:` in a recipe takes the fields of GenLoRAConfig, or class_path and init_args.
 jsonargparse.set_parsing_settings(subclasses_enabled=[AdapterConfig])
@@ -95,10 +141,16 @@ def parse_arguments(
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
+    for argument in args or ():  # flags are YAML as well, which no loader of ours reads
+        with contextlib.suppress(yaml.YAMLError):
+            if reason := beyond_bounds(argument):
+                raise ValueError(f"{argument[:20]!r}...: {reason}")
     try:
         return parser.parse_args(args, given, defaults=defaults)
     except jsonargparse.ArgumentError as error:
         raise ValueError(_plain(error)) from error
+    except OverflowError as error:  # of hundreds of digits
+        raise ValueError(f"a number of the settings is too large: {error}") from error
 
 
 def _plain(error: Exception) -> str:
@@ -120,7 +172,10 @@ def report_errors() -> Iterator[None]:
         sys.stdout.reconfigure(line_buffering=True)
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except USERS_ERRORS as error:
         message = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError):
             if not OUT_OF_MEMORY.search(message):
@@ -135,6 +190,6 @@ def report_errors() -> Iterator[None]:
 def run_command(kind: type[T], run: Callable[[T], int | None], args: Sequence[str] | None) -> None:
     """Runs a command by its settings; exits with 128 + the signal's number if a signal ended it."""
     with report_errors():
-        signal = run(parse(kind, args))
-    if signal is not None:
-        sys.exit(128 + signal)
+        number = run(parse(kind, args))
+    if number is not None:
+        sys.exit(128 + number)

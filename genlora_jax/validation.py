@@ -1,7 +1,15 @@
-"""Checks of settings: each raises a ValueError that names the field at fault."""
+"""Checks of settings, each of which raises a ValueError that names the field, numbers and files."""
 
-import math
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = float(jnp.finfo(jnp.float32).max)
 
 
 def require(condition: bool, message: str) -> None:
@@ -16,14 +24,45 @@ def require_choice(field: str, value: object, choices: Collection[object]) -> No
 
 
 def require_int(field: str, value: object, least: int) -> None:
-    """Raises ValueError unless a field is a whole number of at least this size."""
+    """Raises ValueError unless a field is a whole number of at least this size, and of 32 bits."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, f"{field} must be a whole number >= {least}, got {value!r}")  # type: ignore[operator]
+    fits = whole and least <= value <= LARGEST_INT  # type: ignore[operator]
+    bounds = f">= {least}" if not whole or value < least else f"<= {LARGEST_INT}"  # type: ignore[operator]
+    require(fits, f"{field} must be a whole number {bounds}, got {value!r:.40}")
 
 
 def require_float(field: str, value: float, least: float, *, above: bool = False) -> None:
     """Raises ValueError unless a field is finite and at least (with `above`: above) a bound."""
-    fits = isinstance(value, (int, float)) and math.isfinite(value)
+    fits = isinstance(value, (int, float)) and abs(value) <= LARGEST_FLOAT
     fits = fits and (value > least if above else value >= least)
     sign = ">" if above else ">="
-    require(fits, f"{field} must be a finite number {sign} {least}, got {value!r}")
+    require(fits, f"{field} must be a finite number {sign} {least}, got {value!r:.40}")
+
+
+@jax.jit
+def all_finite(value: Any) -> jax.Array:
+    """Whether an array holds neither NaN nor infinity: a scalar that stays on the devices."""
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return jnp.array(True)
+    return jnp.isfinite(value).all()
+
+
+def first_not_finite(tree: Any) -> str | None:
+    """The name of the first array in a tree that holds a NaN or an infinity, or None.
+
+    Arrays may be sharded. All are checked before the first answer is waited for.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    finite = jax.device_get([all_finite(leaf) for _, leaf in leaves])
+    wrong = [path for (path, _), ok in zip(leaves, finite, strict=True) if not ok]
+    return jax.tree_util.keystr(wrong[0], simple=True, separator=".") if wrong else None
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises ValueError if a file is what Git LFS leaves in the place of one it has not got."""
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+                f"{file.parent}"
+            )

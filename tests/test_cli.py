@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 import genlora_jax as gl
 from genlora_jax import cli
 from genlora_jax.cli import main
-from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.settings import report_errors
 
 CFG = gl.GenLoRAConfig(rank=3, alpha=6.0, group_size=4, kernels=2, targets=["q_proj", "down_proj"])
@@ -163,8 +162,13 @@ def test_an_existing_target_is_refused_or_replaced_whole(shop, genlora, tmp_path
     assert err.count("\n") == 1
     assert listing(tmp_path) == {"out/precious.txt": b"keep me"}
     status, _, err = genlora(*arguments, "--overwrite")
-    assert status == 0, err
-    assert not (out / "precious.txt").exists()
+    assert status == 1
+    assert "genlora did not write" in err
+    assert listing(tmp_path) == {"out/precious.txt": b"keep me"}
+    (out / "precious.txt").unlink()
+    for _ in range(2):  # in place of an empty directory, and of its own
+        status, _, err = genlora(*arguments, "--overwrite")
+        assert status == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert list(out.glob("*.safetensors"))
 
@@ -273,7 +277,7 @@ def continuation(shop):
             known = [*ids, *new]
             padded = jnp.array([known + [0] * (width - len(known))])
             token = int(forward(factors, padded)[0, len(known) - 1].argmax())
-            if token in stop_tokens(base):
+            if token == tokenizer.eos_token_id:
                 break
             new.append(token)
         return PROMPT + tokenizer.decode(new)

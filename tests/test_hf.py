@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import perturb, random_llama, torch_logits
 
 import genlora_jax as gl
+from genlora_jax.atomic_files import new_directory
 from genlora_jax.hf import peft_export
 
 CFG = gl.GenLoRAConfig(rank=4, alpha=4.0, group_size=4, kernels=2, rbf_init=0.5)
@@ -195,8 +196,12 @@ def test_an_existing_directory_is_refused_untouched_or_replaced_on_request(torch
     with pytest.raises(FileExistsError, match="out exists"):
         gl.export_hf(out, params, base=path)
     assert content(out) == {"precious.txt": b"mine"}
-    gl.export_hf(out, params, base=path, overwrite=True)
-    assert "precious.txt" not in content(out)
+    with pytest.raises(FileExistsError, match=r"genlora did not write .*precious\.txt"):
+        gl.export_hf(out, params, base=path, overwrite=True)
+    assert content(out) == {"precious.txt": b"mine"}
+    (out / "precious.txt").unlink()
+    for _ in range(2):  # in place of an empty directory, and of its own
+        gl.export_hf(out, params, base=path, overwrite=True)
     assert {"config.json", "model.safetensors"} <= set(content(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
@@ -219,14 +224,15 @@ def test_a_failure_midway_leaves_nothing_and_spoils_nothing(
 
     monkeypatch.setattr(os, "pwrite", full)
     if exists:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "precious.txt").write_text("mine")
+        with new_directory(tmp_path / "out") as out:
+            (out / "precious.txt").write_text("written before")
+        before = content(tmp_path / "out")
     with pytest.raises(OSError, match="No space"):
         gl.export_hf(tmp_path / "out", params, base=path, max_shard_bytes=20_000, overwrite=exists)
     assert len(calls) > 20
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", *(["out"] if exists else [])]
     if exists:
-        assert content(tmp_path / "out") == {"precious.txt": b"mine"}
+        assert content(tmp_path / "out") == before
 
 
 def test_parameters_of_another_shape_are_not_exported(torch_twin, tmp_path):

@@ -51,19 +51,23 @@ ARROWS: dict[str, set[str]] = {
     "models": {"mesh"},
     # Files.
     "atomic_files": set(),
-    "adapter_files": {"adapter", "atomic_files", "methods", "sharding", "targets"},
+    "adapter_files": {
+        *("adapter", "atomic_files", "methods", "sharding", "targets", "validation"),
+    },
     "data": {"validation"},
     "settings": {"methods"},
     "hf": {
         *(
             "adapter",
             "adapter_files",
+            "data",
             "factors",
             "atomic_files",
             "mesh",
             "methods",
             "models",
             "sharding",
+            "validation",
         ),
     },
     # What runs.

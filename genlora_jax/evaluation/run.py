@@ -24,6 +24,7 @@ from genlora_jax.generation.subject import Subject, subject_of
 from genlora_jax.hf.base_model import ModelConfig, find_base, load_base
 from genlora_jax.mesh import MeshConfig, make_mesh, one_device
 from genlora_jax.settings import parse, report_errors
+from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.provenance import digest, provenance
 
 TASKS: dict[str, Any] = {"perplexity": perplexity, "match": match, "choices": choices, "code": code}
@@ -68,13 +69,16 @@ class Evaluation:
 
 def evaluate(cfg: Evaluation) -> dict[str, Any]:
     """Runs an evaluation; returns what it writes to `results.json`."""
-    refuse_existing(cfg.output, overwrite=cfg.overwrite)
+    if cfg.adapter:
+        cfg = dataclasses.replace(cfg, adapter=find_adapter(cfg.adapter))
+    inputs = (cfg.model.path, cfg.adapter)
+    refuse_existing(cfg.output, overwrite=cfg.overwrite, inputs=inputs)
     asked = {name: task for name in TASKS if (task := getattr(cfg, name))}
     # Every row is read, and the sandbox tried, before minutes of loading and not after.
     items = _read(asked)
     walls = code.check_sandbox(cfg.code) if cfg.code else None
     mesh = one_device() if cfg.mesh is None else make_mesh(cfg.mesh)
-    base = load_base(cfg.model, find_base(cfg.model), mesh)
+    base = load_base(cfg.model, find_base(cfg.model, cfg.adapter), mesh)
     subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
     scores, lines = _run(subject, asked, items)
     report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}

@@ -45,6 +45,7 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
     A context too long for the model loses its beginning.
 
     Raises:
+        FloatingPointError: If the model's logits are not finite.
         ValueError: If a context or a continuation is empty, or a continuation alone is too long.
     """
     rows = []
@@ -73,6 +74,11 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
         sums, greedy = jax.device_get(
             _score(subject.model, subject.params, subject.factors, ids, targets, scored)
         )
+        if not np.isfinite(sums).all():
+            raise FloatingPointError(
+                "the model's log-likelihoods are not finite: base or adapter had diverged, or "
+                "values overflow in model.dtype (try float32)"
+            )
         for row, i in enumerate(chosen):
             scores[i] = Score(float(sums[row]), bool(greedy[row]))
     return scores

@@ -47,6 +47,7 @@ def decode(
         The continuations' token ids.
 
     Raises:
+        FloatingPointError: If the model's logits are not finite.
         ValueError: If a prompt is empty, or sampling has no key.
     """
     if not prompts or min(map(len, prompts)) == 0:
@@ -59,7 +60,7 @@ def decode(
     for row, prompt in enumerate(prompts):  # padded on the left, so that all end at one slot
         ids[row, width - len(prompt) :] = prompt
         real[row, width - len(prompt) :] = True
-    new = np.asarray(
+    new, finite = jax.device_get(
         _decode(
             model,
             params,
@@ -74,6 +75,11 @@ def decode(
             sampled=temperature > 0,
         )
     )
+    if not finite:
+        raise FloatingPointError(
+            "the model's logits are not finite: base or adapter had diverged, or values overflow "
+            "in its dtype (try float32)"
+        )
     return [list(itertools.takewhile(lambda i: i not in stop, row)) for row in new.tolist()]
 
 
@@ -106,39 +112,44 @@ def _decode(
     *,
     max_new_tokens: int,
     sampled: bool,
-) -> jax.Array:
-    """Prefill, then a loop that ends when every row has stopped; `[batch, max_new_tokens]`."""
+) -> tuple[jax.Array, jax.Array]:
+    """Prefill, then a loop that ends when every row has stopped.
+
+    Returns:
+        The tokens, `[batch, max_new_tokens]`, and whether all logits were finite.
+    """
     batch, width = ids.shape
     visible = jnp.concatenate([real, jnp.ones((batch, max_new_tokens), bool)], axis=1)
     lengths = real.sum(axis=1)
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
 
-    def forward(tokens: Any, positions: Any, start: Any, cache: Any) -> tuple[Any, Any]:
+    def forward(tokens: Any, positions: Any, start: Any, cache: Any) -> tuple[Any, Any, Any]:
         logits, cache = apply(
             model, params, factors, tokens, positions, visible, start, cache, method="decode"
         )
-        return logits[:, -1], cache
+        return logits[:, -1], jnp.isfinite(logits[:, -1]).all(), cache
 
     def choose(logits: jax.Array, index: Any) -> jax.Array:
         picked = _pick(logits, jax.random.fold_in(key, index), temperature, top_p, sampled)
         return picked.astype(jnp.int32)
 
     cache = model.init_cache(batch, width + max_new_tokens)
-    logits, cache = forward(ids, positions, 0, cache)
+    logits, finite, cache = forward(ids, positions, 0, cache)
     first = choose(logits, 0)
     out = jnp.full((batch, max_new_tokens), stop[0], jnp.int32).at[:, 0].set(first)
 
     def unfinished(carry: Any) -> jax.Array:
-        index, _, done, _, _ = carry
-        return (index < max_new_tokens) & ~done.all()
+        index, _, done, finite, _, _ = carry
+        return (index < max_new_tokens) & ~done.all() & finite
 
     def advance(carry: Any) -> Any:
-        index, token, done, out, cache = carry
+        index, token, done, _, out, cache = carry
         position = (lengths + index - 1)[:, None]
-        logits, cache = forward(token[:, None], position, width + index - 1, cache)
+        logits, finite, cache = forward(token[:, None], position, width + index - 1, cache)
         token = jnp.where(done, stop[0], choose(logits, index))
         out = lax.dynamic_update_slice_in_dim(out, token[:, None], index, axis=1)
-        return index + 1, token, done | jnp.isin(token, stop), out, cache
+        return index + 1, token, done | jnp.isin(token, stop), finite, out, cache
 
-    carry = (1, first, jnp.isin(first, stop), out, cache)
-    return lax.while_loop(unfinished, advance, carry)[3]
+    carry = (1, first, jnp.isin(first, stop), finite, out, cache)
+    *_, finite, out, _ = lax.while_loop(unfinished, advance, carry)
+    return out, finite

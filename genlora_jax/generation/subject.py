@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from genlora_jax.data.chat import render
 from genlora_jax.data.conversation import Conversation
 from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
-from genlora_jax.hf.checkpoint import stop_tokens
 from genlora_jax.hf.peft_import import load_factors
 from genlora_jax.mesh import one_device
 from genlora_jax.models.llama import LlamaForCausalLM
@@ -85,6 +84,8 @@ class Subject:
 def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) -> Subject:
     """A loaded base, alone or with an adapter: a directory of `save_adapter` or of PEFT.
 
+    The tokenizer is the base's: `find_base` has taken the adapter's, if it has one of its own.
+
     Raises:
         FileNotFoundError: If there is no such adapter.
         ValueError: If it was made for another base.
@@ -94,7 +95,7 @@ def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) 
         params=base.params,
         factors={} if adapter is None else load_factors(adapter, base.params, base.model),
         tokenizer=base.tokenizer,
-        stop=tuple(stop_tokens(base.source)),
+        stop=base.stop,
         batch_size=batch_size,
     )
 
@@ -115,4 +116,5 @@ def load_subject(
         ValueError: If the adapter does not fit the model.
     """
     cfg = ModelConfig(path=path, **options)
-    return subject_of(load_base(cfg, find_base(cfg), one_device()), adapter, batch_size=batch_size)
+    base = load_base(cfg, find_base(cfg, adapter), one_device())
+    return subject_of(base, adapter, batch_size=batch_size)

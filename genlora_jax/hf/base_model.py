@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from genlora_jax.hf.checkpoint import load_tokenizer, locate, model_config
+from genlora_jax.hf.checkpoint import locate, model_config
 from genlora_jax.hf.load import load_llama
+from genlora_jax.hf.tokenizer import check_rows, end_tokens, load_tokenizer
 from genlora_jax.models import cudnn
 from genlora_jax.models.attention import Attention, choose, keeps_scores
 from genlora_jax.models.config import LlamaConfig
@@ -55,13 +56,15 @@ class Base:
 
     Attributes:
         source: Its directory.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, or that of the adapter it is used with.
+        stop: Ids of the tokens that end a text.
         model: The Linen model.
         params: Its parameters.
     """
 
     source: Path
     tokenizer: "PreTrainedTokenizerFast"
+    stop: tuple[int, ...]
     model: LlamaForCausalLM
     params: Any
 
@@ -77,25 +80,35 @@ class Base:
         return f"{name}, which writes all scores to memory" if slow else name
 
 
-def find_base(cfg: ModelConfig) -> tuple[Path, "PreTrainedTokenizerFast"]:
+def find_base(
+    cfg: ModelConfig, adapter: str | None = None
+) -> tuple[Path, "PreTrainedTokenizerFast"]:
     """A base's directory, downloaded if `path` is a hub id, and its tokenizer.
+
+    Args:
+        cfg: The base.
+        adapter: The directory of an adapter, whose own tokenizer or chat template is then taken.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it has no usable tokenizer, or its shape is not the `shape` that is given.
+        ValueError: If it has no usable tokenizer, or one that does not fit the embedding, or its
+            shape is not the `shape` that is given.
     """
     source = locate(cfg.path, revision=cfg.revision)
-    if cfg.shape is not None and cfg.shape != (config := model_config(source)):
-        for field, given in vars(cfg.shape).items():
-            if given != (found := getattr(config, field)):
-                raise ValueError(f"model.shape: {field} is {given}; the checkpoint has {found}")
-    return source, load_tokenizer(source)
+    config = model_config(source)
+    for field, given in vars(cfg.shape).items() if cfg.shape else ():
+        if given != (found := getattr(config, field)):
+            raise ValueError(f"model.shape: {field} is {given}; the checkpoint has {found}")
+    tokenizer = load_tokenizer(source, adapter)
+    check_rows(tokenizer, config.vocab_size, source)
+    return source, tokenizer
 
 
 def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], mesh: Mesh) -> Base:
     """Loads the base that `find_base` found onto a mesh; raises as `load_llama` does."""
     source, tokenizer = found
+    stop = tuple(end_tokens(source, tokenizer))
     options = {k: v for k, v in vars(cfg).items() if k not in ("path", "shape")}
     options["scan"] = cfg.scans(mesh.devices.flat[0].platform)
     model, params = load_llama(source, **options, mesh=mesh)
-    return Base(source, tokenizer, model, params)
+    return Base(source, tokenizer, stop, model, params)

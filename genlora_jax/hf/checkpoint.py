@@ -1,27 +1,26 @@
 """A Hugging Face checkpoint as a directory: its config and its safetensors, one file or sharded."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from genlora_jax.atomic_files import recover
 from genlora_jax.hf.families import parse_config
-from genlora_jax.hf.tensorfile import TensorFile
+from genlora_jax.hf.tensorfile import DTYPES, TensorFile, is_finite
 from genlora_jax.models.config import LlamaConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from genlora_jax.validation import refuse_pointer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-CONFIG, GENERATION = "config.json", "generation_config.json"
-# What an export copies, as far as it is there: the tokenizer's files, and how answers end.
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", GENERATION),
-)
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+CONFIG = "config.json"
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", *TEMPLATES, *TERMS)
+ROWS = 4096  # of a tensor, compared at a time
 
 
 def locate(
@@ -42,7 +41,9 @@ def locate(
     Raises:
         FileNotFoundError: If it is neither a local directory nor to be had from the hub.
     """
+    recover(path)  # a merge into it may have been killed
     if Path(path).is_dir():
+        refuse_pointers(Path(path))
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
@@ -63,14 +64,25 @@ def locate(
         ) from error
 
 
+def refuse_pointers(directory: Path) -> None:
+    """Raises ValueError if a file of a checkpoint or of an adapter is a pointer of Git LFS."""
+    for file in sorted(file for pattern in FILES for file in directory.glob(pattern)):
+        if file.is_file():
+            refuse_pointer(file)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file's object; errors name the file."""
     try:
-        return json.loads(file.read_text())
+        refuse_pointer(file)
+        found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file.parent} has no {file.name}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return found
 
 
 def model_config(directory: Path) -> LlamaConfig:
@@ -82,61 +94,48 @@ def model_config(directory: Path) -> LlamaConfig:
     return parse_config(directory / CONFIG, read_json(directory / CONFIG))
 
 
-def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
-    """The checkpoint's tokenizer.
-
-    Raises:
-        ValueError: If there is none, or none that knows the position in the text of each token.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} has no usable tokenizer: {error}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{directory}: the tokenizer is not a fast one; it needs a tokenizer.json")
-    return tokenizer
-
-
 def checkpoint_dtype(directory: Path) -> str:
-    """The dtype that `config.json` names, such as `bfloat16`; `float32` if it names none."""
+    """The dtype that `config.json` names, such as `bfloat16`, or else that of the first tensor."""
     config = read_json(directory / CONFIG)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def stop_tokens(directory: Path) -> list[int]:
-    """Ids of the tokens that end a text, as generation config or else config has them."""
-    for name in (GENERATION, CONFIG):
-        if (directory / name).is_file():
-            ids = read_json(directory / name).get("eos_token_id")
-            if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
-    return []
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return stated or Checkpoint(directory).dtype()
 
 
 class Checkpoint:
     """The tensors of a directory.
 
+    As in `transformers`: of one file and an index beside it, the file is read, and an index says
+    which files there are, not what is in them.
+
     Raises:
         FileNotFoundError: If there are no safetensors, or a shard is missing.
-        ValueError: If a file is truncated or otherwise damaged.
+        ValueError: If a file is truncated or otherwise damaged, or the index leads out of the
+            directory, or two files differ in a tensor.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
-        if (directory / INDEX).is_file():
-            weight_map = read_json(directory / INDEX).get("weight_map", {})
-            files = {name: self._open(name) for name in sorted(set(weight_map.values()))}
-            self._where = {tensor: files[name] for tensor, name in weight_map.items()}
-        elif (directory / SINGLE).is_file():
-            file = self._open(SINGLE)
-            self._where = dict.fromkeys(file.entries, file)
-        else:
+        index = directory / INDEX
+        files = sorted(set(_weight_map(index).values())) if index.is_file() else []
+        if (directory / SINGLE).is_file():
+            if set(files) - {SINGLE}:
+                warnings.warn(
+                    f"{directory} has {SINGLE} and an {INDEX} of other files: {SINGLE} is read, as "
+                    "transformers does; remove whichever is stale",
+                    stacklevel=2,
+                )
+            files = [SINGLE]
+        elif not files:
             raise FileNotFoundError(
                 f"{directory} has neither {SINGLE} nor {INDEX}; "
                 "checkpoints in PyTorch's pickle format are not read"
             )
+        self._where: dict[str, TensorFile] = {}
+        for file in [self._open(name) for name in files]:
+            for tensor in file.entries:
+                other = self._where.setdefault(tensor, file)
+                if other is not file and not _equal(other, tensor, file, tensor):
+                    raise ValueError(f"tensor {tensor} differs in {other.file} and {file.file}")
 
     def _open(self, name: str) -> TensorFile:
         if not (self.directory / name).is_file():
@@ -147,15 +146,69 @@ class Checkpoint:
         """Names of all tensors."""
         return set(self._where)
 
-    def read(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
-        """One tensor, or some of its rows.
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._where[name].file
 
-        Raises:
-            ValueError: If it is missing or has another shape.
-        """
+    def dtype(self) -> str:
+        """The dtype of the first tensor of floating point."""
+        kinds = (file.entries[name].kind for name, file in self._where.items())
+        return next((DTYPES[kind].name for kind in kinds if kind in DTYPES), "float32")
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same bytes."""
+        return _equal(self._where[one], one, self._where[other], other)
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if a tensor is missing or has another shape."""
         file = self._where.get(name)
-        if file is None or name not in file.entries:
+        if file is None:
             raise ValueError(f"{self.directory}: tensor {name} is missing")
         if (found := file.entries[name].shape) != shape:
-            raise ValueError(f"{self.directory}: tensor {name} has shape {found}, not {shape}")
-        return file.read(name, rows)
+            raise ValueError(f"{file.file}: tensor {name} has shape {found}, not {shape}")
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some of its rows."""
+        return self._where[name].read(name, rows)
+
+    def refuse_unfit(self, name: str, rows: np.ndarray, dtype: Any) -> None:
+        """Raises ValueError if rows of a tensor are not finite, or would not be in a dtype."""
+        if not is_finite(rows):
+            raise ValueError(
+                f"{self.file(name)}: tensor {name} holds a NaN or an infinity: the file is "
+                "damaged, or the model had diverged; take another copy"
+            )
+        if jnp.finfo(dtype).maxexp >= jnp.finfo(rows.dtype).maxexp:
+            return
+        with np.errstate(over="ignore"):
+            fits = is_finite(rows.astype(dtype))
+        if not fits:
+            raise ValueError(
+                f"{self.file(name)}: tensor {name} has values that {np.dtype(dtype).name} cannot "
+                "hold; take bfloat16 or float32"
+            )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by an index; each must be in the index's directory."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is missing, empty or no object")
+    for tensor, name in weight_map.items():
+        # A link in the directory may lead out of it: the hub's cache is made of such.
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{index}: {tensor} is in {name!r}, which is no file of the directory")
+    return weight_map
+
+
+def _equal(file: TensorFile, name: str, other: TensorFile, other_name: str) -> bool:
+    """Whether two tensors are the same bytes, read some rows at a time."""
+    if (entry := file.entries[name]).shape != other.entries[other_name].shape:
+        return False
+    if entry.kind != other.entries[other_name].kind:
+        return False
+    rows = range(0, entry.shape[0], ROWS) if entry.shape else [0]
+    return all(
+        file.read(name, part).tobytes() == other.read(other_name, part).tobytes()
+        for part in (slice(start, start + ROWS) for start in rows)
+    )

@@ -1,9 +1,9 @@
 """Export: parameters to a directory that `transformers` and vLLM load."""
 
 import contextlib
+import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,26 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.atomic_files import new_directory
-from genlora_jax.hf.checkpoint import COMPANIONS, CONFIG, INDEX, locate, model_config, read_json
+from genlora_jax.hf.checkpoint import CONFIG, INDEX, TERMS, locate, model_config, read_json
 from genlora_jax.hf.names import Tensor, natural_order, tensors
-from genlora_jax.hf.tensorfile import TensorWriter, in_threads, transpose, transposes_on_host
+from genlora_jax.hf.tensorfile import (
+    TensorWriter,
+    in_threads,
+    is_finite,
+    transpose,
+    transposes_on_host,
+)
+from genlora_jax.hf.tokenizer import (
+    GENERATION,
+    changed_generation_config,
+    copy_files,
+    copy_tokenizer,
+)
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.sharding import constrain, replicated
+from genlora_jax.validation import all_finite, first_not_finite
+
+HEAD = ("lm_head", "kernel")
 
 
 def export_hf(
@@ -26,26 +41,31 @@ def export_hf(
     params: Mapping[str, Any],
     *,
     base: str | Path,
+    adapter: str | Path | None = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> None:
     """Writes parameters as a Hugging Face checkpoint.
 
-    Config, tokenizer and generation config are copied from the base, as far as it has them. The
-    directory appears complete or not at all. Host memory holds a handful of tensors at a time.
+    Config, tokenizer, chat templates, generation config and licence are the base's, as far as it
+    has them. The generation config names the tokens that end a text in training, too. The directory
+    appears complete or not at all. Host memory holds a handful of tensors at a time.
 
     Args:
         out_dir: The directory to make.
         params: Parameters, merged usually; scanned or unrolled.
         base: The checkpoint (directory or hub id) that they come from.
+        adapter: Directory of the adapter that was merged: if it has a tokenizer or a chat template
+            of its own, they take the place of the base's.
         dtype: Dtype of the tensors written; by default that of `params`.
         max_shard_bytes: Largest size of one safetensors file.
         overwrite: Replace an existing directory.
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
-        ValueError: If the parameters are not those of the base's architecture.
+        ValueError: If the parameters are not those of the base's architecture, or one is not
+            finite in this dtype.
     """
     # Imported where it is used: it is slow to import.
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -53,6 +73,7 @@ def export_hf(
     source = locate(base)
     flat = flatten_dict(dict(params))
     _check_shapes(source, params, flat)
+    generation = changed_generation_config(source, adapter)
     kind = np.dtype(dtype) if dtype is not None else next(iter(flat.values())).dtype
     order = sorted(tensors(params), key=lambda t: natural_order(t.name))
     stored = {
@@ -75,13 +96,20 @@ def export_hf(
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        _copy_companions(source, directory, kind)
+        _write_config(source, directory, kind, own_head=HEAD in flat)
+        copy_files(source, (GENERATION, *TERMS), directory)
+        copy_tokenizer(source, adapter, directory)
+        if generation:
+            (directory / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
 
 
 def _check_shapes(source: Path, params: Mapping[str, Any], flat: Mapping[Any, Any]) -> None:
     """Raises ValueError if the parameters' paths or shapes are not those of the base."""
     scan = not any(part.isdecimal() for path in flat for part in path)
-    expected = flatten_dict(parameter_shapes(LlamaForCausalLM(model_config(source), scan=scan)))
+    config = model_config(source)
+    if HEAD in flat:  # such as a tied base's files may hold, or an adapter bring
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    expected = flatten_dict(parameter_shapes(LlamaForCausalLM(config, scan=scan)))
     for path in sorted(set(flat) | set(expected)):
         given, stored = (
             tuple(tree[path].shape) if path in tree else None for tree in (flat, expected)
@@ -99,22 +127,29 @@ def _write_tensors(
     """Writes every tensor to its file; threads write while the next tensors are fetched."""
     on_host = transposes_on_host()
 
-    def fetched() -> Iterator[tuple[Tensor, Any]]:
+    def fetched() -> Iterator[tuple[Tensor, Any, Any]]:
         for tensor in order:
             transposed = tensor.transposed and not on_host
-            yield tensor, _fetch(flat[tensor.path], tensor.index, kind, transposed)
+            yield tensor, *_fetch(flat[tensor.path], tensor.index, kind, transposed)
 
-    def write(item: tuple[Tensor, Any]) -> None:
-        tensor, value = item[0], np.asarray(item[1])
+    def write(item: tuple[Tensor, Any, Any]) -> None:
+        tensor, value, finite = item[0], np.asarray(item[1]), item[2]
         value = transpose(value) if tensor.transposed and on_host else value
+        if not (is_finite(value) if finite is None else finite):
+            _refuse_not_finite(tensor, flat[tensor.path], kind)
         writers[tensor.name].write(tensor.name, value)
 
     for _ in in_threads(write, fetched()):
         pass
 
 
-def _fetch(leaf: Any, index: int | None, kind: np.dtype, transposed: bool) -> Any:
-    """One tensor as it is to be written, on its way to host memory."""
+def _fetch(
+    leaf: Any, index: int | None, kind: np.dtype, transposed: bool
+) -> tuple[Any, jax.Array | None]:
+    """One tensor as it is to be written, on its way to host memory, and whether it is finite.
+
+    That is None on CPUs, where NumPy finds it out faster than XLA.
+    """
     if not isinstance(leaf, jax.Array):
         leaf = jnp.asarray(leaf)
     on_many = len(leaf.sharding.device_set) > 1
@@ -125,9 +160,9 @@ def _fetch(leaf: Any, index: int | None, kind: np.dtype, transposed: bool) -> An
     if on_many and leaf.is_fully_replicated:  # one device's copy is enough
         leaf = leaf.addressable_data(0)
     if jax.default_backend() == "cpu":
-        return leaf
+        return leaf, None
     # Page-locked memory, which JAX keeps for reuse: copies to any other are 20 x slower.
-    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host")), all_finite(leaf)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "transposed", "where"))
@@ -140,12 +175,20 @@ def _select(
     return constrain(value, where)
 
 
-def _copy_companions(source: Path, directory: Path, kind: np.dtype) -> None:
-    """Copies config, with the tensors' dtype in it, and tokenizer and generation config."""
+def _refuse_not_finite(tensor: Tensor, leaf: Any, kind: np.dtype) -> None:
+    if first_not_finite(leaf) is None:
+        raise ValueError(
+            f"tensor {tensor.name} has values that {kind.name} cannot hold: export as bfloat16 or "
+            "float32"
+        )
+    raise ValueError(f"tensor {tensor.name} holds a NaN or an infinity, and is not exported")
+
+
+def _write_config(source: Path, directory: Path, kind: np.dtype, *, own_head: bool) -> None:
+    """Writes the base's config, with the tensors' dtype and whether the head is the embedding."""
     config = read_json(source / CONFIG)
     field = "dtype" if "dtype" in config else "torch_dtype"
-    config[field] = jnp.dtype(kind).name
+    config[field] = kind.name
+    if own_head and config.get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = False
     (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)

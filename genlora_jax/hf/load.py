@@ -1,6 +1,8 @@
 """Loading: a Hugging Face checkpoint to a Linen model and its parameters."""
 
+import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax import sharding
-from genlora_jax.hf.checkpoint import Checkpoint, locate, model_config
+from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.tensorfile import in_threads, transpose, transposes_on_host
 from genlora_jax.mesh import AXES
 from genlora_jax.models.attention import Attention
+from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_llama(
@@ -56,16 +61,45 @@ def load_llama(
             of another shape, or the mesh does not divide one.
     """
     directory = locate(path, revision=revision, token=token)
-    config = model_config(directory)
+    config, checkpoint = model_config(directory), Checkpoint(directory)
+    if config.num_hidden_layers > (count := len(checkpoint.names())):
+        raise ValueError(
+            f"{directory / CONFIG}: num_hidden_layers is {config.num_hidden_layers}, of a model "
+            f"whose files hold {count} tensors in all"
+        )
+    config = _with_own_head(checkpoint, config)
     dtype, param_dtype = parse_dtype(dtype), parse_dtype(param_dtype)
     model = LlamaForCausalLM(config, dtype, param_dtype, scan, remat, attention, mesh)
     shapes = parameter_shapes(model)
     if mesh is not None:
         shapes = sharded_shapes(mesh, shapes)
     order = list(tensors(shapes))
-    checkpoint = Checkpoint(directory)
+    if config.tie_word_embeddings and EMBEDDING not in checkpoint.names():
+        order = [_head_for_embedding(tensor) for tensor in order]
+    flat = flatten_dict(shapes)
+    for tensor in order:  # all of them, before minutes of reading
+        checkpoint.check_shape(tensor.name, tensor.shape_in_file(flat[tensor.path].shape))
     _refuse_unknown(directory, checkpoint.names() - {t.name for t in order}, config)
-    return model, unflatten_dict(_read_leaves(checkpoint, order, flatten_dict(shapes)))
+    return model, unflatten_dict(_read_leaves(checkpoint, order, flat))
+
+
+def _with_own_head(checkpoint: Checkpoint, config: LlamaConfig) -> LlamaConfig:
+    """The config, no longer tied if the files hold a head other than the embedding."""
+    if not config.tie_word_embeddings or not {HEAD, EMBEDDING} <= checkpoint.names():
+        return config
+    if checkpoint.equal(HEAD, EMBEDDING):
+        return config
+    warnings.warn(
+        f"{checkpoint.directory / CONFIG} says tie_word_embeddings, but the files hold an {HEAD} "
+        "of its own: that one is used, as in transformers, and exports say false",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _head_for_embedding(tensor: Tensor) -> Tensor:
+    """A tied model's tensor under the other name: some files hold the two as the head alone."""
+    return dataclasses.replace(tensor, name=HEAD) if tensor.name == EMBEDDING else tensor
 
 
 def parse_dtype(dtype: Any) -> Any:
@@ -114,25 +148,30 @@ def _read_leaves(
     leaves: dict[tuple[str, ...], jax.Array] = {}
 
     def read(tensor: Tensor) -> jax.Array:
-        return _read(checkpoint, tensor, shapes[tensor.path], tensor.transposed and on_host)
+        return _read(checkpoint, tensor, shapes[tensor.path], on_host)
 
     for tensor, value in zip(order, in_threads(read, order), strict=True):
         path, transposed = tensor.path, tensor.transposed and not on_host
+        if not on_host and not _fits(value, shapes[path].dtype):  # free where memory is fast
+            checkpoint.refuse_unfit(tensor.name, checkpoint.read(tensor.name), shapes[path].dtype)
         leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
         leaves[path].block_until_ready()  # or tensors would pile up before the device
     return leaves
 
 
 def _read(
-    checkpoint: Checkpoint, tensor: Tensor, leaf: jax.ShapeDtypeStruct, transposed: bool
+    checkpoint: Checkpoint, tensor: Tensor, leaf: jax.ShapeDtypeStruct, on_host: bool
 ) -> jax.Array:
-    """One tensor on the devices; `transposed` says whether the host transposes it on the way."""
+    """One tensor on the devices; `on_host` says whether the host checks and transposes it."""
+    transposed = tensor.transposed and on_host
     stored = tensor.shape_in_file(leaf.shape)
     shape = stored[::-1] if transposed else stored
     axis = len(shape) - 1 if transposed else 0  # the file's rows, as the array has them
 
     def read(index: Any) -> np.ndarray:
-        rows = checkpoint.read(tensor.name, stored, index[axis])
+        rows = checkpoint.read(tensor.name, index[axis])
+        if on_host:
+            checkpoint.refuse_unfit(tensor.name, rows, leaf.dtype)
         return transpose(rows) if transposed else rows
 
     where: Any = leaf.sharding
@@ -158,6 +197,11 @@ def _fill(
     if transposed or value.dtype != dtype or (where is not None and value.sharding != where):
         return _convert(value, dtype, transposed, where)
     return value
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _fits(value: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.isfinite(value.astype(dtype)).all()
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transposed", "where"))

@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 from genlora_jax.atomic_files import new_directory
 from genlora_jax.factors import by_module
 from genlora_jax.factors.kind import Kind, Leaves
+from genlora_jax.hf.checkpoint import CONFIG
 from genlora_jax.hf.names import module_name, natural_order
+from genlora_jax.hf.tokenizer import GENERATION, changed_generation_config, copy_tokenizer
 from genlora_jax.methods.config import AdapterConfig
 
 PREFIX = "base_model.model."
@@ -26,24 +28,31 @@ def export_peft(
     factors: Mapping[str, Any],
     *,
     base: str | Path,
+    adapter: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes factors as a PEFT adapter: LoRA; DoRA or HiRA if the factors are of that kind.
 
     The scale is folded into B, and `lora_alpha` is the rank: consumers that ignore `use_rslora` are
-    then right as well. Factors of several ranks are padded with zeros to the largest.
+    then right as well. Factors of several ranks are padded with zeros to the largest. The tokenizer
+    of a base that is a local directory goes along, as from trainers on top of PEFT, and where the
+    base's generation config lacks a token that ends a text in training, one that has it.
 
     Args:
         out_dir: The directory to make.
         cfg: The config that generated the factors, or None for factors from elsewhere.
         factors: The factors.
         base: Name or path of the base, for PEFT to find it.
+        adapter: Directory of the adapter, for a tokenizer or chat template of its own.
         overwrite: Replace an existing directory.
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
-        ValueError: If PEFT has no such factors (whole deltas), or modules differ in kind.
+        ValueError: If PEFT has no such factors (whole deltas), or modules differ in kind, or the
+            tokenizer does not fit the base.
     """
+    source = Path(base) if base and Path(base, CONFIG).is_file() else None
+    generation = changed_generation_config(source, adapter) if source else None
     kind, modules = _modules(factors)
     names = list(modules)
     if _in_every_layer(cfg, factors, len(modules)):  # `q_proj` and so on, as servers expect
@@ -78,6 +87,10 @@ def export_peft(
     with new_directory(out_dir, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
+        if generation:
+            (directory / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")
+        if source:
+            copy_tokenizer(source, adapter, directory)
 
 
 def _modules(factors: Mapping[str, Any]) -> tuple[Kind, dict[str, Leaves]]:

@@ -16,7 +16,7 @@ from genlora_jax.adapter import generate_factors
 from genlora_jax.adapter_files import load_adapter
 from genlora_jax.factors import KINDS, LOW_RANK
 from genlora_jax.factors.kind import Kind, Leaves
-from genlora_jax.hf.checkpoint import read_json
+from genlora_jax.hf.checkpoint import read_json, refuse_pointers
 from genlora_jax.hf.names import natural_order, tensors
 from genlora_jax.hf.peft_export import PREFIX, SETTINGS, TENSORS
 
@@ -52,6 +52,7 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
             made for modules or shapes that the base does not have.
     """
     path = Path(path)
+    refuse_pointers(path)
     settings = read_json(path / SETTINGS)
     _refuse_other_than_lora(path / SETTINGS, settings)
     kernels = {t.name.removesuffix(".weight"): t for t in tensors(params) if t.path[-1] == "kernel"}

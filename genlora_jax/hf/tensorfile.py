@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from genlora_jax.validation import refuse_pointer
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -31,6 +33,7 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {kind: name for name, kind in DTYPES.items()}
 # Tensors in flight: enough to keep the disk busy, few enough to cost no memory to speak of.
 WINDOW = 2
+BLOCK = 1 << 16  # numbers looked at a time, so that they stay in the cache
 STRIP = 32  # rows transposed at a time: their columns' cache lines fit the cache
 
 
@@ -52,6 +55,7 @@ class TensorFile:
 
     def __init__(self, file: Path):
         self.file = file
+        refuse_pointer(file)
         try:
             with safetensors.safe_open(file, framework="numpy"):
                 pass  # sizes, offsets and dtypes in the header have been checked against the file
@@ -114,7 +118,7 @@ class TensorWriter:
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         os.truncate(self._file, 8 + len(text) + end)
         self._put(struct.pack("<Q", len(text)) + text, 0)
         self._header, self._first = header, 8 + len(text)
@@ -149,6 +153,16 @@ def _empty(shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(kind).reshape(shape)
+
+
+def is_finite(value: np.ndarray) -> bool:
+    """Whether an array holds neither NaN nor infinity; as fast as memory is read."""
+    kind = f"u{value.dtype.itemsize}"
+    # Infinity is the exponent with all bits set, and a NaN has the same exponent.
+    exponent = np.array(np.inf, value.dtype).view(kind)
+    bits = value.reshape(-1).view(kind)
+    blocks = (bits[start : start + BLOCK] for start in range(0, len(bits), BLOCK))
+    return all((block & exponent).max() < exponent for block in blocks)
 
 
 def transposes_on_host() -> bool:

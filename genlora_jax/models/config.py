@@ -60,10 +60,11 @@ class LlamaConfig:
                 f"num_attention_heads ({self.num_attention_heads}) is no multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.rotary_dim % 2:
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"head_dim ({self.head_dim}) times partial_rotary_factor "
-                f"({self.partial_rotary_factor:g}) must be even for rotary embeddings"
+                f"({self.partial_rotary_factor:g}) must be even for rotary embeddings, above 0 and "
+                "no more than head_dim"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")

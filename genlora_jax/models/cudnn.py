@@ -137,7 +137,7 @@ def attend_masked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     return out[:, :length]
 
 
-def _of_even_length(*arrays: Array) -> list[Array]:
+def _of_even_length(*arrays: Array) -> Any:
     """Arrays `[batch, length, ...]`, a position longer if their length is odd: cuDNN asks for it.
 
     No query before it sees that position.

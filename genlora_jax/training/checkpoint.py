@@ -1,7 +1,13 @@
 """Checkpoints of all that training changes, and of the place in the data; not of the base."""
 
+import contextlib
+import errno
+import logging
+import math
+import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +15,41 @@ import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from genlora_jax.methods import config_from_json, config_to_json
+from genlora_jax.adapter_files import spec_to_json
+from genlora_jax.atomic_files import disk_full
+from genlora_jax.methods import config_from_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.training.checkpoint_reading import (
+    DIGEST,
+    SETTINGS,
+    SHAPES,
+    STATE,
+    SUMS,
+    leaf_name,
+    load_arrays,
+    read_metadata,
+)
+from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
+from genlora_jax.validation import first_not_finite
 
-STATE, DATA, SHAPES, ADAPTER, BASE = "state", "data", "shapes", "adapter", "base"
+DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"  # of the metadata
+ROOM = 2**20  # bytes of disk that a checkpoint takes at most beside its arrays
 
 
 class Checkpoints:
     """The checkpoints of one run: the last k, the best, and those of every so many steps.
 
     A checkpoint is written beside its place and renamed, so that a killed process leaves the
-    last complete one. Its arrays have the names of the state's leaves. Its metadata has the
-    adapter's config and the base's fingerprint.
+    last complete one. Its arrays have the names of the state's leaves. Its metadata has their
+    checksums, the adapter's settings, and fingerprints of base and data.
 
     Args:
         directory: The directory of the checkpoints.
         keep: How many of the latest to keep.
         keep_every: Keep also those of steps that this divides.
         base_config: Digest of the base's config; see `adapter_files.config_fingerprint`.
+        origin: Fingerprints of the content of what a recipe names, by its field: `data.train`.
     """
 
     def __init__(
@@ -37,6 +59,7 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int | None = None,
         base_config: str | None = None,
+        origin: Mapping[str, str] | None = None,
     ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -53,9 +76,12 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._base_config = base_config
+        self._origin = dict(origin or {})
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
+        # Each of Orbax's threads logs, with a traceback, what is raised here as well; some late.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -67,48 +93,85 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    def best_loss(self, step: int) -> float:
+        """The lowest evaluation loss of checkpoints up to a step; infinity if none has one."""
+        saved = [found for found in self._checkpointer.checkpoints if found.step <= step]
+        losses = [dict(found.metrics or {}).get("eval_loss", math.inf) for found in saved]
+        return min(losses, default=math.inf)
+
     def save(
         self, state: TrainState, data: grain.DatasetIterator, eval_loss: float | None = None
     ) -> None:
         """Saves the state and the place in the data, in the background.
 
         A save waits for the one before, and the end of the `with` block waits for the last.
+
+        Raises:
+            FloatingPointError: If an array of the state is not finite; it is named.
+            OSError: If the disk is full.
         """
         step = int(state.step)
         self.wait()
         if self.latest() == step and step not in self._damaged:
             return
+        leaves = named_leaves(state)
+        if name := first_not_finite(leaves):
+            raise FloatingPointError(f"{name} is not finite after step {step}, and is not saved")
         # The place in the data is the same in all processes, so that any number of them can resume.
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {STATE: named_leaves(state)},
-            overwrite=step in self._damaged,
-            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
-            custom_metadata={
-                SHAPES: _shapes(state),
-                DATA: data.get_state(),
-                ADAPTER: config_to_json(state.adapter.config),
-                BASE: self._base(state),
-            },
-        )
+        metadata = {
+            SHAPES: _shapes(state),
+            DATA: data.get_state(),
+            SETTINGS: spec_to_json(state.adapter.spec, self._base_config),
+            ORIGIN: self._origin,
+            SUMS: checksums(leaves),
+        }
+        with self._reporting_full_disk():
+            self._check_room(leaves)
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {STATE: leaves},
+                overwrite=step in self._damaged,
+                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                custom_metadata=metadata | {DIGEST: json_digest(metadata)},
+            )
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong with it."""
-        self._checkpointer.wait()
+        with self._reporting_full_disk():
+            self._checkpointer.wait()
+
+    def _check_room(self, leaves: Mapping[str, Any]) -> None:
+        """Raises OSError if the disk cannot take a checkpoint, which would end in many errors."""
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        if shutil.disk_usage(self._checkpointer.directory).free < 1.01 * size + ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def _reporting_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if full := disk_full(error):
+                raise OSError(
+                    f"{full}: no checkpoint was written to {self._checkpointer.directory}. Make "
+                    "room there, and go on with --train.resume true"
+                ) from error
+            raise
 
     def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint: returns its state, and sets `data` to its place.
 
         Args:
-            state: A state of the same shapes.
+            state: A state of the same shapes, which is returned if there is no checkpoint yet.
             data: The iterator of the same data set, which is moved.
 
         Raises:
-            ValueError: If the checkpoint is of another adapter or of another base, or none can be
-                read. A damaged one is named on stderr, and the one before it is taken.
+            ValueError: If the checkpoint is of another adapter, base or data, or none can be read.
+                A damaged one is named on stderr, and the one before it is taken.
         """
         self.wait()
-        for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
+        steps = sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True)
+        for step in steps:
             try:
                 return self._restore(step, state, data)
             except _MisfitError:
@@ -117,15 +180,20 @@ class Checkpoints:
                 self._damaged.add(step)
                 print(
                     f"checkpoint {step} cannot be read ({type(error).__name__}: "
-                    f"{str(error).splitlines()[0]}); going back to the one before it",
+                    f"{str(error).splitlines()[0][:200]}); going back to the one before it",
                     file=sys.stderr,
                 )
-        raise ValueError(f"{self._checkpointer.directory}: no checkpoint in it can be read")
+        if steps:
+            raise ValueError(
+                f"{self._checkpointer.directory}: no checkpoint in it can be read; start a new run "
+                "with another train.output"
+            )
+        return state
 
     def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         # Checked before Orbax would find out, halfway and with background tasks running.
-        saved = self._checkpointer.metadata(step).custom_metadata or {}
         place = f"{self._checkpointer.directory}: checkpoint {step}"
+        saved = read_metadata(self._checkpointer, step)
         shapes = _shapes(state)
         numbered = isinstance(saved[SHAPES], list)  # version 0.1 named leaves by their position
         if saved[SHAPES] != (list(shapes.values()) if numbered else shapes):
@@ -133,34 +201,39 @@ class Checkpoints:
                 f"{place} does not fit this recipe's adapter and optimizer; resume with the recipe "
                 "that the run was started with"
             )
+        older = {"config": saved.get(ADAPTER), "base": saved.get(BASE, {})}
+        settings = saved.get(SETTINGS, older)
         # Settings that change no shape can change what the state means.
-        if difference := adapter_difference(state.adapter.config, saved.get(ADAPTER)):
+        if difference := adapter_difference(state.adapter.config, settings["config"]):
             raise _MisfitError(f"{place} was trained {difference}")
-        for part, digest in self._base(state).items():
-            if digest and (saved.get(BASE, {}).get(part) or digest) != digest:
+        base = {"shapes": state.adapter.spec.fingerprint, "config": self._base_config}
+        for part, digest in base.items():
+            if digest and (settings["base"].get(part) or digest) != digest:
                 raise _MisfitError(
                     f"{place} was trained on another base: the {part} of model.path differ"
+                )
+        for field, digest in self._origin.items():
+            if saved.get(ORIGIN, {}).get(field, digest) != digest:
+                raise _MisfitError(
+                    f"{place} was trained with another content of {field}. Resume with what it "
+                    "was, or start a new run from its adapter, with train.init_from"
                 )
         leaves = named_leaves(state)
         if numbered:
             leaves = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values())}
-        loaded = self._checkpointer.load_checkpointables(step, {STATE: leaves})[STATE]
+        loaded = load_arrays(self._checkpointer, step, leaves, saved)
         data.set_state(saved[DATA])
         return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in leaves])
 
-    def _base(self, state: TrainState) -> dict[str, str | None]:
-        """Digests of the base: of its parameters' shapes and, if known, of its config."""
-        return {"shapes": state.adapter.spec.fingerprint, "config": self._base_config}
-
 
 class _MisfitError(ValueError):
-    """A checkpoint of another adapter or base."""
+    """A checkpoint of another adapter, base or data."""
 
 
 def named_leaves(state: TrainState) -> Mapping[str, Any]:
     """The state's leaves in order, by names such as `adapter.trainable.latents...`."""
     leaves, _ = jax.tree.flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def adapter_difference(recipe: AdapterConfig, saved: Mapping[str, Any] | None) -> str | None:

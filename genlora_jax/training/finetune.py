@@ -6,6 +6,7 @@ by evaluation in `adapter-best/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/
 recipe, `recipe.yaml`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,9 +24,10 @@ from genlora_jax.settings import run_command
 from genlora_jax.sharding import place_batch, state_shardings
 from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
+from genlora_jax.training.divergence import check_finite, refuse_not_finite
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
-from genlora_jax.training.output import check_output, keep_recipe
+from genlora_jax.training.output import claimed, keep_recipe
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.setup import Run, check_start, initial_adapter, prepare, recipe_mesh
 from genlora_jax.training.step import (
@@ -51,32 +53,57 @@ def finetune(recipe: Recipe) -> int | None:
         processes.join(settings.heartbeat)
     primary = processes.is_primary()
     print_line = print if primary else lambda _: None
-    if primary:
-        check_output(recipe)
-    check_start(recipe.adapter, settings.init_from)
+    claim = claimed if primary else contextlib.nullcontext
+    with claim(recipe):  # checked now, before minutes of loading, and again when it is made
+        source = check_start(recipe.adapter, settings.init_from)
     mesh = recipe_mesh(recipe)
     run = prepare(recipe, mesh, print_line)
-    adapter = initial_adapter(
-        recipe.adapter, settings.seed, settings.init_from, run.base, mesh=mesh
-    )
+    adapter = initial_adapter(recipe.adapter, settings.seed, source, run.base, mesh=mesh)
     print_line(f"{count_parameters(adapter):,} parameters to train")
     state = init_state(adapter, make_optimizer(recipe.optim, run.steps), settings.seed)
     state = jax.device_put(state, state_shardings(mesh, state))
 
-    output = Path(settings.output)
     if primary:  # last of all preparations, so that one that fails leaves no directory
-        output.mkdir(parents=True, exist_ok=True)
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
+    with claim(recipe):
+        return run_in_output(recipe, run, state, source or "the initial adapter", print_line)
+
+
+def run_in_output(
+    recipe: Recipe,
+    run: Run,
+    state: TrainState,
+    source: str,
+    print_line: Callable[[object], None],
+) -> int | None:
+    """Trains in the run's directory, from its newest checkpoint if the recipe resumes.
+
+    Args:
+        recipe: The recipe.
+        run: What it works on.
+        state: The state before the first step.
+        source: Where the state's adapter comes from, in words.
+        print_line: Prints a line, in the process that prints.
+
+    Returns:
+        The signal that ended the run early, or None.
+    """
+    settings, output, primary = recipe.train, Path(recipe.train.output), processes.is_primary()
     checkpoints = Checkpoints(
         output / "checkpoints",
         keep=settings.keep,
         keep_every=settings.keep_every,
         base_config=config_fingerprint(run.base.model),
+        origin=run.origin,
     )
     with checkpoints, processes.stop_signals() as stop_signal:
         batches = iter(run.objective.train_batches(run.examples, recipe.data))
         if settings.resume:
             state = checkpoints.restore(state, batches)
-            print_line(f"resumed at step {int(state.step)}")
+            none = checkpoints.latest() is None
+            print_line(f"resumed at step {int(state.step)}" + ", as none was saved" * none)
+            source = source if none else f"checkpoint {int(state.step)}"
+        refuse_not_finite(state.adapter, source)
         start = int(state.step)
         if primary:
             keep_recipe(recipe, start)
@@ -118,8 +145,11 @@ def train(
     place = functools.partial(place_batch, run.mesh)
     held_out = [place(batch) for batch in run.held_out]
     output, start = Path(recipe.train.output), int(state.step)
-    best = processes.broadcast_from_primary(best_eval_loss(output, start))
-    recorder = Recorder(learning_rate_schedule(recipe.optim, steps), checkpoints, log)
+    best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
+    best = processes.broadcast_from_primary(best)
+    schedule = learning_rate_schedule(recipe.optim, steps)
+    recorder = Recorder(schedule, checkpoints, log, params)
+    train_step = announced(train_step, log.print_line)
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
         state, metrics = train_step(state, params, place(next(batches)))
@@ -138,6 +168,7 @@ def train(
             factors = generate_factors(recipe.adapter, state.adapter)
             loss = evaluate(eval_step, params, factors, held_out)
             del factors  # perhaps as large as the base
+            check_finite(step, {"eval_loss": loss}, params, checkpoints.latest())
             log.write(step, {"eval_loss": loss})
             log.print_line(f"step {step}: eval loss {loss:.4f}")
             if loss < best:
@@ -147,7 +178,10 @@ def train(
         recorder.clock = time.monotonic()  # the next step's time has none of this
         if signal is not None and step < steps:
             checkpoints.wait()
-            log.print_line(f"stopped at step {step}, saved; go on with --train.resume true")
+            log.print_line(
+                f"stopped at step {step}, saved; go on with --train.resume true, or take the "
+                f"adapter so far: genlora merge --adapter {output}"
+            )
             return state, signal
     return state, None
 
@@ -160,12 +194,14 @@ class Recorder:
         schedule: Learning rate by step.
         checkpoints: Where a run can go back to.
         log: Where metrics go.
+        params: The base's parameters.
         clock: When the last step was recorded.
     """
 
     schedule: Callable[[int], Any]
     checkpoints: Checkpoints
     log: MetricsLog
+    params: Any
     clock: float = dataclasses.field(default_factory=time.monotonic)
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -178,18 +214,29 @@ class Recorder:
         before, self.clock = self.clock, time.monotonic()
         values["tokens_per_second"] = values["tokens"] / (self.clock - before)
         values["learning_rate"] = float(self.schedule(step - 1))
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            saved = self.checkpoints.latest()
-            kept = f"the last good checkpoint, of step {saved}, is kept"
-            raise FloatingPointError(
-                f"the loss is {values['loss']} (gradient norm {values['grad_norm']}) at step "
-                f"{step}; {kept if saved is not None else 'nothing had been saved yet'}. "
-                "Lower optim.learning_rate"
-            )
+        check_finite(step, values, self.params, self.checkpoints.latest())
+        del values["adapter_finite"]
         self.log.write(step, values)
         self.log.advance(
             step, loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
         )
+
+
+def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Callable[..., Any]:
+    """The step; before and after its first call, in which it is compiled, a line is printed."""
+    called = False
+
+    def call(*args: Any) -> Any:
+        nonlocal called
+        if called:
+            return step(*args)
+        called, began = True, time.monotonic()
+        print_line("compiling the training step ...")
+        result = step(*args)
+        print_line(f"compiled in {time.monotonic() - began:.1f} s")
+        return result
+
+    return call
 
 
 def best_eval_loss(output: Path, step: int) -> float:
@@ -199,7 +246,8 @@ def best_eval_loss(output: Path, step: int) -> float:
 
 
 def save(path: Path, adapter: Adapter, model: Any) -> None:
-    """Writes the adapter, of which each process may hold a shard."""
+    """Writes the adapter, of which each process may hold a shard; it must be finite."""
+    refuse_not_finite(adapter, f"{path} is not written")
     adapter = processes.gather_to_primary(adapter)
     if processes.is_primary():
         save_adapter(path, adapter.config, adapter, model=model, overwrite=True)

@@ -116,6 +116,10 @@ def cross_entropy(
     # copy of the factors or of their gradients lives as long as the layers' pass.
     body = in_dtype(body, model.dtype)
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
+    # Another model's `hidden_states` need not know of it.
+    known: dict[str, Any] = {}
+    if options.max_segments is not None:
+        known["max_segments"] = options.max_segments
     hidden = apply(
         model,
         params,
@@ -124,7 +128,7 @@ def cross_entropy(
         method="hidden_states",
         positions=batch["positions"],
         segment_ids=batch["segment_ids"] if options.packed else None,
-        **({} if options.max_segments is None else {"max_segments": options.max_segments}),
+        **known,
         dropout=dropout,
         rngs=None if body_key is None else {"dropout": body_key},
     )
@@ -163,6 +167,7 @@ def _sum_over_chunks(loss: ChunkLoss, states: jax.Array, shared: Any, columns: A
 
 def _sum_forward(loss: ChunkLoss, states: Any, shared: Any, columns: Any) -> tuple[jax.Array, Any]:
     """The sum, and its gradients in `states` and in what of `shared` is differentiated."""
+    tree: Any
     leaves, tree = jax.tree.flatten(shared, is_leaf=lambda x: hasattr(x, "perturbed"))
     states, columns = jax.tree.map(lambda x: x.value, (states, columns))
 

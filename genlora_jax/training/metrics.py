@@ -2,15 +2,20 @@
 
 import contextlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from genlora_jax.atomic_files import write_whole
+from genlora_jax.atomic_files import disk_full, write_whole
 
 FILE = "metrics.jsonl"
+FLUSH_SECONDS = 60  # between which TensorBoard sees nothing new
 PLAIN_LINES = 20  # of progress in a run whose output is no terminal
 
 
@@ -42,11 +47,14 @@ class MetricsLog:
         if not primary:
             return
         path = directory / FILE
+        if damaged := damaged_lines(directory):
+            print(f"{path}: left out what is no record, in line {', '.join(map(str, damaged))}")
         if path.exists():
             kept = [json.dumps(record) + "\n" for record in read_records(directory, start)]
             write_whole(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        (directory / "tensorboard").mkdir(exist_ok=True)
+        self._board = _Board(directory / "tensorboard", start)
         # None: only where stderr is a terminal. A log file gets a line now and then instead.
         disable = None if progress else True
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=disable)
@@ -65,19 +73,28 @@ class MetricsLog:
     def __exit__(self, *exc: object) -> None:
         if not self._primary:
             return
-        for writer in (self._bar, self._file, self._board):
-            writer.close()
+        self._bar.close()
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):  # of a full disk, on which `write` has failed
+                file.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records values; on disk when it returns."""
+        """Records values, in `metrics.jsonl` when it returns; OSError if the disk is full."""
         if not self._primary:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            self._board.write(step, values)
+        except OSError as error:
+            if full := disk_full(error):
+                raise OSError(
+                    f"{full}: the metrics of step {step} were not written to {self._file.name}. "
+                    "Make room there, and go on with --train.resume true"
+                ) from error
+            raise
         if self._wandb_run is not None:
             self._wandb_run.log(values, step=step)
 
@@ -96,12 +113,50 @@ class MetricsLog:
             self._bar.write(text)
 
 
+class _Board:
+    """A file for TensorBoard, written here: `SummaryWriter`'s thread dies of a full disk unseen."""
+
+    def __init__(self, directory: Path, start: int):
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        self._flushed = time.monotonic()
+        # Hides what an earlier process wrote of later steps.
+        begun = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=start + 1, session_log=begun))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            self._writer.write_event(event)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 def read_records(directory: Path, step: int) -> list[dict[str, float]]:
-    """A run's records up to a step, without a last line that a kill left half-written."""
-    path, records = directory / FILE, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
-            record = json.loads(line)
-            if record["step"] <= step:
-                records.append(record)
-    return records
+    """A run's records up to a step; `damaged_lines` are left out."""
+    records = (_record(line) for line in _lines(directory))
+    return [record for record in records if record is not None and record["step"] <= step]
+
+
+def damaged_lines(directory: Path) -> list[int]:
+    """The numbers of the lines that are no records, as a kill leaves a last one."""
+    return [i for i, line in enumerate(_lines(directory), 1) if line and _record(line) is None]
+
+
+def _lines(directory: Path) -> list[bytes]:
+    path = directory / FILE
+    return path.read_bytes().split(b"\n") if path.exists() else []
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    """What a line holds; None if it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if all(type(value) in (int, float) for value in record.values()) else None

@@ -1,15 +1,22 @@
 """A run's directory, new or of the run to resume, and the recipe that is kept there."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from genlora_jax.atomic_files import refuse_unwritable, write_whole
+from genlora_jax.atomic_files import (
+    locked,
+    refuse_existing,
+    refuse_inside,
+    refuse_unwritable,
+    write_whole,
+)
 from genlora_jax.settings import dump, parse
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
@@ -19,18 +26,44 @@ RECIPE = "recipe.yaml"
 WITHOUT_EFFECT = {"output", "resume", "progress", "wandb", "distributed", "heartbeat"}
 
 
-def check_output(recipe: Recipe) -> None:
-    """Raises OSError unless the run's directory is a new one or that of the run to resume."""
+@contextlib.contextmanager
+def claimed(recipe: Recipe) -> Iterator[None]:
+    """Holds the run's directory, if it is there, against other runs, and checks it.
+
+    Raises:
+        OSError: If another run is under way in it, or it is neither new nor that of the run to
+            resume.
+    """
     output = Path(recipe.train.output)
-    if recipe.train.resume and not (output / "checkpoints").is_dir():
-        raise FileNotFoundError(f"nothing to resume in {output}: it has no checkpoints")
-    if not recipe.train.resume and output.exists() and any(output.iterdir()):
-        raise FileExistsError(
-            f"{output} is not empty: give another train.output, or train.resume to go on there"
-        )
+    with contextlib.ExitStack() as stack:
+        if output.is_dir():
+            try:
+                stack.enter_context(locked(output))
+            except BlockingIOError:
+                raise FileExistsError(
+                    f"{output}: another run is under way in it: wait for its end, or give another "
+                    "train.output"
+                ) from None
+        _check_output(recipe, output)
+        yield
+
+
+def _check_output(recipe: Recipe, output: Path) -> None:
+    settings = recipe.train
+    refuse_inside(output, (recipe.model.path, settings.init_from))
+    # A run that was killed before its first checkpoint can be resumed as well: it begins anew.
+    holds_run = any((output / name).exists() for name in (RECIPE, "checkpoints"))
+    if settings.resume and not holds_run:
+        raise FileNotFoundError(f"nothing to resume in {output}: it holds no run")
+    if not settings.resume and output.exists() and any(output.iterdir()):
+        advice = ", or go on there with --train.resume true" if holds_run else ""
+        raise FileExistsError(f"{output} is not empty: give another train.output{advice}")
+    if settings.resume:
+        for name in ("adapter", "adapter-best"):
+            refuse_existing(output / name, overwrite=True)
     if not output.exists():
         refuse_unwritable(output)
-    if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
+    if settings.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError('train.wandb needs Weights & Biases: pip install "genlora_jax[wandb]"')
 
 

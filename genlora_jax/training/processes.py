@@ -79,9 +79,9 @@ def gather_to_primary(tree: Any) -> Any:
 
 
 class Interruption:
-    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second one acts as usual.
+    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second one ends at once.
 
-    The first is acknowledged on stderr.
+    Both are acknowledged on stderr.
     """
 
     def __init__(self) -> None:
@@ -98,9 +98,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
         # Not `print`: the signal may have come in the midst of one.
+        if self.signal is not None:
+            os.write(2, b"\nended at once; nothing more was saved\n")
+            os._exit(128 + number)
+        self.signal = number
         os.write(2, b"\nstopping after the step under way, and saving; once more to end at once\n")
 
 

@@ -5,11 +5,17 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+
+from genlora_jax.hf.tensorfile import TensorFile
+
+SAMPLES, SAMPLE = 16, 256  # of a tensor: how many places, and their bytes
 
 PACKAGES = (
     *("genlora_jax", "jax", "flax", "optax", "numpy"),
@@ -38,6 +44,37 @@ def digest(file: str | Path) -> str | None:
         return None
     with Path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def examples_fingerprint(examples: Iterable[Mapping[str, np.ndarray]]) -> str:
+    """A digest of encoded examples and their order."""
+    found = hashlib.sha256()
+    for example in examples:
+        for name, value in sorted(example.items()):
+            found.update(f"{name} {value.dtype} {value.shape} ".encode())
+            found.update(np.ascontiguousarray(value).data)
+    return found.hexdigest()[:16]
+
+
+def base_fingerprint(directory: Path) -> str:
+    """A digest of a checkpoint's tensors: of names, dtypes, shapes and bytes at some places.
+
+    A model trained otherwise differs nearly everywhere, so that gigabytes need not be read. How
+    the tensors are distributed over files does not matter.
+    """
+    digests = []
+    for file in sorted(directory.glob("*.safetensors")):
+        entries = sorted(TensorFile(file).entries.items(), key=lambda item: item[1].start)
+        ends = [entry.start for _, entry in entries[1:]] + [file.stat().st_size]
+        with file.open("rb") as stream:
+            for (name, entry), end in zip(entries, ends, strict=True):
+                found = hashlib.sha256(f"{name} {entry.kind} {entry.shape}".encode())
+                last = max(end - SAMPLE, entry.start)
+                for start in np.linspace(entry.start, last, SAMPLES, dtype=np.int64):
+                    stream.seek(start)
+                    found.update(stream.read(min(SAMPLE, end - entry.start)))
+                digests.append(f"{name} {found.hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:16]
 
 
 def _commit() -> str:

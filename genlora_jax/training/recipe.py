@@ -62,6 +62,7 @@ class TrainConfig:
         for name in (*counts, "keep", "keep_every", "heartbeat"):
             if (value := getattr(self, name)) is not None:
                 require_int(f"train.{name}", value, 1)
+        require_int("train.seed", self.seed, 0)
         require(
             not self.keep_every or bool(self.save_every and self.keep_every % self.save_every == 0),
             f"train.keep_every ({self.keep_every}) must be a multiple of train.save_every "

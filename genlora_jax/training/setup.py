@@ -19,7 +19,9 @@ from genlora_jax.mesh import batch_shards, make_mesh
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
+from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.objectives import Objective, find_objective
+from genlora_jax.training.provenance import base_fingerprint, examples_fingerprint
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
 from genlora_jax.training.step_options import StepOptions
@@ -37,6 +39,7 @@ class Run:
         held_out: Batches of `data.eval`, on the host; empty if there is none.
         steps: Length of the run.
         options: How a step computes its batch.
+        origin: Fingerprints of the content of base and data, by the recipe's fields.
     """
 
     mesh: Mesh
@@ -46,6 +49,7 @@ class Run:
     held_out: list[dict[str, np.ndarray]]
     steps: int
     options: StepOptions
+    origin: dict[str, str]
 
 
 def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = print) -> Run:
@@ -64,17 +68,20 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     objective = find_objective(recipe.train.objective)
     found = find_base(recipe.model)
 
-    def load(sources: Any) -> list[Example]:
+    origin = {"model.path": base_fingerprint(found[0])}
+
+    def load(field: str, sources: Any) -> list[Example]:
         examples, report = objective.load(sources, found[1], recipe.data)
         print_line(report)
+        origin[field] = examples_fingerprint(examples)
         return examples
 
-    examples = load(recipe.data.train)
+    examples = load("data.train", recipe.data.train)
     for number, example in enumerate(examples[: recipe.show], 1):
         print_line(shown(number, example, found[1]))
     most, held_out = objective.max_segments(examples, recipe.data), []
     if recipe.data.eval:
-        held_out_examples = load(recipe.data.eval)
+        held_out_examples = load("data.eval", recipe.data.eval)
         held_out = objective.eval_batches(held_out_examples, recipe.data)
         most = max(most, objective.max_segments(held_out_examples, recipe.data))
     steps = recipe.train.steps
@@ -84,7 +91,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     base = load_base(recipe.model, found, mesh)
     print_line(f"attention: {base.attention}")
     options = replace(recipe.step_options, max_segments=most)
-    return Run(mesh, base, objective, examples, held_out, steps, options)
+    return Run(mesh, base, objective, examples, held_out, steps, options, origin)
 
 
 def recipe_mesh(recipe: Recipe) -> Mesh:
@@ -103,15 +110,20 @@ def recipe_mesh(recipe: Recipe) -> Mesh:
     return mesh
 
 
-def check_start(cfg: AdapterConfig, source: str | None) -> None:
+def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
     """Checks, before the base is loaded, that an adapter can start from `train.init_from`.
+
+    Returns:
+        The directory of the adapter, which may be that of a run; see `find_adapter`.
 
     Raises:
         FileNotFoundError: If no adapter is there.
         ValueError: If it was made with other settings, or is PEFT's and the config is not LoRA's.
     """
     if source is None:
-        return
+        return None
+    if jax.process_count() == 1:  # several would write the adapter of a checkpoint at once
+        source = find_adapter(source)
     if not is_peft(source):
         if difference := adapter_difference(cfg, config_to_json(load_config(source))):
             raise ValueError(f"train.init_from: {source} was made {difference}")
@@ -120,6 +132,7 @@ def check_start(cfg: AdapterConfig, source: str | None) -> None:
             f"train.init_from: {source} is a PEFT adapter, which goes on as LoRA alone: give "
             "adapter.class_path genlora_jax.LoRAConfig"
         )
+    return source
 
 
 def initial_adapter(

@@ -105,9 +105,11 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax takes floats to an integer power
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
     adapter = replace(state.adapter, trainable=optax.apply_updates(trainable, updates))
+    finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), adapter.trainable)
     metrics = {
         "loss": total / jnp.maximum(weight, 1.0),
         "grad_norm": optax.global_norm(gradient),
+        "adapter_finite": jnp.stack(jax.tree.leaves(finite)).all(),
         "trained_tokens": weight.astype(jnp.int32),
         "tokens": (batch["segment_ids"] != 0).sum(),
     }
@@ -139,7 +141,7 @@ def make_train_step(
 
     Returns:
         The step. Its metrics are `loss` (mean over what the loss counts), `grad_norm`,
-        `trained_tokens` (what the loss counts) and `tokens`.
+        `adapter_finite` (after the update), `trained_tokens` (what the loss counts) and `tokens`.
     """
 
     def generate(adapter: Adapter) -> Any:

@@ -1,39 +1,69 @@
-"""A run killed again and again, at any moment: `make soak`, a quarter of an hour.
+"""Commands killed again and again, at any moment: `make soak`, half an hour.
 
-Not collected with the rest. Every life of the run is ended by kill -9 after a random time: while it
-starts, restores, trains or saves. The losses must be those of a run that was left alone.
+Not collected with the rest. Every life of a command is ended by kill -9 after a random time: while
+it starts, restores, trains, evaluates, saves, or writes an adapter or a model. After each kill the
+same command is given again; a run goes on with `--train.resume true` if the message says so, and
+never otherwise. What comes out must be what a run makes that was left alone.
 """
 
 import json
 import os
 import random
 import shutil
-import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 from finetune_process import start_finetune
-from tiny_base import write_base
+from tiny_base import REPOSITORY, write_base
 
+from genlora_jax.atomic_files import WRITTEN
 from genlora_jax.training.metrics import read_records
 
 KILLS = int(os.environ.get("KILLS", "100"))
 STEPS = 40 * KILLS
+RESUME = "--train.resume true"
 RECIPE = """
 model: {{path: {here}/base, dtype: float32, param_dtype: float32}}
 adapter: {{rank: 4, alpha: 8.0, group_size: 4, kernels: 2, targets: [q_proj, up_proj]}}
-data: {{train: {here}/rows.jsonl, length: 8, batch_size: 8, pack: false}}
+data: {{train: {here}/rows.jsonl, eval: {here}/rows.jsonl, length: 8, batch_size: 8, pack: false}}
 optim: {{learning_rate: 0.003}}
-train: {{output: {here}/out, steps: {steps}, progress: false, save_every: 7}}
+train: {{output: {here}/out, steps: {steps}, progress: false, save_every: 7, eval_every: 5}}
 """
+rng = random.Random(int(os.environ.get("SEED", "0")))
+
+
+def workshop(here):
+    write_base(here / "base")
+    rows = [{"prompt": f"{i % 7} and", "completion": f" {i % 5}"} for i in range(52)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "recipe.yaml").write_text(RECIPE.format(here=here, steps=STEPS))
 
 
 def launch(here, *arguments):
     return start_finetune(here / "recipe.yaml", *arguments, cache=here / "compiled")
 
 
+def killed(process, *moments):
+    """Kills a process after a random time; False if it has ended well before."""
+    end = time.monotonic() + rng.uniform(*moments)
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    return True
+
+
+def files(directory):
+    found = {str(f.relative_to(directory)): f for f in directory.rglob("*") if f.is_file()}
+    return {name: file.read_bytes() for name, file in found.items() if file.name != WRITTEN}
+
+
 def losses(output):
-    return {record["step"]: record["loss"] for record in read_records(output, STEPS)}
+    return {r["step"]: r["loss"] for r in read_records(output, STEPS) if "loss" in r}
 
 
 def saved(output):
@@ -41,35 +71,97 @@ def saved(output):
     return [int(f.name) for f in (output / "checkpoints").glob("*") if f.name.isdecimal()]
 
 
-def test_no_kill_at_any_moment_changes_the_losses(tmp_path):
-    write_base(tmp_path / "base")
-    rows = [{"prompt": f"{i % 7} and", "completion": f" {i % 5}"} for i in range(52)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(here=tmp_path, steps=STEPS))
+def test_no_kill_at_any_moment_changes_a_run(tmp_path):
+    workshop(tmp_path)
     alone = launch(tmp_path, "--train.output", tmp_path / "alone")
     assert alone.wait() == 0, alone.stderr.read()
 
-    output, rng, newest = tmp_path / "out", random.Random(0), 0
-    for kill in range(KILLS):
-        resume = ["--train.resume", "true"] if newest else []
-        if not newest and output.exists():
-            shutil.rmtree(output)  # killed before its first save
-        life = launch(tmp_path, *resume)
-        began, end = time.monotonic(), rng.uniform(0.5, 12.0)
-        while time.monotonic() < began + end and life.poll() is None:
-            time.sleep(0.01)
-        if life.poll() is not None:
-            assert life.returncode == 0, life.stderr.read()
+    output, newest, arguments, kills = tmp_path / "out", 0, [], 0
+    while True:
+        life = launch(tmp_path, *arguments)
+        # Every third in its first moments; at the end it is left alone.
+        moments = (0.5, 4.0) if kills % 3 == 0 else (2.0, 12.0)
+        if kills < KILLS and killed(life, *moments):
+            kills += 1
+        elif life.wait():
+            # The other command, because the message names it.
+            message = life.stderr.read()
+            assert not arguments, message
+            assert RESUME in message, message
+            assert message.count("\n") == 1, message
+            arguments = RESUME.split()
+            continue
+        else:
             break
-        life.send_signal(signal.SIGKILL)
-        life.wait()
         complete = saved(output)
-        assert max(complete, default=0) >= newest, f"kill {kill}: step {newest} is gone"
+        assert max(complete, default=0) >= newest, f"kill {kills}: step {newest} is gone"
         newest = max(complete, default=0)
-        print(f"kill {kill}: at {end:.1f} s, newest checkpoint {newest}", flush=True)
-    else:
-        life = launch(tmp_path, "--train.resume", "true")
-        assert life.wait() == 0, life.stderr.read()
+        arguments = []
+        print(f"kill {kills}: newest checkpoint {newest}", flush=True)
     ours, theirs = losses(output), losses(tmp_path / "alone")
     assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
     np.testing.assert_array_equal(list(ours.values()), list(theirs.values()))
+    for name in ("adapter", "adapter-best"):
+        assert files(output / name) == files(tmp_path / "alone" / name)
+    assert not [name for name in os.listdir(output) if name.startswith(".")]
+
+
+def test_no_kill_before_the_first_checkpoint_stops_a_run_for_good(tmp_path):
+    workshop(tmp_path)
+    for kill in range(KILLS // 4):
+        output = tmp_path / f"out-{kill}"
+        where = ("--train.output", output, "--train.steps", "3")
+        if not killed(launch(tmp_path, *where), 2.0, 6.0):
+            continue
+        again = launch(tmp_path, *where)
+        if again.wait():
+            message = again.stderr.read()
+            assert RESUME in message, message
+            again = launch(tmp_path, *where, *RESUME.split())
+            assert again.wait() == 0, again.stderr.read()
+        assert list(losses(output)) == [1, 2, 3]
+        assert (output / "adapter").is_dir()
+        print(f"kill {kill} before the first checkpoint", flush=True)
+
+
+def test_no_kill_while_merging_or_exporting_loses_an_output(tmp_path):
+    workshop(tmp_path)
+    run = launch(tmp_path, "--train.steps", "10")
+    assert run.wait() == 0, run.stderr.read()
+    adapter = ["--adapter", tmp_path / "out"]
+    commands = {
+        "merged": ["merge", "--base", tmp_path / "base", *adapter],
+        "peft": ["export-peft", *adapter],
+    }
+
+    def command(name, *arguments):
+        settings = {"PYTHONPATH": str(REPOSITORY), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c")}
+        line = [sys.executable, "-m", "genlora_jax.cli", *commands[name], "--out", tmp_path / name]
+        return subprocess.Popen(
+            [*line, *arguments],
+            env=os.environ | settings,
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    expected = {}
+    for name in commands:
+        began = time.monotonic()
+        first = command(name)
+        assert first.wait() == 0, first.stderr.read()
+        expected[name] = files(tmp_path / name), time.monotonic() - began
+    for kill in range(KILLS // 4):
+        for name, (content, seconds) in expected.items():
+            if kill % 2:
+                shutil.rmtree(tmp_path / name)
+            # Mostly while it writes, which is at its end.
+            killed(command(name, "--overwrite"), 0.6 * seconds, 1.1 * seconds)
+            if (tmp_path / name).exists():
+                assert files(tmp_path / name) == content
+            again = command(name, "--overwrite")
+            assert again.wait() == 0, again.stderr.read()
+            assert files(tmp_path / name) == content
+            assert not [entry for entry in os.listdir(tmp_path) if entry.startswith(".")]
+        print(f"kill {kill} of a merge and of an export", flush=True)

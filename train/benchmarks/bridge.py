@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import genlora_jax as gl
-from genlora_jax.hf.checkpoint import load_tokenizer
+from genlora_jax.hf.tokenizer import load_tokenizer
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
 from train.benchmarks.measuring import RESULTS, write_result

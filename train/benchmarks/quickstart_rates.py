@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import genlora_jax as gl
-from genlora_jax.hf.checkpoint import load_tokenizer
+from genlora_jax.hf.tokenizer import load_tokenizer
 from genlora_jax.settings import parse
 from genlora_jax.training.finetune import finetune
 from genlora_jax.training.metrics import read_records

@@ -22,7 +22,7 @@ from rich.table import Table
 import genlora_jax as gl
 from genlora_jax.analysis import singular_values
 from genlora_jax.generation.decoding import decode
-from genlora_jax.hf.checkpoint import load_tokenizer, stop_tokens
+from genlora_jax.hf.tokenizer import load_tokenizer
 from genlora_jax.settings import parse
 from genlora_jax.training.finetune import finetune
 from genlora_jax.training.recipe import Recipe
@@ -42,7 +42,8 @@ Rows = list[dict[str, str]]
 def answers(model: Any, params: Any, tokenizer: Any, rows: Rows, factors: Any = None) -> list[str]:
     """The model's answer to each row's prompt, greedily decoded."""
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    new = decode(model, params, prompts, factors=factors, max_new_tokens=16, stop=stop_tokens(BASE))
+    stop = [tokenizer.eos_token_id]
+    new = decode(model, params, prompts, factors=factors, max_new_tokens=16, stop=stop)
     return tokenizer.batch_decode(new)
 
 

@@ -49,6 +49,11 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
     examples, report = encode(iter(rows), subject.tokenizer, shape, "perplexity")
     batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]
     loss = evaluate(make_eval_step(subject.model), subject.params, subject.factors, batches)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss}: base or adapter had diverged, or values overflow in model.dtype "
+            "(try float32)"
+        )
     metrics = {
         "loss": loss,
         "perplexity": math.exp(loss),

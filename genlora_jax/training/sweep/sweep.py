@@ -14,6 +14,7 @@ results and leave. A second signal ends at once and writes nothing.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,12 @@ from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import run_command
+from genlora_jax.training.divergence import advice, refuse_not_finite
 from genlora_jax.training.output import RECIPE, write_recipe
 from genlora_jax.training.processes import Interruption
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.setup import check_start, initial_adapter, prepare
-from genlora_jax.training.sweep.loop import check_members, run_sweep
+from genlora_jax.training.sweep.loop import SweepResult, check_members, run_sweep
 from genlora_jax.training.sweep.members import SweepRecipe
 from genlora_jax.training.sweep.program import SweepProgram
 from genlora_jax.training.sweep.report import print_progress, print_results, write_results
@@ -43,10 +45,11 @@ def sweep(recipe: SweepRecipe) -> int | None:
         FloatingPointError: If no member's evaluation was ever finite; nothing is written.
     """
     output = Path(recipe.train.output)
-    refuse_existing(output, overwrite=False)
+    refuse_existing(output, overwrite=False, inputs=(recipe.model.path, recipe.train.init_from))
     members = recipe.members()
+    source = recipe.train.init_from
     for cfg in {member.config(recipe.adapter) for member in members}:
-        check_start(cfg, recipe.train.init_from)
+        source = check_start(cfg, source)
     mesh = make_mesh(recipe.mesh)
     check_members(len(members), mesh, recipe.members_per_pass)
     if recipe.data.batch_size % mesh.shape["fsdp"]:
@@ -55,7 +58,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
             f"mesh.fsdp ({mesh.shape['fsdp']})"
         )
     run = prepare(recipe, mesh)
-    print(f"{len(members)} members, {run.steps} steps")
+    print(f"{len(members)} members, {run.steps} steps; compiling, then training ...")
     program = SweepProgram(
         model=run.base.model,
         cfg=recipe.adapter,
@@ -68,7 +71,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
     )
 
     def make_adapter(cfg: AdapterConfig, seed: int) -> Adapter:
-        return initial_adapter(cfg, seed, recipe.train.init_from, run.base)
+        return initial_adapter(cfg, seed, source, run.base)
 
     with Interruption() as interruption:
         result = run_sweep(
@@ -84,15 +87,12 @@ def sweep(recipe: SweepRecipe) -> int | None:
             stop=lambda _: interruption.signal is not None,
         )
     best = result.ranking[0]
-    if not np.isfinite(result.best_loss[best]):
-        raise FloatingPointError(
-            f"all {len(members)} members diverged, the last at step {result.diverged.max()}: "
-            "lower grid.learning_rate"
-        )
+    _refuse_diverged(result, run.base.params)
     with new_directory(output) as directory:
         write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
         adapter = result.adapter(best)
+        refuse_not_finite(adapter, f"{output / 'best'} is not written")
         save_adapter(directory / "best", adapter.config, adapter, model=run.base.model)
     print_results(result)
     print(f"best adapter: {output / 'best'}")
@@ -100,6 +100,16 @@ def sweep(recipe: SweepRecipe) -> int | None:
         return None
     print(f"stopped at step {len(result.loss)} of {run.steps}")
     return interruption.signal
+
+
+def _refuse_diverged(result: SweepResult, params: Any) -> None:
+    """Raises FloatingPointError if no member has an adapter to show."""
+    if not np.isfinite(result.best_loss).any():
+        step = int(result.diverged.max())
+        raise FloatingPointError(
+            f"all {len(result.members)} members diverged, the last at step {step}: "
+            f"{advice(step, params, 'grid.learning_rate')}"
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
