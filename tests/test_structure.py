@@ -199,8 +199,9 @@ def test_only_one_module_imports_lm_eval():
     assert users == ["lm_eval.py"]
 
 
-def test_what_runs_in_the_sandbox_imports_the_standard_library_alone():
-    names = imported(LIBRARY / "evaluation" / "sandbox" / "jail.py")
+@pytest.mark.parametrize("name", ["jail", "roles", "namespaces"])
+def test_what_runs_in_the_sandbox_imports_the_standard_library_alone(name):
+    names = imported(LIBRARY / "evaluation" / "sandbox" / f"{name}.py")
     assert names
     assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from genlora_jax.atomic_files import new_directory, refuse_existing
-from genlora_jax.evaluation.sandbox.sandbox import isolation
 from genlora_jax.evaluation.tasks import choices, code, match, perplexity
 from genlora_jax.evaluation.tasks.choices import ChoicesConfig
 from genlora_jax.evaluation.tasks.code import CodeConfig
@@ -77,7 +76,7 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
     asked = {name: task for name in TASKS if (task := getattr(cfg, name))}
     # Every row is read, and the sandbox tried, before minutes of loading and not after.
     items = _read(asked)
-    walls = check_sandbox(cfg.code) if cfg.code else None
+    walls = code.check_sandbox(cfg.code) if cfg.code else None
     mesh = one_device() if cfg.mesh is None else make_mesh(cfg.mesh)
     base = load_base(cfg.model, find_base(cfg.model, cfg.adapter), mesh)
     subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
@@ -129,15 +128,6 @@ def _run(
         shown = ", ".join(f"{metric} {value:.6g}" for metric, value in result.metrics.items())
         print(f"{name}, {source}, {len(rows):,} rows: {shown}")
     return scores, lines
-
-
-def check_sandbox(cfg: CodeConfig) -> dict[str, bool]:
-    """Which walls the sandbox has here, named in a warning where one is missing."""
-    code.check_allowed(cfg)
-    walls = isolation()
-    if open_to := [name for name, closed in walls.items() if not closed]:
-        print(f"warning: on this machine the sandbox does not close off: {', '.join(open_to)}")
-    return walls
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -130,14 +130,15 @@ def attend_masked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, odd)))
         # A row without any key would give NaN.
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, odd), (0, 0)), constant_values=True)
+    q, k, v = _of_even_length(q, k, v)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         out = jax.nn.dot_product_attention(
-            *_of_even_length(q, k, v), mask=mask, is_causal=mask is None, implementation="cudnn"
+            q, k, v, mask=mask, is_causal=mask is None, implementation="cudnn"
         )
     return out[:, :length]
 
 
-def _of_even_length(*arrays: Array) -> Any:
+def _of_even_length(*arrays: Array) -> list[Array]:
     """Arrays `[batch, length, ...]`, a position longer if their length is odd: cuDNN asks for it.
 
     No query before it sees that position.

@@ -1,8 +1,8 @@
-"""The program inside a sandbox: it gives up its rights, then runs a candidate.
+"""The process inside a sandbox: it gives up its rights, then runs code that nobody has read.
 
-It runs as `python -I jail.py`, reads `{"program", "token", "seconds", "mib"}` as JSON from stdin,
-and writes to stdout the token if the program ran to its end, or else what it raised. It imports
-nothing but the standard library. `sandbox.py` starts it and says what it guards against.
+It is run as `python -I -c SOURCE` and imports nothing but the standard library. Its first line from
+stdin is JSON: bounds, and what to be (`roles.py`). A process with rights stays behind and ends the
+other when its time is up.
 """
 
 import contextlib
@@ -13,58 +13,46 @@ import resource
 import signal
 import sys
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 NOBODY = 65534
-NEW_USER, NEW_PLACES = 0x10000000, 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
-PRIVATE, RECURSIVE, BIND, READ_ONLY = 0x40000, 0x4000, 0x1000, 1
-MOUNT_SETATTR, HERE, WHOLE_TREE = 442, -100, 0x8000
-KEEP_CAPABILITIES, NO_NEW_PRIVILEGES, DIE_WITH_PARENT = 8, 38, 1
+NO_SUID_OR_DEVICES = 6
+KEEP_CAPABILITIES, NO_NEW_PRIVILEGES, DIE_WITH_PARENT, SECCOMP, FILTER = 8, 38, 1, 22, 2
 READ_ANY_FILE = 1 << 2
-FILE_MIB = 16
 
 
-def seclude(libc: Any) -> None:
-    """Enters new namespaces of mounts, processes and network, as far as the machine allows.
-
-    All files become read-only except those of the working directory.
-    """
-    root = os.geteuid() == 0
-    if libc.unshare(NEW_PLACES | (0 if root else NEW_USER)) != 0:
-        return
-    here = os.getcwd().encode()
-    libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None)
-    libc.mount(here, here, None, BIND, None)
-    words = ctypes.c_uint64 * 4  # attributes to set, to clear, propagation, user namespace
-    libc.syscall(MOUNT_SETATTR, HERE, b"/", WHOLE_TREE, words(READ_ONLY), 32)
-    libc.syscall(MOUNT_SETATTR, HERE, here, 0, words(0, READ_ONLY), 32)
-    os.chdir(here)
+def mount_scratch(libc: Any, options: str) -> None:
+    """Makes /tmp a directory in memory, which ends with the namespace."""
+    if libc.mount(b"scratch", b"/tmp", b"tmpfs", NO_SUID_OR_DEVICES, options.encode()) != 0:
+        raise OSError(ctypes.get_errno(), "the directory in memory cannot be mounted")
+    os.chdir("/tmp")
 
 
-def drop_rights(libc: Any) -> None:
-    """Root becomes nobody, who can read but not write; others lose what `seclude` gave them."""
+def drop_rights(libc: Any, *, reads_any_file: bool) -> None:
+    """Root becomes nobody; others lose what their namespaces gave them."""
     root = os.geteuid() == 0
     if root:
-        os.chown(".", NOBODY, NOBODY)
+        with contextlib.suppress(OSError):
+            os.chown(".", NOBODY, NOBODY)
         libc.prctl(KEEP_CAPABILITIES, 1, 0, 0, 0)
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     words = ctypes.c_uint32 * 6
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    kept = READ_ANY_FILE if root else 0  # Python may be installed where only root can read
-    if libc.capset(header, words(kept, kept)) != 0:
-        libc.capset(header, words())
+    kept = READ_ANY_FILE if root and reads_any_file else 0
+    if libc.capset(header, words(kept, kept)) != 0 and libc.capset(header, words()) != 0:
+        raise OSError(ctypes.get_errno(), "rights cannot be given up")
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     libc.prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
 
 
-def limit(seconds: float, mib: int) -> None:
+def limit(seconds: float, mib: int, file_mib: int) -> None:
     """Bounds on processor time, memory, files; and no further process or thread."""
     bounds = {
         resource.RLIMIT_CPU: int(seconds) + 1,
         resource.RLIMIT_AS: mib << 20,
-        resource.RLIMIT_FSIZE: FILE_MIB << 20,
+        resource.RLIMIT_FSIZE: file_mib << 20,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NPROC: 0,
@@ -74,39 +62,56 @@ def limit(seconds: float, mib: int) -> None:
             resource.setrlimit(kind, (bound, bound))
 
 
-def run(program: str, token: str) -> str:
-    """Runs a program as a module; returns the token if it got to its end."""
-    module = types.ModuleType("candidate")
-    sys.modules["candidate"] = module  # where dataclasses and pickle look
-    try:
-        exec(compile(program, "candidate.py", "exec"), module.__dict__)
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"[:500]
-    return token
+def filter_calls(libc: Any, steps: bytes) -> None:
+    """Allows the system calls of a filter and no others."""
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
+
+    program = Program(len(steps) // 8, steps)
+    if libc.prctl(SECCOMP, FILTER, ctypes.byref(program), 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "system calls cannot be filtered")
+
+
+def confine(libc: Any, setup: dict[str, Any]) -> None:
+    """Gives up all that a program does not need, for good."""
+    if sys.platform == "linux":
+        drop_rights(libc, reads_any_file=setup["reads_any_file"])
+    limit(setup["seconds"], setup["mib"], setup["file_mib"])
+    if setup["calls"]:
+        filter_calls(libc, bytes.fromhex(setup["calls"]))
+
+
+def wait(child: int, seconds: float) -> NoReturn:
+    """Ends a process when its time is up, or when this one is told to end."""
+    for number in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(number, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(code if code >= 0 else 128 - code)  # as shells do
 
 
 def main() -> None:
-    """Forks: the parent waits and kills; the child, without rights, runs the program."""
-    request = json.load(sys.stdin)
-    result, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    """Reads what to be, and is that in a process without rights."""
+    messages, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    setup = json.loads(messages.readline())
+    libc = ctypes.CDLL(None, use_errno=True)
+    if setup["scratch"]:
+        mount_scratch(libc, setup["scratch"])
+    if child := os.fork():
+        answers.close()
+        os.close(1)
+        wait(child, setup["until"])
+    confine(libc, setup)
+    roles = types.ModuleType("roles")
+    exec(compile(setup["roles"], "roles.py", "exec"), roles.__dict__)
+    # The one way out for a verdict, which the candidate does not have.
+    report = os.dup(2) if setup["role"] == "checker" else None
+    nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if sys.platform == "linux":
-        seclude(libc)
-    child = os.fork()
-    if child:
-        os.close(result)
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, request["seconds"])
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        os._exit(code if code >= 0 else 128 - code)  # as shells do
-    if sys.platform == "linux":
-        drop_rights(libc)
-    limit(request["seconds"], request["mib"])
-    report = run(request["program"], request["token"])
-    os.write(result, report.encode(errors="replace"))
+    roles.play(setup, messages, answers, report)
     os._exit(0)
 
 

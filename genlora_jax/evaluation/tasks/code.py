@@ -1,5 +1,7 @@
 """Code: the model writes programs, and tests decide whether they are right."""
 
+import ast
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -9,6 +11,8 @@ import numpy as np
 
 from genlora_jax.data.forms import text_field
 from genlora_jax.evaluation.sandbox import sandbox
+from genlora_jax.evaluation.sandbox.sandbox import Trial
+from genlora_jax.evaluation.sandbox.walls import ESCAPES, open_walls
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
@@ -36,6 +40,9 @@ class CodeConfig(AnswerConfig):
     Attributes:
         allow_code: Must be true: this runs programs that a model wrote. `sandbox.py` says what
             guards against them and what does not.
+        allow_open_sandbox: Run them even where a wall of the sandbox is missing.
+        container: A command that runs the rest of its line in a container, instead of a sandbox
+            found on the machine (`docker run --rm -i --network none python:3.12-slim`).
         k: The k of pass@k; `samples` must reach the largest.
         max_new_tokens: Longest program.
         seconds: Limit of each program's wall-clock time.
@@ -43,6 +50,8 @@ class CodeConfig(AnswerConfig):
     """
 
     allow_code: bool = False
+    allow_open_sandbox: bool = False
+    container: str | None = None
     k: list[int] = field(default_factory=lambda: [1])
     max_new_tokens: int = 512
     seconds: float = 5.0
@@ -53,10 +62,12 @@ class CodeConfig(AnswerConfig):
         super().__post_init__()
         if not self.k or min(self.k) < 1 or max(self.k) > self.samples:
             raise ValueError(f"k must lie between 1 and samples ({self.samples}), got {self.k}")
-        if not self.seconds > 0 or self.mib < 1:
+        if not 0 < self.seconds < math.inf or self.mib < 1:
             raise ValueError(
-                f"seconds ({self.seconds}) and mib ({self.mib}) of a program must be positive"
+                f"seconds ({self.seconds}) and mib ({self.mib}) must be positive and finite"
             )
+        if self.container is not None and not self.container.strip():
+            raise ValueError("container must be a command")
 
 
 class Exercise(NamedTuple):
@@ -67,6 +78,7 @@ class Exercise(NamedTuple):
         request: For a model that answers in a chat.
         before: What the answer continues; it stays when a fenced block repeats it.
         after: The tests.
+        names: What the tests take from the answer even if Python has the name too.
         stop: Strings before which an answer ends.
         solution: The row's answer, for worked examples.
     """
@@ -75,6 +87,7 @@ class Exercise(NamedTuple):
     request: str
     before: str
     after: str
+    names: tuple[str, ...]
     stop: list[str]
     solution: str | None
 
@@ -90,7 +103,7 @@ def _exercise(place: str, row: dict[str, Any]) -> Exercise:
         after = f"{text_field(place, row, 'test')}\n\ncheck({name})\n"
         request = f"Complete this function. Give all of it.\n\n```python\n{prompt}\n```"
         solution = row.get("canonical_solution")
-        return Exercise(prompt, request, prompt, after, AFTER_FUNCTION, solution)
+        return Exercise(prompt, request, prompt, after, (name,), AFTER_FUNCTION, solution)
     asked = text_field(place, row, "text" if "text" in row else "prompt")
     tests = _texts(place, row, "test_list")
     if not tests:
@@ -101,7 +114,16 @@ def _exercise(place: str, row: dict[str, Any]) -> Exercise:
     listed = "\n".join(tests)
     prompt = f'"""\n{asked}\n{listed}\n"""\n'
     request = f"{asked} Write Python that passes these tests:\n\n```python\n{listed}\n```"
-    return Exercise(prompt, request, imports, after, AFTER_PROGRAM, row.get("code"))
+    solution = row.get("code")
+    return Exercise(prompt, request, imports, after, _defined(solution), AFTER_PROGRAM, solution)
+
+
+def _defined(solution: object) -> tuple[str, ...]:
+    """The functions and classes of a solution, since some are called as Python's own are."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        body = ast.parse(solution if isinstance(solution, str) else "").body
+        return tuple(n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    return ()
 
 
 def _texts(place: str, row: dict[str, Any], name: str) -> list[str]:
@@ -112,12 +134,13 @@ def _texts(place: str, row: dict[str, Any], name: str) -> list[str]:
     return value
 
 
-def program(exercise: Exercise, answer: str) -> str:
-    """What is run: the answer, or the first fenced block in it, and the tests."""
+def trial(exercise: Exercise, answer: str) -> Trial:
+    """What is run: the answer, or the first fenced block in it, and the tests beside it."""
     fenced = FENCED.search(answer)
-    if fenced is None:
-        return f"{exercise.before}{answer}\n\n{exercise.after}"
-    return f"{exercise.before}\n\n{fenced[1]}\n\n{exercise.after}"
+    program = (
+        f"{exercise.before}{answer}\n" if fenced is None else f"{exercise.before}\n\n{fenced[1]}\n"
+    )
+    return Trial(program, exercise.after, exercise.before, exercise.names)
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -133,8 +156,8 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     """Has the model write programs, and runs them.
 
     Returns:
-        `pass@k` for every k, and `cut_prompts`, how many prompts were too long and lost their
-        beginning.
+        `pass@k` for every k; `cut_prompts`, how many prompts were too long and lost their
+        beginning; `not_run`, how many programs failed because the sandbox did.
 
     Raises:
         ValueError: If programs may not be run, a worked example has no solution, or as `ask` does.
@@ -147,20 +170,23 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     shown = [(_question(cfg, e), fence.format(e.solution)) for e in examples]
     prompts = [with_examples(_question(cfg, e), shown, chat=cfg.chat) for e in exercises]
     answers, too_long = ask(subject, cfg, prompts, [[] if cfg.chat else e.stop for e in exercises])
-    programs = [
-        program(e, text) for e, texts in zip(exercises, answers, strict=True) for text in texts
-    ]
-    outcomes = iter(sandbox.run_all(programs, seconds=cfg.seconds, mib=cfg.mib))
+    trials = [trial(e, text) for e, texts in zip(exercises, answers, strict=True) for text in texts]
+    place = sandbox.choose(cfg.container)
+    ended = sandbox.run_all(place, trials, seconds=cfg.seconds, mib=cfg.mib)
+    if not_run := [outcome.detail for outcome in ended if not outcome.ran]:
+        print(f"warning: {len(not_run)} programs count as failed but were not run: {not_run[0]}")
+    outcomes = iter(ended)
     rows: list[dict[str, Any]] = []
     for prompt, texts in zip(prompts, answers, strict=True):
-        ended = [next(outcomes) for _ in texts]
-        passed, details = [o.passed for o in ended], [o.detail for o in ended]
+        own = [next(outcomes) for _ in texts]
+        passed, details = [o.passed for o in own], [o.detail for o in own]
         rows.append({"prompt": prompt, "answers": texts, "passed": passed, "details": details})
     metrics: dict[str, Any] = {
         f"pass@{k}": float(np.mean([pass_at_k(cfg.samples, sum(r["passed"]), k) for r in rows]))
         for k in cfg.k
     }
-    return Result(metrics | {"cut_prompts": too_long}, rows)
+    counts = {"cut_prompts": too_long, "not_run": len(not_run)}
+    return Result(metrics | counts, rows)
 
 
 def _question(cfg: CodeConfig, exercise: Exercise) -> str:
@@ -174,3 +200,24 @@ def check_allowed(cfg: CodeConfig) -> None:
             "this runs programs that a model wrote, in a sandbox that is no virtual machine: set "
             "code.allow_code to true if that is what you want"
         )
+
+
+def check_sandbox(cfg: CodeConfig) -> dict[str, str | list[str]]:
+    """The sandbox of this machine: what it is, which walls it has, which are missing.
+
+    Raises:
+        ValueError: If programs may not be run, or a wall is missing and that is not allowed.
+        OSError: If not even a harmless program runs.
+    """
+    check_allowed(cfg)
+    place = sandbox.choose(cfg.container)
+    missing = open_walls(place)
+    found = f"the sandbox ({place.name}) leaves open on this machine: {', '.join(missing)}"
+    if missing and not cfg.allow_open_sandbox:
+        raise ValueError(
+            f"{found}\ninstall bubblewrap, or name a container command (code.container), or accept"
+            " that with code.allow_open_sandbox true"
+        )
+    if missing:
+        print(f"warning: {found}")
+    return {"with": place.name, "closed": [w for w in ESCAPES if w not in missing], "open": missing}
