@@ -191,7 +191,7 @@ def test_every_real_row_can_be_asked(shared):
         assert all(match.matches(p.expected, p.expected, "number") for p in problems)
     exercises = code.read(str(shared / "data" / "mbpp.jsonl"))
     for exercise in exercises:
-        compile(code.program(exercise, exercise.solution), "mbpp", "exec")
+        compile(code.trial(exercise, exercise.solution).program, "mbpp", "exec")
     assert {**counts, "mbpp": len(exercises)} == {
         "arc_easy/train": 2251,
         "arc_easy/test": 2376,

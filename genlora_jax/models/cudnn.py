@@ -108,9 +108,12 @@ def _packed(
     # `jax.nn` has no name for the packed layout.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    length, (q, k, v) = q.shape[1], _of_even_length(q, k, v)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         out = cudnn.dot_product_attention(
-            *_of_even_length(q, k, v),
+            q,
+            k,
+            v,
             q_seqlen=lengths,
             kv_seqlen=lengths,
             q_offsets=starts,
@@ -119,7 +122,7 @@ def _packed(
             mask_type=cudnn.MaskType.PADDING_CAUSAL,
             sliding_window_length=window,
         )
-    return out[:, : q.shape[1]]
+    return out[:, :length]
 
 
 def attend_masked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
