@@ -9,7 +9,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 import jax
 import jsonargparse
@@ -95,6 +96,11 @@ def parse(kind: type[T], args: Sequence[str] | None = None, command: str | None 
         if (name := getattr(given.get(field.name), "class_path", None)) is not None:
             parser.set_defaults({field.name: {"class_path": name}})
     parsed = parse_arguments(parser, printing, given)
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and not isinstance(
+            parsed.get(name), jsonargparse.Namespace
+        ):
+            raise ValueError(f"{name} must hold fields, got {parsed.get(name)!r}")
     try:
         fields = parser.instantiate(parsed)
     except ValueError as error:
@@ -143,6 +149,7 @@ def parse_arguments(
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
+    _check_recipes(args or ())
     for argument in args or ():  # flags are YAML as well, which no loader of ours reads
         with contextlib.suppress(yaml.YAMLError):
             if reason := beyond_bounds(argument):
@@ -153,6 +160,27 @@ def parse_arguments(
         raise ValueError(_plain(error)) from error
     except OverflowError as error:  # of hundreds of digits
         raise ValueError(f"a number of the settings is too large: {error}") from error
+
+
+def _check_recipes(args: Sequence[str]) -> None:
+    """ValueError, with the file, for a recipe that is no mapping of fields in UTF-8."""
+    for i, argument in enumerate(args):
+        name, _, value = argument.partition("=")
+        file = value or "".join(args[i + 1 : i + 2])
+        if name != "--config" or not os.path.isfile(file):
+            continue
+        try:
+            recipe = load_bounded_yaml(Path(file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 ({error.reason}): save it as UTF-8") from None
+        except (yaml.YAMLError, OverflowError, ValueError) as error:
+            raise ValueError(f"{file}: no YAML: {error}") from None
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{file}: must hold the fields of a recipe, such as `model:`")
+        for section, fields in recipe.items():
+            for field, value in fields.items() if isinstance(fields, dict) else ():
+                if value == {} and field != "init_args":  # the parser would leave it out unread
+                    raise ValueError(f"{file}: {section}.{field} is empty: give it a value")
 
 
 def _plain(error: Exception) -> str:

@@ -76,7 +76,7 @@ class Report:
             f"{self.trained_tokens:,} of them trained"
         )
         if self.overlong:
-            text += f"; {self.overlong:,} rows longer than the limit"
+            text += f"; {self.overlong:,} rows longer than data.length"
         if self.without_completion:
             text += f"; {self.without_completion:,} rows with nothing to train on, left out"
             text += f" (the first, {self.first_without})"

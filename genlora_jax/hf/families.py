@@ -16,6 +16,7 @@ Fields = dict[str, Any]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 COUNTS = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+LONGEST = 300  # characters of a message of transformers, which quotes values whole
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 # Fields that all families have, and `LlamaConfig` under the same name.
 COMMON = (
@@ -99,7 +100,7 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
         )
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -110,7 +111,7 @@ def _read_by_transformers(kind: str, data: Mapping[str, Any]) -> Any:
         config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(data)))  # it writes into dicts
         config.standardize_rope_params()  # as its models do, now that all fields are set
     except Exception as error:  # its errors have no common base class
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(" ".join(str(error).split())[:LONGEST]) from error
     return config
 
 

@@ -66,6 +66,8 @@ class LlamaConfig:
                 f"({self.partial_rotary_factor:g}) must be even for rotary embeddings, above 0 and "
                 "no more than head_dim"
             )
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(f"rms_norm_eps must be above 0 and below 1, got {self.rms_norm_eps}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
 

@@ -16,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny_base import write_base
+from tiny_models import TINY
 
 import genlora_jax as gl
 from genlora_jax.hf.checkpoint import Checkpoint, checkpoint_dtype, model_config
 from genlora_jax.hf.families import parse_config
+from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.rope import rope_frequencies
 from genlora_jax.validation import first_not_finite
 
@@ -463,3 +465,9 @@ def test_the_config_that_is_given_is_left_as_it_was(base):
     before = json.dumps(data)
     parse_config(base / "config.json", data)
     assert json.dumps(data) == before
+
+
+@pytest.mark.parametrize("eps", [float("nan"), 0.0, -1e-6, float("inf")])
+def test_a_norm_without_a_usable_epsilon_is_refused(eps):
+    with pytest.raises(ValueError, match="rms_norm_eps"):
+        LlamaConfig(**(TINY | {"rms_norm_eps": eps}))

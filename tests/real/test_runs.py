@@ -655,3 +655,23 @@ def test_an_output_in_the_base_is_refused(workshop, run):
     assert "which is read" in err
     assert err.count("\n") == 1
     assert listing(workshop / "base") == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model:\n  path: \xfe\n", "not UTF-8"),
+        (b"", "must hold the fields of a recipe"),
+        (b"- a\n", "must hold the fields of a recipe"),
+        (b"mesh: null\n", "mesh"),
+        (b"optim: 2\n", "optim"),
+        (b"train: {b1: {}}\n", "train.b1 is empty"),
+        (b"train: [\n", "no YAML"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(content, message, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    required = ["--model.path", "m", "--data.train", "d.jsonl", "--train.output", "o"]
+    with pytest.raises(ValueError, match=message):
+        parse(Recipe, ["--config", str(file), *required])
