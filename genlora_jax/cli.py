@@ -280,11 +280,13 @@ def main(args: Sequence[str] | None = None) -> None:
         command.add_function_arguments(function, skip={"overwrite"}, as_positional=False)
         if "overwrite" in signature(function).parameters:
             command.add_argument("--overwrite", action="store_true", help="replace what is there")
-        subcommands.add_subcommand(name, command)
+        subcommands.add_subcommand(name, command, help=purpose)
     for name in RECIPES:  # for `--help` to list them
         purpose = f"{name} by a recipe: genlora {name} --help"
         subcommands.add_subcommand(name, jsonargparse.ArgumentParser(), help=purpose)
     with report_errors():
+        if not args:
+            raise ValueError(f"give a command: {', '.join((*RECIPES, *COMMANDS))}; see --help")
         chosen = parse_arguments(parser, args)
         COMMANDS[chosen.subcommand](**vars(chosen[chosen.subcommand]))
 

@@ -391,3 +391,13 @@ def test_a_command_says_which_extra_it_lacks(tmp_path, monkeypatch):
     message = r"^error: sweep needs a_library_of_the_extra: pip install \"genlora_jax\[train\]\"$"
     with pytest.raises(SystemExit, match=message):
         cli.main(["sweep", "--help"])
+
+
+def test_without_a_command_the_commands_are_named_and_help_says_what_they_do(run_main):
+    status, _, err = run_main(cli.main)
+    assert status == 1 and "finetune" in err and "merge" in err and len(err.splitlines()) == 1
+    status, out, _ = run_main(cli.main, "--help")
+    assert status == 0
+    shown = " ".join(out.split())
+    for function in cli.COMMANDS.values():
+        assert function.__doc__.splitlines()[0] in shown

@@ -136,7 +136,7 @@ def _decode(
         logits, cache = apply(
             model, params, factors, tokens, positions, visible, start, cache, method="decode"
         )
-        return logits[:, -1], jnp.isfinite(logits[:, -1]).all(), cache
+        return logits, jnp.isfinite(logits).all(), cache
 
     def choose(logits: jax.Array, index: Any) -> jax.Array:
         picked = _pick(logits, jax.random.fold_in(key, index), temperature, top_p, sampled)

@@ -219,7 +219,7 @@ class LlamaForCausalLM(nn.Module):
     def decode(
         self, input_ids: Array, positions: Array, visible: Array, start: Array, cache: Cache
     ) -> tuple[Array, Cache]:
-        """Logits with a key-value cache.
+        """Logits of the token after these, with a key-value cache.
 
         Args:
             input_ids: Int `[batch, length]`: a prompt, or one new token.
@@ -229,13 +229,14 @@ class LlamaForCausalLM(nn.Module):
             cache: From `init_cache`, or from the last call.
 
         Returns:
-            Logits `[batch, length, vocab]` and the new cache.
+            Logits `[batch, vocab]` and the new cache.
         """
         query = start + jnp.arange(input_ids.shape[1])[:, None]
         key = jnp.arange(visible.shape[1])[None]
         mask = ((key <= query)[None] & visible[:, None, :] | (key == query)[None])[:, None]
         hidden, cache = self._run(input_ids, positions, mask, None, start, cache)
-        return self.head(hidden), cache
+        # A prompt's other logits would take more memory than all the rest.
+        return self.head(hidden[:, -1]), cache
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """Empty key-value cache `[layers, batch, slots, kv_heads, head_dim]` in `dtype`."""
