@@ -18,7 +18,7 @@ from genlora_jax.models.rope import rotate
 
 # Names of what a layer computes, for the policies of `remat`.
 PROJECTION, ATTENTION = "projection", "attention"
-Cache = Any  # per layer {"k", "v": [..., batch, slots, kv_heads, head_dim]}
+Cache = Any  # {"k", "v": [layers, batch, slots, kv_heads, head_dim]}, or None
 Array = jax.Array
 
 
@@ -133,7 +133,7 @@ class LlamaAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, context: Context, mask: Array | None, cache: Cache
+        self, x: Array, context: Context, mask: Array | None, cache: Cache, layer: Array
     ) -> tuple[Array, Cache]:
         """Returns the output, and the cache with these positions in it if there is one."""
         blueprint, cfg = self.blueprint, self.blueprint.cfg
@@ -153,9 +153,12 @@ class LlamaAttention(nn.Module):
             q, k = norm("q_norm")(q), norm("k_norm")(k)
         q, k = (constrain(rotate(part, context.rope), "tensor", None) for part in (q, k))
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k, context.start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v, context.start, axis=1)
-            cache = {"k": k, "v": v}
+            at = (layer, 0, context.start, 0, 0)
+            cache = {
+                name: jax.lax.dynamic_update_slice(cache[name], new[None], at)
+                for name, new in (("k", k), ("v", v))
+            }
+            k, v = cache["k"][layer], cache["v"][layer]
         out = attend(
             q,
             k,
@@ -203,9 +206,10 @@ class LlamaDecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, context: Context, slides: Array | None, cache: Cache
-    ) -> tuple[Array, Cache]:
-        """Returns hidden states and cache, as `nn.scan` wants a carry and an output."""
+        self, carry: tuple[Array, Cache], context: Context, slides: Array | None, layer: Array
+    ) -> tuple[tuple[Array, Cache], None]:
+        """Takes and returns hidden states and cache, as `nn.scan` wants a carry."""
+        x, cache = carry
         norm, residual = self.blueprint.norm, self.blueprint.residual
         # What a product takes is all-gathered explicitly. XLA would guess otherwise.
         gather = self.blueprint.constrain
@@ -215,9 +219,11 @@ class LlamaDecoderLayer(nn.Module):
         attention = LlamaAttention(self.blueprint, name="self_attn")
         mlp = LlamaMLP(self.blueprint, name="mlp")
         if self.blueprint.cfg.post_norm:
-            h, cache = attention(gather(x), context, mask, cache)
+            h, cache = attention(gather(x), context, mask, cache, layer)
             x = residual(x + norm("post_attention_layernorm")(h))
-            return residual(x + norm("post_feedforward_layernorm")(mlp(gather(x)))), cache
-        h, cache = attention(gather(norm("input_layernorm")(x)), context, mask, cache)
+            x = residual(x + norm("post_feedforward_layernorm")(mlp(gather(x))))
+            return (x, cache), None
+        h, cache = attention(gather(norm("input_layernorm")(x)), context, mask, cache, layer)
         x = residual(x + h)
-        return residual(x + mlp(gather(norm("post_attention_layernorm")(x)))), cache
+        x = residual(x + mlp(gather(norm("post_attention_layernorm")(x))))
+        return (x, cache), None

@@ -42,17 +42,12 @@ class _UnrolledLayers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, context: Context, slides: Array | None, cache: Cache
-    ) -> tuple[Array, Cache]:
-        caches = []
+        self, carry: tuple[Array, Cache], context: Context, slides: Array | None, layers: Array
+    ) -> tuple[tuple[Array, Cache], None]:
         for i in range(self.count):
-            of_layer = jax.tree.map(lambda leaf, i=i: leaf[i], (slides, cache))
-            x, new = self.make(name=str(i))(x, context, *of_layer)
-            caches.append(new)
-        stacked = (
-            None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-        )
-        return x, stacked
+            here = None if slides is None else slides[i]
+            carry, _ = self.make(name=str(i))(carry, context, here, layers[i])
+        return carry, None
 
 
 class LlamaModel(nn.Module):
@@ -89,7 +84,9 @@ class LlamaModel(nn.Module):
     ) -> tuple[Array, Cache]:
         """Normalised hidden states and cache."""
         hidden = self.blueprint.residual(self.embed_tokens(input_ids))
-        hidden, cache = self.layers(hidden, context, slides, cache)
+        layers = jnp.arange(self.blueprint.cfg.num_hidden_layers, dtype=jnp.int32)
+        # The cache is carried, so that it is updated where it lies.
+        (hidden, cache), _ = self.layers((hidden, cache), context, slides, layers)
         return self.blueprint.constrain(self.norm(hidden)), cache
 
 

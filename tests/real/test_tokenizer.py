@@ -22,7 +22,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OTHER = CHATML.replace("\n", "\n\n")
-PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", ".genlora.json"}
 START, END = 510, 511  # of ChatML, in the place of the last two tokens
 
 
