@@ -29,7 +29,7 @@ from genlora_jax.hf.peft_tensors import listed
 from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
-from genlora_jax.settings import parse, parse_arguments, report_errors
+from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
 from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.validation import require_int
@@ -288,6 +288,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if not args:
             raise ValueError(f"give a command: {', '.join((*RECIPES, *COMMANDS))}; see --help")
         chosen = parse_arguments(parser, args)
+        keep_compilations()
         COMMANDS[chosen.subcommand](**vars(chosen[chosen.subcommand]))
 
 

@@ -219,9 +219,22 @@ def report_errors() -> Iterator[None]:
         sys.exit(1)
 
 
+def keep_compilations() -> None:
+    """Has JAX keep compiled programs on disk, so that a second start compiles little.
+
+    They lie in `~/.cache/genlora_jax`, at most 4 GiB of them. `JAX_COMPILATION_CACHE_DIR` names
+    another directory, and `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "genlora_jax"))
+        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
+
+
 def run_command(kind: type[T], run: Callable[[T], int | None], args: Sequence[str] | None) -> None:
     """Runs a command by its settings; exits with 128 + the signal's number if a signal ended it."""
     with report_errors():
+        keep_compilations()
         number = run(parse(kind, args, run.__name__))
     if number is not None:
         sys.exit(128 + number)

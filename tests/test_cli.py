@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from tiny_base import write_base
 from transformers import AutoTokenizer
 
 import genlora_jax as gl
-from genlora_jax import cli
+from genlora_jax import cli, settings
 from genlora_jax.cli import main
 from genlora_jax.settings import report_errors
 
@@ -403,3 +404,14 @@ def test_without_a_command_the_commands_are_named_and_help_says_what_they_do(run
     shown = " ".join(out.split())
     for function in cli.COMMANDS.values():
         assert function.__doc__.splitlines()[0] in shown
+
+
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_compilations_are_kept_unless_jax_keeps_them_elsewhere(given, monkeypatch, tmp_path):
+    changes = {}
+    config = SimpleNamespace(jax_compilation_cache_dir=given, update=changes.__setitem__)
+    monkeypatch.setattr(settings, "jax", SimpleNamespace(config=config))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings.keep_compilations()
+    kept = changes.get("jax_compilation_cache_dir", given)
+    assert kept == (given or str(tmp_path / "genlora_jax"))

@@ -23,7 +23,7 @@ from genlora_jax.generation.answers import room
 from genlora_jax.generation.subject import Subject, subject_of
 from genlora_jax.hf.base_model import ModelConfig, find_base, load_base
 from genlora_jax.mesh import MeshConfig, make_mesh, one_device
-from genlora_jax.settings import parse, report_errors
+from genlora_jax.settings import keep_compilations, parse, report_errors
 from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.provenance import digest, provenance
 
@@ -133,6 +133,7 @@ def _run(
 def main(args: Sequence[str] | None = None) -> None:
     """Command line."""
     with report_errors():
+        keep_compilations()
         cfg = parse(Evaluation, args, "evaluate")
         evaluate(cfg)
         print(f"results: {cfg.output}")
