@@ -67,6 +67,7 @@ def test_unmerge_returns_a_float32_base_to_rounding(make_factors):
     back = flatten_dict(gl.unmerge(merged, factors))
     for path, leaf in flatten_dict(params).items():
         largest = max(np.abs(leaf).max(), np.abs(flatten_dict(merged)[path]).max())
+        # Four roundings: of the delta and of the sum, once each way.
         np.testing.assert_allclose(back[path], leaf, atol=4 * 2**-24 * largest, rtol=0)
 
 
