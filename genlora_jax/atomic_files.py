@@ -37,8 +37,8 @@ def refuse_existing(
         raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
     if path.exists() and (foreign := _foreign_file(path)):
         raise FileExistsError(
-            f"{path} is not overwritten, as genlora did not write {foreign}: choose another "
-            "output, or move away what is there"
+            f"{path} is not overwritten, as nothing says that genlora wrote {foreign}: choose "
+            "another output, or move away what is there"
         )
     refuse_unwritable(path)
 
@@ -117,6 +117,8 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             raise OSError(f"{full}: {path} was not written; make room there") from error
         raise
     finally:
+        if not path.exists() and (hidden / "old").exists():  # interrupted between the renames
+            (hidden / "old").rename(path)
         shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -225,10 +225,11 @@ def keep_compilations() -> None:
     They lie in `~/.cache/genlora_jax`, at most 4 GiB of them. `JAX_COMPILATION_CACHE_DIR` names
     another directory, and `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    config: Any = jax.config  # whose options no type checker knows
+    if config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "genlora_jax"))
-        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
+        config.update("jax_compilation_cache_dir", str(home / "genlora_jax"))
+        config.update("jax_compilation_cache_max_size", 4 * 2**30)
 
 
 def run_command(kind: type[T], run: Callable[[T], int | None], args: Sequence[str] | None) -> None:

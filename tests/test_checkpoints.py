@@ -74,6 +74,10 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_says_so(sav
             jax.tree.leaves(restored.adapter), jax.tree.leaves(state.adapter), strict=True
         ):
             np.testing.assert_array_equal(leaf, first + 6)
+        assert checkpoints.latest() == 6
+        checkpoints.save(at(state, 7), data)  # before the damaged one
+    with Checkpoints(saved, keep=3) as checkpoints:
+        assert int(checkpoints.restore(state, data).step) == 7
         checkpoints.save(at(state, 9), data)  # in place of the damaged one
     with Checkpoints(saved, keep=3) as checkpoints:
         assert int(checkpoints.restore(state, numbers()).step) == 9

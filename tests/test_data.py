@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import genlora_jax as gl
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import load_examples
-from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.data.packing import eval_batches, max_segments, train_batches
 from genlora_jax.evaluation.tasks import match
 from genlora_jax.training.losses import cross_entropy, next_token_targets
 from genlora_jax.training.step_options import StepOptions
@@ -461,3 +461,24 @@ def test_packed_examples_lose_what_they_lose_alone():
     single = [float(loss(batch)) for batch in alone]
     assert min(single) > 0
     assert together == pytest.approx(sum(single), rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [1024, 2048])
+def test_no_row_has_more_segments_than_attention_expects_its_padding_included(length):
+    cfg = DataConfig(train="-", length=length, batch_size=4)
+    sizes = [*[40] * 60, *[length - 4] * 30]
+    examples = [{"input_ids": np.ones(n, np.int32), "loss_mask": np.ones(n, bool)} for n in sizes]
+    most = max_segments(examples, cfg)
+    batches = [*eval_batches(examples, cfg), *train_batches(examples, cfg, epochs=1)]
+    changes = [np.diff(batch["segment_ids"], axis=1) != 0 for batch in batches]
+    # The first rows of an evaluation hold nothing but short examples.
+    assert max(change.sum(axis=1).max() + 1 for change in changes) == most
+    tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
+    assert tokens == 2 * sum(sizes)
+
+
+def test_rows_of_many_short_segments_have_no_bound():
+    examples = [{"input_ids": np.ones(10, np.int32), "loss_mask": np.ones(10, bool)}] * 50
+    cfg = DataConfig(train="-", length=256, batch_size=1)
+    assert max_segments(examples, cfg) is None
+    assert eval_batches(examples, cfg)[0]["segment_ids"].max() == 25

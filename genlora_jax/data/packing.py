@@ -10,6 +10,10 @@ import numpy as np
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import Example
 
+# Measured on an H100 (`train.benchmarks.attention`): with fewer tokens than this for each segment
+# that a row may have, attention is faster under a mask.
+SHORT = 32
+
 
 def train_batches(
     examples: Sequence[Example], cfg: DataConfig, *, epochs: int | None = None
@@ -35,18 +39,20 @@ def eval_batches(examples: Sequence[Example], cfg: DataConfig) -> list[dict[str,
     return list(_pack(grain.MapDataset.source(examples), cfg, most))
 
 
-def max_segments(examples: Sequence[Example], cfg: DataConfig) -> int:
-    """The most examples that a row of a batch is given: half as many again as fit on average.
+def max_segments(examples: Sequence[Example], cfg: DataConfig) -> int | None:
+    """The most segments of a row, its padding counted as one; None for no bound.
 
-    Attention on GPUs takes time and memory for as many, whether they are there or not.
+    It is half as many again as fit on average. Attention on GPUs takes time and memory for as
+    many, whether they are there or not. Short ones have no bound, and attention takes a mask.
     """
     if not cfg.pack or not examples:
-        return 1
+        return None
     mean = sum(len(example["input_ids"]) for example in examples) / len(examples)
-    return 4 * math.ceil(1.5 * cfg.length / mean / 4)
+    most = 4 * math.ceil(1.5 * cfg.length / mean / 4)
+    return most if most * SHORT <= cfg.length else None
 
 
-def _pack(examples: grain.MapDataset, cfg: DataConfig, most: int) -> grain.IterDataset:
+def _pack(examples: grain.MapDataset, cfg: DataConfig, most: int | None) -> grain.IterDataset:
     def name_fields(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
             "input_ids": row["input_ids"],
@@ -63,12 +69,14 @@ def _pack(examples: grain.MapDataset, cfg: DataConfig, most: int) -> grain.IterD
             for name in rows[0]
         }
 
+    # The padding behind a row's examples is a segment as well.
+    bound = None if most is None else most - 1
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
     packed = grain.experimental.FirstFitPackIterDataset(
         examples.to_iter_dataset(options),
         length_struct={"input_ids": cfg.length, "loss_mask": cfg.length},
         num_packing_bins=cfg.batch_size,
         shuffle_bins=False,
-        max_sequences_per_bin=most,
+        max_sequences_per_bin=bound if cfg.pack else 1,
     )
     return packed.map(name_fields).batch(cfg.batch_size, batch_fn=stack)

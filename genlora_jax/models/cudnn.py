@@ -25,7 +25,7 @@ class Runs:
     Attributes:
         lengths: Int32 `[batch, most]`, -1 behind a row's last segment.
         starts: Int32 `[batch, most + 1]`, -1 behind a row's last segment.
-        fit: Bool scalar, whether no row has more than `most`.
+        fit: Bool scalar, True if every row has at most `most` segments.
     """
 
     lengths: Array
@@ -76,7 +76,7 @@ def attend_runs(
 ) -> Array:
     """Causal attention within runs; arrays, window and mesh are those of `attention.attend`.
 
-    There is no mask, and the work grows with the sum of the squares of the runs' lengths.
+    No mask is formed, and the work grows with the sum of the squares of the runs' lengths.
 
     Args:
         q: Queries.

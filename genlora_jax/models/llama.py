@@ -155,8 +155,9 @@ class LlamaForCausalLM(nn.Module):
     ) -> Array:
         """Normalised hidden states `[batch, length, hidden]`: what `head` takes.
 
-        The arguments are those of a call, and `max_segments`: the most segments that a row has, if
-        equal ids lie together. cuDNN's attention then needs no mask. More of them give NaN.
+        The arguments are those of a call, and `max_segments`: the most segments that a row has,
+        padding counted as one, if equal ids lie together. cuDNN's attention then needs no mask.
+        More of them give NaN.
         """
         length = input_ids.shape[1]
         mask, segments = None, jnp.ones_like(input_ids) if segment_ids is None else segment_ids

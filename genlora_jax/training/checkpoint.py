@@ -90,8 +90,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        saved = (checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return max((step for step in saved if step not in self._damaged), default=None)
 
     def best_loss(self, step: int) -> float:
         """The lowest evaluation loss of checkpoints up to a step; infinity if none has one."""
@@ -112,7 +112,7 @@ class Checkpoints:
         """
         step = int(state.step)
         self.wait()
-        if self.latest() == step and step not in self._damaged:
+        if self.latest() == step:
             return
         leaves = named_leaves(state)
         if name := first_not_finite(leaves):
@@ -131,6 +131,7 @@ class Checkpoints:
                 step,
                 {STATE: leaves},
                 overwrite=step in self._damaged,
+                force=bool(self._damaged),  # also before a damaged one
                 metrics=None if eval_loss is None else {"eval_loss": eval_loss},
                 custom_metadata=metadata | {DIGEST: json_digest(metadata)},
             )

@@ -43,7 +43,7 @@ def check_finite(step: int, values: Mapping[str, float], params: Any, saved: int
     kept = f"the last good checkpoint, of step {saved}, is kept"
     raise FloatingPointError(
         f"{what}; {kept if saved is not None else 'nothing had been saved yet'}. "
-        f"{advice(step if wrong else step + 1, params)}"
+        f"{advice(step if {'loss', 'grad_norm'} & {*wrong} else step + 1, params)}"
     )
 
 

@@ -10,7 +10,7 @@ from genlora_jax.hf.peft_import import is_peft
 # In the order in which they are taken; `best` is that of a sweep.
 NAMES = {
     "adapter": "that of the run's end",
-    "adapter-best": "the best by evaluation of a run that has not ended",
+    "adapter-best": "the run has not ended; this had the lowest evaluation loss",
     "best": "the sweep's best",
 }
 

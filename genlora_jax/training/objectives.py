@@ -20,14 +20,15 @@ class Objective:
         train_batches: `(examples, DataConfig, epochs=None)` -> shuffled batches, whose iterator's
             state can be saved.
         eval_batches: `(examples, DataConfig)` -> a list of batches, every example once.
-        max_segments: `(examples, DataConfig)` -> the most segments of a row of either.
+        max_segments: `(examples, DataConfig)` -> the most segments of a row of either,
+            padding counted as one; None for no bound.
     """
 
     loss: Loss
     load: Callable[..., Any]
     train_batches: Callable[..., Any]
     eval_batches: Callable[..., Any]
-    max_segments: Callable[..., int]
+    max_segments: Callable[..., int | None]
 
 
 # The values of `train.objective`. A new one is a line here.

@@ -31,8 +31,8 @@ def claimed(recipe: Recipe) -> Iterator[None]:
     """Holds the run's directory, if it is there, against other runs, and checks it.
 
     Raises:
-        OSError: If another run is under way in it, or it is neither new nor that of the run to
-            resume.
+        OSError: If another run is under way in it, if it is not empty, or if there is no run in it
+            to resume.
     """
     output = Path(recipe.train.output)
     with contextlib.ExitStack() as stack:

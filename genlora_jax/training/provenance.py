@@ -56,7 +56,7 @@ def examples_fingerprint(examples: Iterable[Mapping[str, np.ndarray]]) -> str:
     return found.hexdigest()[:16]
 
 
-def base_fingerprint(directory: Path) -> str:
+def checkpoint_digest(directory: Path) -> str:
     """A digest of a checkpoint's tensors: of names, dtypes, shapes and bytes at some places.
 
     A model trained otherwise differs nearly everywhere, so that gigabytes need not be read. How

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.objectives import Objective, find_objective
-from genlora_jax.training.provenance import base_fingerprint, examples_fingerprint
+from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
 from genlora_jax.training.step_options import StepOptions
@@ -68,7 +69,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     objective = find_objective(recipe.train.objective)
     found = find_base(recipe.model)
 
-    origin = {"model.path": base_fingerprint(found[0])}
+    origin = {"model.path": checkpoint_digest(found[0])}
 
     def load(field: str, sources: Any) -> list[Example]:
         examples, report = objective.load(sources, found[1], recipe.data)
@@ -79,18 +80,20 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     examples = load("data.train", recipe.data.train)
     for number, example in enumerate(examples[: recipe.show], 1):
         print_line(shown(number, example, found[1]))
-    most, held_out = objective.max_segments(examples, recipe.data), []
+    most, held_out = [objective.max_segments(examples, recipe.data)], []
     if recipe.data.eval:
         held_out_examples = load("data.eval", recipe.data.eval)
         held_out = objective.eval_batches(held_out_examples, recipe.data)
-        most = max(most, objective.max_segments(held_out_examples, recipe.data))
+        most.append(objective.max_segments(held_out_examples, recipe.data))
     steps = recipe.train.steps
     if steps is None:
         batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
         steps = sum(1 for _ in batches)
     base = load_base(recipe.model, found, mesh)
     print_line(f"attention: {base.attention}")
-    options = replace(recipe.step_options, max_segments=most)
+    known = [count for count in most if count is not None]
+    bound = max(known) if len(known) == len(most) else None
+    options = replace(recipe.step_options, max_segments=bound)
     return Run(mesh, base, objective, examples, held_out, steps, options, origin)
 
 
@@ -124,6 +127,10 @@ def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
         return None
     if jax.process_count() == 1:  # several would write the adapter of a checkpoint at once
         source = find_adapter(source)
+    elif (Path(source) / "checkpoints").is_dir():
+        raise ValueError(
+            f"train.init_from: {source} is a run: several processes need its adapter's directory"
+        )
     if not is_peft(source):
         if difference := adapter_difference(cfg, config_to_json(load_config(source))):
             raise ValueError(f"train.init_from: {source} was made {difference}")

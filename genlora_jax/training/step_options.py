@@ -17,8 +17,8 @@ class StepOptions:
         chunk: Tokens whose logits exist at a time, in each shard of the batch.
         packed: Whether a row may hold several segments. If none does, padding comes last, and the
             causal mask is all that attention needs.
-        max_segments: The most segments of a row, if that is known: packed rows then need no mask
-            where attention can do without. A batch with more of them gives NaN.
+        max_segments: The most segments of a row, padding counted as one, if that is known: packed
+            rows then need no mask where attention can do without. A batch with more gives NaN.
     """
 
     accumulate: int = 1

@@ -38,7 +38,7 @@ from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.output import claimed
-from genlora_jax.training.provenance import base_fingerprint, examples_fingerprint
+from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import init_state
 
@@ -121,7 +121,7 @@ def test_overwriting_spares_what_was_not_written_here(make, tmp_path):
         lambda: write(path, "new", overwrite=True),
         lambda: refuse_existing(path, overwrite=True),
     ):
-        with pytest.raises(FileExistsError, match="out is not overwritten, as genlora did not"):
+        with pytest.raises(FileExistsError, match="out is not overwritten, as nothing says"):
             act()
     assert (sorted(tmp_path.rglob("*")), listing(tmp_path)) == before
 
@@ -336,18 +336,18 @@ def test_a_resume_with_other_content_is_refused(state, tmp_path, field):
 def test_the_fingerprint_of_a_base_is_that_of_its_tensors(tmp_path):
     base = write_base(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
-    expected = base_fingerprint(base)
+    expected = checkpoint_digest(base)
     names = sorted(tensors)
     parts = tmp_path / "parts"
     parts.mkdir()
     for i in range(2):  # other files, the same tensors
         chosen = {name: tensors[name] for name in names[i::2]}
         save_file(chosen, parts / f"model-{i}.safetensors")
-    assert base_fingerprint(parts) == expected
-    assert base_fingerprint(write_base(tmp_path / "other", seed=1)) != expected
+    assert checkpoint_digest(parts) == expected
+    assert checkpoint_digest(write_base(tmp_path / "other", seed=1)) != expected
     name = next(name for name in names if "q_proj" in name)  # one module trained on
     save_file(tensors | {name: tensors[name] + 1}, base / "model.safetensors")
-    assert base_fingerprint(base) != expected
+    assert checkpoint_digest(base) != expected
 
 
 def test_the_fingerprint_of_examples_sees_tokens_masks_order_and_borders():

@@ -78,6 +78,8 @@ class SweepProgram:
     def member_options(self, numbers: Numbers) -> StepOptions:
         """The options of one member's step: its share of a pass's chunk."""
         options = self.options.over(self.mesh)
+        if self.mesh.size > 1:  # without a mesh of the model's, JAX would not shard the segments
+            options = replace(options, max_segments=None)
         return replace(options, chunk=max(options.chunk // self.pass_size(numbers), 1))
 
     def pass_size(self, numbers: Numbers) -> int:

@@ -33,6 +33,7 @@ from genlora_jax.training.sweep.loop import SweepResult, check_members, run_swee
 from genlora_jax.training.sweep.members import SweepRecipe
 from genlora_jax.training.sweep.program import SweepProgram
 from genlora_jax.training.sweep.report import print_progress, print_results, write_results
+from genlora_jax.validation import first_not_finite
 
 
 def sweep(recipe: SweepRecipe) -> int | None:
@@ -91,9 +92,10 @@ def sweep(recipe: SweepRecipe) -> int | None:
         write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
         adapter = result.adapter(best)
-        refuse_not_finite(adapter, f"{output / 'best'} is not written")
-        save_adapter(directory / "best", adapter.config, adapter, model=run.base.model)
+        if first_not_finite(adapter) is None:
+            save_adapter(directory / "best", adapter.config, adapter, model=run.base.model)
     print_results(result)
+    refuse_not_finite(adapter, f"{output / 'best'} is not written")
     print(f"best adapter: {output / 'best'}")
     if len(result.loss) == run.steps:
         return None
