@@ -118,7 +118,7 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         raise
     finally:
         if not path.exists() and (hidden / "old").exists():  # interrupted between the renames
-            (hidden / "old").rename(path)
+            new.rename(path)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
