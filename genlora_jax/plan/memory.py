@@ -26,9 +26,9 @@ COPIES_OF_TRAINED = 3
 ACTIVATIONS = (6, 2, 2, 4)
 # Derived, the same for what is kept for the backward pass. `dots`: the residual before each half;
 # queries and the heads' output; keys and values; gate and up. Unrolled layers without remat: also
-# what goes into each half's products.
+# what goes into each half's products; measured: and a third array of the feed-forward size.
 KEPT_BY_DOTS = (2, 2, 2, 2)
-KEPT_UNROLLED = (4, 2, 2, 2)
+KEPT_UNROLLED = (4, 2, 2, 3)
 # Derived: a scan without remat stacks whatever the backward pass reads: all activations, SwiGLU's
 # parts that are no product's input or output, and two float32 arrays in each of the two norms.
 SWIGLU_ACTIVATIONS = 2
