@@ -166,11 +166,13 @@ def spec_from_json(settings: Mapping[str, Any]) -> AdapterSpec:
     """What `spec_to_json` was given; ValueError, KeyError or TypeError if it is damaged."""
     if settings["format"] != FORMAT:
         raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
-    return AdapterSpec(
+    spec = AdapterSpec(
         config=config_from_json(settings["config"]),
         targets=tuple(map(_target, settings["targets"])),
         fingerprint=settings["base"]["shapes"],
     )
+    hash(spec)  # a TypeError if a list stands where a text or a number should
+    return spec
 
 
 def _target(entry: dict[str, Any]) -> Target:

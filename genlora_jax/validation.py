@@ -33,7 +33,8 @@ def require_int(field: str, value: object, least: int) -> None:
 
 def require_float(field: str, value: float, least: float, *, above: bool = False) -> None:
     """Raises ValueError unless a field is finite and at least (with `above`: above) a bound."""
-    fits = isinstance(value, (int, float)) and abs(value) <= LARGEST_FLOAT
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = fits and abs(value) <= LARGEST_FLOAT
     fits = fits and (value > least if above else value >= least)
     sign = ">" if above else ">="
     require(fits, f"{field} must be a finite number {sign} {least}, got {value!r:.40}")

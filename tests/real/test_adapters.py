@@ -47,6 +47,11 @@ def test_damaged_settings_are_the_user_s_error(saved):
             outcome(lambda: gl.load_adapter(path, **given_base), "adapter")
 
     run()
+    whole = file.read_text()
+    file.write_text(json.dumps(settings | {"base": settings["base"] | {"shapes": []}}))
+    with pytest.raises(ValueError, match=r"adapter\.json"):
+        gl.load_adapter(path, params)
+    file.write_text(whole)
     for text in ("", "[]", "null", "3", "{", "[" * 100_000, "\udcff"):
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises((ValueError, OSError), match=r"adapter\.json"):

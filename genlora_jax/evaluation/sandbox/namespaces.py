@@ -69,13 +69,13 @@ def change_root(libc: Any, scratch: str, places: list[str]) -> None:
     root = os.getcwd()
     must(libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None), "cannot part from other mounts")
     must(libc.mount(b"root", os.fsencode(root), b"tmpfs", 0, b"size=1m"), "no files in memory")
-    for place in places:
+    os.makedirs(f"{root}/tmp")
+    target, flags = os.fsencode(f"{root}/tmp"), NO_SUID | NO_DEVICES
+    must(libc.mount(b"scratch", target, b"tmpfs", flags, scratch.encode()), "no files in memory")
+    for place in places:  # Python itself may lie below /tmp
         show(libc, root, place, NO_DEVICES)
     for device in DEVICES:
         show(libc, root, device, 0)
-    os.makedirs(f"{root}/tmp", exist_ok=True)
-    target, flags = os.fsencode(f"{root}/tmp"), NO_SUID | NO_DEVICES
-    must(libc.mount(b"scratch", target, b"tmpfs", flags, scratch.encode()), "no files in memory")
     os.chdir(root)
     must(libc.syscall(PIVOT_ROOT[os.uname().machine], b".", b"."), "no new root")
     must(libc.umount2(b".", DETACH), "the old root stays")
