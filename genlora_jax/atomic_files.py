@@ -117,9 +117,17 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             raise OSError(f"{full}: {path} was not written; make room there") from error
         raise
     finally:
-        if not path.exists() and (hidden / "old").exists():  # interrupted between the renames
-            new.rename(path)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _settle(hidden, path)
+
+
+def _settle(hidden: Path, path: Path) -> None:
+    """Finishes a replacement that ended between its two renames, and removes what is left of it.
+
+    Between them nothing is at `path`, and the new directory is complete.
+    """
+    if not path.exists() and (hidden / "old").exists():
+        (hidden / "new").rename(path)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _hidden_prefix(path: Path) -> str:
@@ -127,20 +135,14 @@ def _hidden_prefix(path: Path) -> str:
 
 
 def recover(path: str | Path) -> None:
-    """Finishes what a killed process left half-done at a directory's place, and tidies up.
-
-    Between the two renames of a replacement nothing is at `path`. The new directory is complete
-    then, and is moved there.
-    """
+    """Finishes what a killed process left half-done at a directory's place, and tidies up."""
     path = Path(os.path.realpath(path))
     for name in glob.glob(f"{glob.escape(_hidden_prefix(path))}*", root_dir=path.parent):
         hidden = path.parent / name
         # Another process may be at work on it, or it may not be ours to change.
         with contextlib.suppress(OSError), locked(hidden) as sure:
-            if sure and not path.exists() and (hidden / "old").exists():
-                (hidden / "new").rename(path)
             if sure:
-                shutil.rmtree(hidden, ignore_errors=True)
+                _settle(hidden, path)
 
 
 @contextlib.contextmanager

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from genlora_jax.validation import LFS_POINTER
+
 Rows = Iterator[tuple[str, Any]]
 
 COMPRESSED = (".gz", ".zst")
 # What a file begins with says how it is compressed, whatever its name.
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-LFS_POINTER = b"version https://git-lfs"
 SPACE = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MARK = b"\xef\xbb\xbf"  # UTF-8's byte-order mark

@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 from genlora_jax.hf.checkpoint import locate, model_config
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.tokenizer import check_rows, end_tokens, load_tokenizer
-from genlora_jax.models import cudnn
-from genlora_jax.models.attention import Attention, choose, keeps_scores
+from genlora_jax.models.attention import Attention, choose_on, keeps_scores
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, Remat
 
@@ -72,10 +71,14 @@ class Base:
     def attention(self) -> str:
         """Which attention the model runs where it lies, for the user."""
         model, devices = self.model, jax.tree.leaves(self.params)[0].devices()
-        device, suits = min(devices, key=lambda device: device.id), True
-        if device.platform == "gpu":
-            suits = cudnn.suits(model.dtype, model.config.head_dim, device)
-        name = choose(model.attention, device.platform, devices=len(devices), suits=suits)
+        device = min(devices, key=lambda device: device.id)
+        name = choose_on(
+            device,
+            model.attention,
+            dtype=model.dtype,
+            head_dim=model.config.head_dim,
+            devices=len(devices),
+        )
         slow = keeps_scores(name) and device.platform != "cpu"
         return f"{name}, which writes all scores to memory" if slow else name
 

@@ -33,6 +33,21 @@ def choose(
     return fastest.get(platform, "xla") if suits else "xla"
 
 
+def choose_on(
+    device: Any,
+    implementation: Attention,
+    *,
+    dtype: Any,
+    head_dim: int,
+    devices: int = 1,
+    suits_splash: bool = True,
+) -> Attention:
+    """`choose` for heads of this dtype and size on so many devices like this one."""
+    gpu = device.platform == "gpu"
+    suits = cudnn.suits(dtype, head_dim, device) if gpu else suits_splash
+    return choose(implementation, device.platform, devices=devices, suits=suits)
+
+
 def keeps_scores(implementation: Attention) -> bool:
     """Whether an implementation, chosen, writes all scores of a layer to memory."""
     return implementation == "xla"
@@ -76,12 +91,15 @@ def attend(
         ValueError: If splash attention is asked for and does not suit.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    devices = 1 if mesh is None else mesh.size
-    if device.platform == "gpu":
-        suits = cudnn.suits(q.dtype, q.shape[-1], device)
-    else:
-        suits = segments is not None and splash.suits(q, k, mesh)
-    chosen = choose(implementation, device.platform, devices=devices, suits=suits)
+    suits = segments is not None and splash.suits(q, k, mesh)
+    chosen = choose_on(
+        device,
+        implementation,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        devices=1 if mesh is None else mesh.size,
+        suits_splash=suits,
+    )
     if q.shape[1] != k.shape[1]:  # with a key-value cache; a handful of queries at most
         chosen = "xla"
     if chosen == "splash":

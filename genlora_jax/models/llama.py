@@ -25,13 +25,15 @@ Remat = Literal["none", "dots", "full"]
 Array = jax.Array
 
 
+_keeps_names = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
+
+
 def keeps_products(primitive: Any, *values: Any, **parameters: Any) -> Any:
     """A policy of `jax.checkpoint`: projections and attention are kept, the rest recomputed."""
     # The gradient of cuDNN's attention takes its output and the logarithm of its denominator.
     if "dot_product_attention_fwd" in primitive.name:
         return True
-    policy = jax.checkpoint_policies.save_only_these_names(PROJECTION, ATTENTION)
-    return policy(primitive, *values, **parameters)
+    return _keeps_names(primitive, *values, **parameters)
 
 
 class _UnrolledLayers(nn.Module):

@@ -16,6 +16,7 @@ from genlora_jax.adapter import Adapter, generate_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.losses import Batch, Loss, cross_entropy
 from genlora_jax.training.step_options import StepOptions
+from genlora_jax.validation import all_finite
 
 Metrics = dict[str, jax.Array]
 DEFAULTS = StepOptions()
@@ -105,7 +106,7 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax takes floats to an integer power
         updates, opt_state = optimizer.update(gradient, state.opt_state, trainable)
     adapter = replace(state.adapter, trainable=optax.apply_updates(trainable, updates))
-    finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), adapter.trainable)
+    finite = jax.tree.map(all_finite, adapter.trainable)
     metrics = {
         "loss": total / jnp.maximum(weight, 1.0),
         "grad_norm": optax.global_norm(gradient),

@@ -71,12 +71,15 @@ SIZES = {
 }
 
 
-def random_base(size: Size, mesh: Mesh | None = None) -> tuple[LlamaForCausalLM, Any]:
+def random_base(
+    size: Size, mesh: Mesh | None = None, *, scan: bool = True
+) -> tuple[LlamaForCausalLM, Any]:
     """A model that recomputes everything in its backward pass, and random parameters for it.
 
     Args:
         size: Its shape.
         mesh: Devices over which the parameters are sharded; None for one device.
+        scan: Whether its layers are stacked.
 
     Returns:
         The model and its parameters, the same on every mesh.
@@ -85,6 +88,7 @@ def random_base(size: Size, mesh: Mesh | None = None) -> tuple[LlamaForCausalLM,
         size.config,
         dtype=jnp.bfloat16,
         param_dtype=jnp.bfloat16,
+        scan=scan,
         remat="full",
         attention="cudnn" if jax.default_backend() == "gpu" else "xla",
         mesh=mesh,

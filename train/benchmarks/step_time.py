@@ -123,20 +123,6 @@ def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def unrolled(model: Any, params: Any) -> tuple[Any, Any]:
-    """A model and its parameters as the recipe has them on a GPU, a layer a module."""
-    from flax.traverse_util import flatten_dict, unflatten_dict
-
-    flat = {}
-    for path, leaf in flatten_dict(params).items():
-        if "layers" not in path:
-            flat[path] = leaf
-            continue
-        at = path.index("layers") + 1
-        flat |= {(*path[:at], str(i), *path[at:]): leaf[i] for i in range(len(leaf))}
-    return model.clone(scan=False), unflatten_dict(flat)
-
-
 def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[str, Any]:
     """All arms: PyTorch's before JAX takes the memory."""
     rows = {}
@@ -149,7 +135,7 @@ def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[
     from train.benchmarks.random_base import random_base
 
     for name in dict.fromkeys(replace_size(arm, size).size for arm in ours):
-        base = unrolled(*random_base(SIZES[name]))
+        base = random_base(SIZES[name], scan=False)  # as the recipe has it on a GPU
         for arm in ours:
             if replace_size(arm, size).size != name:
                 continue
