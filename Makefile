@@ -56,7 +56,7 @@ foreign: $(FOREIGN)/ready $(ENGINES)/ready
 
 $(FOREIGN)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FOREIGN)
-	grep -E '^(jax|jaxlib|flax|optax|numpy|pytest)==' constraints.txt > $(FOREIGN)/pins.txt
+	grep -E '^(hypothesis|jax|jaxlib|flax|optax|numpy|pytest)==' constraints.txt > $(FOREIGN)/pins.txt
 	$(FOREIGN)/bin/pip install --quiet --requirement $(FOREIGN)/pins.txt transformers==4.57.6
 	$(FOREIGN)/bin/pip install --quiet --no-deps --editable .
 	touch $@

@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "validation": set(),
     "patterns": set(),
     "seeded_random": set(),
+    "storage": set(),
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
     "base": set(),
