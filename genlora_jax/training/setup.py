@@ -13,6 +13,7 @@ from genlora_jax.adapter import Adapter, init_adapter
 from genlora_jax.adapter_files import load_adapter, load_config
 from genlora_jax.compression import lora_from_factors
 from genlora_jax.data.encode import Example
+from genlora_jax.data.sources import examples_fingerprint
 from genlora_jax.factors import by_module
 from genlora_jax.hf.base_model import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
@@ -22,7 +23,7 @@ from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.objectives import Objective, find_objective
-from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
+from genlora_jax.training.provenance import checkpoint_digest
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
 from genlora_jax.training.step_options import StepOptions

@@ -25,6 +25,7 @@ from tiny_models import random_llama
 import genlora_jax as gl
 from genlora_jax import atomic_files
 from genlora_jax.atomic_files import locked, new_directory, recover, refuse_existing, write_whole
+from genlora_jax.data.sources import examples_fingerprint
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import locate
 from genlora_jax.mesh import make_mesh
@@ -38,7 +39,7 @@ from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.output import claimed
-from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
+from genlora_jax.training.provenance import checkpoint_digest
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import init_state
 
