@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import jax
 from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, save_adapter
 from genlora_jax.settings import run_command
-from genlora_jax.sharding import place_batch, state_shardings
+from genlora_jax.sharding import local_rows, place_batch, state_shardings
 from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.divergence import check_finite, refuse_not_finite
+from genlora_jax.training.feed import Feed, WaitWatch
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import claimed, keep_recipe
@@ -96,8 +97,7 @@ def run_in_output(
         base_config=config_fingerprint(run.base.model),
         origin=run.origin,
     )
-    with checkpoints, processes.stop_signals() as stop_signal:
-        batches = iter(run.objective.train_batches(run.examples, recipe.data))
+    with checkpoints, feed(recipe, run) as batches, processes.stop_signals() as stop_signal:
         if settings.resume:
             state = checkpoints.restore(state, batches)
             none = checkpoints.latest() is None
@@ -123,11 +123,19 @@ def run_in_output(
     return signal
 
 
+def feed(recipe: Recipe, run: Run) -> Feed:
+    """The batches of a run, of which a process makes the rows that its devices hold."""
+    rows = recipe.data.batch_size
+    slots = local_rows(run.mesh, rows)
+    batches = run.objective.train_batches(run.source, recipe.data, slots=slots)
+    return Feed(batches, functools.partial(place_batch, run.mesh, rows=rows))
+
+
 def train(
     recipe: Recipe,
     run: Run,
     state: TrainState,
-    batches: Iterator[Any],
+    batches: Feed,
     checkpoints: Checkpoints,
     stop_signal: Callable[[int], int | None],
     log: MetricsLog,
@@ -142,17 +150,17 @@ def train(
     optimizer, options = make_optimizer(recipe.optim, steps), run.options
     train_step = make_train_step(model, recipe.adapter, optimizer, options, **settings)
     eval_step = make_eval_step(model, options, **settings)
-    place = functools.partial(place_batch, run.mesh)
-    held_out = [place(batch) for batch in run.held_out]
+    held_out = [place_batch(run.mesh, batch) for batch in run.held_out]
     output, start = Path(recipe.train.output), int(state.step)
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
     schedule = learning_rate_schedule(recipe.optim, steps)
-    recorder = Recorder(schedule, checkpoints, log, params)
+    recorder = Recorder(schedule, checkpoints, log, params, batches)
     train_step = announced(train_step, log.print_line)
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
-        state, metrics = train_step(state, params, place(next(batches)))
+        batch = batches.take(pending and pending["loss"])
+        state, metrics = train_step(state, params, batch)
         # Reading the metrics of the step before does not keep the device waiting.
         if pending is not None:
             recorder.record(step - 1, pending)
@@ -175,7 +183,7 @@ def train(
                 best = loss
                 save(output / "adapter-best", state.adapter, model)
         checkpoints.save(state, batches, loss)
-        recorder.clock = time.monotonic()  # the next step's time has none of this
+        recorder.restart()  # the next step's time has none of this
         if signal is not None and step < steps:
             checkpoints.wait()
             log.print_line(
@@ -195,14 +203,23 @@ class Recorder:
         checkpoints: Where a run can go back to.
         log: Where metrics go.
         params: The base's parameters.
-        clock: When the last step was recorded.
+        batches: Whose waits are recorded.
     """
 
     schedule: Callable[[int], Any]
     checkpoints: Checkpoints
     log: MetricsLog
     params: Any
-    clock: float = dataclasses.field(default_factory=time.monotonic)
+    batches: Feed
+
+    def __post_init__(self) -> None:
+        """The first step's time begins, which is that of the compiler as well."""
+        self.restart()
+        self._watch = WaitWatch()
+
+    def restart(self) -> None:
+        """The next step's time begins."""
+        self._clock, self._waited = time.monotonic(), self.batches.waited
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Writes a step's metrics.
@@ -211,15 +228,23 @@ class Recorder:
             FloatingPointError: If they are not finite.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        before, self.clock = self.clock, time.monotonic()
-        values["tokens_per_second"] = values["tokens"] / (self.clock - before)
+        before, waited = self._clock, self._waited
+        self.restart()
+        seconds, waited = self._clock - before, self._waited - waited
+        values["tokens_per_second"] = values["tokens"] / seconds
+        values["input_wait"] = waited / seconds
         values["learning_rate"] = float(self.schedule(step - 1))
         check_finite(step, values, self.params, self.checkpoints.latest())
         del values["adapter_finite"]
         self.log.write(step, values)
         self.log.advance(
-            step, loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
+            step,
+            loss=f"{values['loss']:.4f}",
+            tok_s=f"{values['tokens_per_second']:,.0f}",
+            input_wait=f"{values['input_wait']:.0%}",
         )
+        if warning := self._watch.add(seconds, waited):
+            self.log.print_line(warning)
 
 
 def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Callable[..., Any]:
