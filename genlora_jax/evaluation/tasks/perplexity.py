@@ -9,6 +9,7 @@ import jax
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import encode
 from genlora_jax.data.packing import eval_batches
+from genlora_jax.data.sources import MemorySource
 from genlora_jax.evaluation.tasks.task import Result, TaskConfig, read_items
 from genlora_jax.generation.subject import Subject
 from genlora_jax.training.step import evaluate, make_eval_step
@@ -47,7 +48,7 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
         train="perplexity", length=cfg.length, batch_size=subject.batch_size, overlong=cfg.overlong
     )
     examples, report = encode(iter(rows), subject.tokenizer, shape, "perplexity")
-    batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]
+    batches = [jax.device_put(b) for b in eval_batches(MemorySource(examples), shape)]
     loss = evaluate(make_eval_step(subject.model), subject.params, subject.factors, batches)
     if not math.isfinite(loss):
         raise FloatingPointError(
