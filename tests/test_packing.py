@@ -327,6 +327,26 @@ def test_the_place_is_that_of_the_batch_taken_however_many_are_made():
     assert batches.closed
 
 
+def test_a_save_has_the_places_of_all_processes(monkeypatch):
+    feeds = [Feed(Batches(Rows(99, known=False), config(), slots=s), dict) for s in parts_of(2)]
+    gathered = [None]
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr(
+        "genlora_jax.training.feed.multihost_utils.process_allgather",
+        lambda own: np.stack([own, gathered[0]]),
+    )
+    for feed, (first, last) in zip(feeds, ((0, 4), (4, 8)), strict=True):
+        with feed:
+            feed.take()
+            feed.take()
+            gathered[0] = np.full((SLOTS, 2), -1, np.int32)
+            gathered[0][[*range(first), *range(last, SLOTS)]] = 7  # of the other process
+            places = feed.get_state()["places"]
+        assert places[first:last] == [[0, 2]] * 4
+        assert all(place == [7, 7] for place in places[:first] + places[last:])
+    json.dumps(places)
+
+
 def test_a_device_waits_from_when_it_has_nothing_to_do():
     batches = SlowBatches()
     with Feed(batches, lambda batch: batch) as feed:
