@@ -25,7 +25,7 @@ def rows_at(parts: Sequence[Part], seed: int, positions: np.ndarray) -> np.ndarr
     epoch, within = np.divmod(place, sizes[part])
     window, index = np.divmod(within, spans)
     size = np.minimum(spans, sizes[part] - window * spans)
-    key = np.full(len(positions), seed, np.uint64)
+    key = np.full(len(positions), seed % 2**64, np.uint64)
     for number in (part, epoch, window):
         key = _mixed(key + number.astype(np.uint64))
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]])[part]

@@ -13,7 +13,7 @@ Batch = dict[str, np.ndarray]
 # Measured on an H100 (`train.benchmarks.attention`): with fewer tokens than this for each segment
 # that a row may have, attention is faster under a mask.
 SHORT = 32
-ROWS, SLOT_ROWS = 64, 16  # of a group of examples that are packed together
+ROWS, SLOT_ROWS = 64, 32  # of a group of examples that are packed together
 
 
 def pack(lengths: np.ndarray, cfg: DataConfig, most: int | None, group: int) -> list[np.ndarray]:
