@@ -14,6 +14,7 @@ import numpy as np
 
 from genlora_jax.data.chat import Passage, chat_passages, end_of_turn_token_ids
 from genlora_jax.data.config import DataConfig
+from genlora_jax.data.examples import Example
 from genlora_jax.data.forms import Form, read_form, unused_fields
 from genlora_jax.data.report import Report, Tally, joined
 from genlora_jax.data.rows import rows_or_errors
@@ -22,7 +23,6 @@ from genlora_jax.data.tokens import ROW_ERRORS, Text, Tokens, tokenized
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Example = dict[str, np.ndarray]  # "input_ids": int32 [n], "loss_mask": bool [n]
 PlacedRow = tuple[str, Any]  # what an error names; a row, or a ValueError in its place
 Cut = tuple[list[Example], bool]  # a text in pieces, and whether it was too long for one
 # Tokenising takes some 300 bytes a character at worst: a text this long two gigabytes.

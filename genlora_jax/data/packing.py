@@ -8,7 +8,7 @@ import grain.experimental
 import numpy as np
 
 from genlora_jax.data.config import DataConfig
-from genlora_jax.data.encode import Example
+from genlora_jax.data.examples import Example
 
 # Measured on an H100 (`train.benchmarks.attention`): with fewer tokens than this for each segment
 # that a row may have, attention is faster under a mask.

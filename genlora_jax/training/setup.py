@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from genlora_jax.adapter import Adapter, init_adapter
 from genlora_jax.adapter_files import load_adapter, load_config
 from genlora_jax.compression import lora_from_factors
-from genlora_jax.data.encode import Example
-from genlora_jax.data.sources import examples_fingerprint
+from genlora_jax.data.examples import Example, examples_fingerprint
 from genlora_jax.factors import by_module
 from genlora_jax.hf.base_model import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
