@@ -147,12 +147,8 @@ class Tally:
         self.unused |= later.unused
         self.first_bad = [*self.first_bad, *later.first_bad][:SHOWN]
 
-    def report(self, source: str, cfg: DataConfig) -> Report:
-        """The report of a source.
-
-        Raises:
-            ValueError: If more rows are bad than the config allows, or no example is left.
-        """
+    def check(self, source: str, cfg: DataConfig) -> None:
+        """Raises ValueError if more of a source's rows are bad than the config allows."""
         bad, rows, limit = self.counts["bad"], self.counts["rows"], cfg.bad_rows_limit
         if bad > limit * rows:
             raise ValueError(
@@ -160,6 +156,14 @@ class Tally:
                 f"data.bad_rows_limit = {limit} of them: mend them, or raise it. The first: "
                 f"{self.first_bad[0]}"
             )
+
+    def report(self, source: str, cfg: DataConfig) -> Report:
+        """The report of a source.
+
+        Raises:
+            ValueError: If more rows are bad than the config allows, or no example is left.
+        """
+        self.check(source, cfg)
         counted = ("examples", "tokens", "trained_tokens", "overlong", "without_completion")
         report = Report(
             source=source,

@@ -4,6 +4,8 @@ import collections
 import io
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import Encoder, PlacedRow, batches_of_rows
-from genlora_jax.data.examples import Encoded, joined_examples
+from genlora_jax.data.examples import Encoded, Example, joined_examples
 from genlora_jax.data.files import file_kind, json_lines, line_blocks
 from genlora_jax.data.report import Tally
 from genlora_jax.data.rows import checked, rows_or_errors
@@ -113,11 +115,23 @@ def _start(tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig) -> None:
     """Makes ready a process, of which there are as many as cores."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A job's signals reach all its processes. What they mean is its main process' to say, which
+    # may want rows until it has saved; but none outlives it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(tokenizer, cfg)
 
 
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _encode(piece: Piece) -> tuple[Encoded, Tally]:
-    rows, tally = [], Tally()
+    rows: list[list[Example]] = []
+    tally = Tally()
     for batch in batches_of_rows(piece()):
         examples, counted = _encoder(batch)
         rows += examples
