@@ -56,7 +56,7 @@ ARROWS: dict[str, set[str]] = {
     "adapter_files": {
         *("adapter", "atomic_files", "methods", "sharding", "targets", "validation"),
     },
-    "data": {"validation"},
+    "data": {"atomic_files", "storage", "validation"},
     "settings": {"methods"},
     "hf": {
         *(

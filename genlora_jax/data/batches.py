@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from genlora_jax.data.config import DataConfig
-from genlora_jax.data.encode import Example
+from genlora_jax.data.examples import Example
 from genlora_jax.data.order import rows_at
 from genlora_jax.data.packing import Batch, filled, group_size, max_in_row, pack, packed_rows
 from genlora_jax.data.sources import Source

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from genlora_jax.data.config import DataConfig
-from genlora_jax.data.encode import Example
+from genlora_jax.data.examples import Example
 from genlora_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]

@@ -1,18 +1,13 @@
 """Sources: rows of examples that are read by their numbers, from memory or from elsewhere."""
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from genlora_jax.data.config import DataConfig
-from genlora_jax.data.encode import Example, load_examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from genlora_jax.data.examples import Example, examples_fingerprint
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,11 @@ class Source(Protocol):
 class MemorySource:
     """Examples in memory."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        """Takes examples, of which each is a row."""
+    def __init__(self, examples: Sequence[Example], parts: Sequence[Part] = ()) -> None:
+        """Takes examples, of which each is a row, and their parts, by default one."""
         self.examples = examples
         self.lengths = np.array([len(e["input_ids"]) for e in examples], np.int32)
-        self.parts = (Part(len(examples)),)
+        self.parts = parts or [Part(len(examples))]
 
     @property
     def mean_length(self) -> float:
@@ -91,24 +86,8 @@ class MemorySource:
         return [[self.examples[row]] for row in rows]
 
 
-def examples_fingerprint(examples: Iterable[Mapping[str, np.ndarray]]) -> str:
-    """A digest of encoded examples and their order."""
-    found = hashlib.sha256()
-    for example in examples:
-        for name, value in sorted(example.items()):
-            found.update(f"{name} {value.dtype} {value.shape} ".encode())
-            found.update(np.ascontiguousarray(value).data)
-    return found.hexdigest()[:16]
-
-
-def load_source(
-    paths: str | Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig
-) -> tuple[Source, object]:
-    """The source of `data.train` or `data.eval`, and a report to print.
-
-    Raises:
-        FileNotFoundError: If one is not there.
-        ValueError: If a row is bad.
-    """
-    examples, report = load_examples(paths, tokenizer, cfg)
-    return MemorySource(examples), report
+def source_parts(rows: Sequence[int], weights: Sequence[float] | None) -> list[Part]:
+    """The parts of sources of so many rows: one, unless they are a mixture."""
+    if weights is None:
+        return [Part(sum(rows))]
+    return [Part(count, weight) for count, weight in zip(rows, weights, strict=True)]

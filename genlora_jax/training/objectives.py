@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from genlora_jax.data.batches import train_batches
+from genlora_jax.data.open_source import load_source
 from genlora_jax.data.packing import eval_batches, max_segments
-from genlora_jax.data.sources import load_source
 from genlora_jax.training.losses import Loss, cross_entropy
 from genlora_jax.validation import require_choice
 

@@ -24,7 +24,7 @@ from tiny_models import Numbers, random_llama
 import genlora_jax as gl
 from genlora_jax import atomic_files
 from genlora_jax.atomic_files import locked, new_directory, recover, refuse_existing, write_whole
-from genlora_jax.data.sources import examples_fingerprint
+from genlora_jax.data.examples import examples_fingerprint
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import locate
 from genlora_jax.mesh import make_mesh
