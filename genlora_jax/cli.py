@@ -25,14 +25,13 @@ from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import is_peft, load_onto, read_modules
-from genlora_jax.hf.peft_tensors import listed
 from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
 from genlora_jax.training.find_adapter import find_adapter
-from genlora_jax.validation import require_int
+from genlora_jax.validation import listed, require_int
 
 
 def merge(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from genlora_jax.data.config import DataConfig
-from genlora_jax.data.forms import listed
+from genlora_jax.data.forms import names_of
 
 SHOWN = 10  # bad rows
 
@@ -57,7 +57,7 @@ class Report:
         if counts:
             text += f"\n  trained on: {'; '.join(counts)}"
         if self.unused:
-            text += f"\n  not used: {listed(self.unused)}"
+            text += f"\n  not used: {names_of(self.unused)}"
         if self.endless:
             text += (
                 "\n  no trained turn has a special token that ends it: answers will not end. "

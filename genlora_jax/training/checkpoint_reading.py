@@ -15,7 +15,9 @@ from genlora_jax.adapter_files import spec_from_json
 from genlora_jax.training.checksums import checksums, json_digest
 
 STATE = "state"  # the arrays
-SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"  # of the metadata
+# Fields of the metadata; the last two of version 0.1.
+SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"
+DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"
 
 
 def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None:

@@ -67,19 +67,19 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
             the recipe's.
     """
     objective = find_objective(recipe.train.objective)
-    found = find_base(recipe.model)
+    source, tokenizer = find_base(recipe.model)
 
-    origin = {"model.path": checkpoint_digest(found[0])}
+    origin = {"model.path": checkpoint_digest(source)}
 
     def load(field: str, sources: Any) -> list[Example]:
-        examples, report = objective.load(sources, found[1], recipe.data)
+        examples, report = objective.load(sources, tokenizer, recipe.data)
         print_line(report)
         origin[field] = examples_fingerprint(examples)
         return examples
 
     examples = load("data.train", recipe.data.train)
     for number, example in enumerate(examples[: recipe.show], 1):
-        print_line(shown(number, example, found[1]))
+        print_line(shown(number, example, tokenizer))
     most, held_out = [objective.max_segments(examples, recipe.data)], []
     if recipe.data.eval:
         held_out_examples = load("data.eval", recipe.data.eval)
@@ -89,7 +89,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     if steps is None:
         batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
         steps = sum(1 for _ in batches)
-    base = load_base(recipe.model, found, mesh)
+    base = load_base(recipe.model, (source, tokenizer), mesh)
     print_line(f"attention: {base.attention}")
     known = [count for count in most if count is not None]
     bound = max(known) if len(known) == len(most) else None

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import random
@@ -24,6 +25,7 @@ from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax import atomic_files
+from genlora_jax.adapter_files import spec_to_json, write_adapter
 from genlora_jax.atomic_files import locked, new_directory, recover, refuse_existing, write_whole
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import locate
@@ -305,6 +307,19 @@ def test_a_state_that_is_not_finite_is_not_saved(state, tmp_path, bad):
         assert checkpoints.latest() == 3
 
 
+def test_a_save_that_failed_leaves_nothing_open(state, tmp_path, monkeypatch):
+    level = logging.getLogger("absl").level
+    checkpoints, closed = Checkpoints(tmp_path / "run"), []
+    inner = checkpoints._checkpointer
+    close = inner.close
+    monkeypatch.setattr(inner, "wait", lambda: (_ for _ in ()).throw(OSError("a broken disk")))
+    monkeypatch.setattr(inner, "close", lambda: closed.append(close()))
+    with pytest.raises(OSError, match="a broken disk"), checkpoints:
+        pass
+    assert closed == [None]
+    assert logging.getLogger("absl").level == level
+
+
 def test_a_full_disk_stops_a_checkpoint_before_it_begins(state, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -385,6 +400,20 @@ def test_the_best_adapter_that_a_run_has_is_found(state, tmp_path, capsys):
         assert f"adapter: {run / name}, " in capsys.readouterr().out
     for path in (run / "adapter", tmp_path / "missing"):
         assert find_adapter(str(path)) == str(path)
+
+    # The run went on after its end, and was stopped: what it ended with then is not the newest.
+    settings = spec_to_json(state.adapter.spec, None)
+    for step, taken, said in (
+        (6, "adapter", "run's end"),
+        (5, "adapter-best", "of step 5, and"),
+    ):
+        write_adapter(run / "adapter", settings | {"step": step}, state.adapter, overwrite=True)
+        assert find_adapter(str(run)) == str(run / taken)
+        assert said in capsys.readouterr().out
+    assert find_adapter(str(run / "adapter")) == str(run / "adapter")
+    assert f"to take the newest, give {run}" in capsys.readouterr().out
+    shutil.rmtree(run / "adapter-best")
+    assert find_adapter(str(run)) == found
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*--train\.resume true"):
         find_adapter(str(tmp_path / "empty"))
@@ -578,10 +607,10 @@ POINTS = {
     "first step": (script.Recorder, "record", 1, False),
     "first save": (Checkpoints, "save", 1, False),
     "first save under way": (Checkpoints, "save", 1, True),
-    "best adapter, first": (script, "save_adapter", 1, False),
+    "best adapter, first": (script, "write_adapter", 1, False),
     "best adapter, replaced": (Path, "rename", 3, True),
     "last save": (Checkpoints, "save", 2, True),
-    "last adapter": (script, "save_adapter", 3, False),
+    "last adapter": (script, "write_adapter", 3, False),
 }
 
 

@@ -12,6 +12,7 @@ from genlora_jax.data.packing import eval_batches
 from genlora_jax.evaluation.tasks.task import Result, TaskConfig, read_items
 from genlora_jax.generation.subject import Subject
 from genlora_jax.training.step import evaluate, make_eval_step
+from genlora_jax.validation import no_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,7 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
     batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]
     loss = evaluate(make_eval_step(subject.model), subject.params, subject.factors, batches)
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss}: base or adapter had diverged, or values overflow in model.dtype "
-            "(try float32)"
-        )
+        raise no_result("losses")
     metrics = {
         "loss": loss,
         "perplexity": math.exp(loss),
