@@ -66,8 +66,9 @@ def encode(
             bad.add(place, error)
             continue
         forms[form.made_of] += 1
-        idle |= dict.fromkeys(unused_fields(row, form))
+        idle |= dict.fromkeys(unused_fields(row, form.used))
         counts["rewritten"] += len(cut) > 1
+        counts["mute"] += len(form.talk.mute) if form.talk is not None else 0
         for pieces, overlong in cut:
             counts["overlong"] += overlong
             # The first token has no context.
@@ -88,6 +89,7 @@ def encode(
         first_without=first_without,
         endless=bool(talks) and _never_trained_to_end(talks, tokenizer),
         rewritten=counts["rewritten"],
+        mute=counts["mute"],
         forms=forms,
         unused=list(idle),
         bad=bad.count,

@@ -1,6 +1,6 @@
 """The forms of rows: which fields make a row's prompt and completion, and which make nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from genlora_jax.data.conversation import Conversation, conversation
@@ -102,9 +102,9 @@ def text_field(place: str, row: Row, name: str) -> str:
     return str(row[name])
 
 
-def unused_fields(row: Row, form: Form) -> list[str]:
+def unused_fields(row: Row, used: Collection[str]) -> list[str]:
     """The fields of a row that hold something and of which nothing was made."""
-    return [name for name in row if name not in form.used and row[name] not in ("", [], {})]
+    return [name for name in row if name not in used and row[name] not in ("", [], {})]
 
 
 def names_of(fields: Iterable[str]) -> str:

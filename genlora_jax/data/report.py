@@ -24,6 +24,7 @@ class Report:
         first_without: The first of them, and why.
         endless: Whether no turn of a conversation is trained with a token that ends it.
         rewritten: Conversations that took several examples; see `chat_passages`.
+        mute: Turns of the assistant's that say nothing, and are not trained.
         forms: Which fields made prompt and completion, and in how many rows.
         unused: Fields that hold something and of which nothing was made.
         bad: Bad rows that were left out.
@@ -40,6 +41,7 @@ class Report:
     first_without: str = ""
     endless: bool = False
     rewritten: int = 0
+    mute: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     unused: Sequence[str] = ()
     bad: int = 0
@@ -85,6 +87,8 @@ class Report:
                 f"; {self.rewritten:,} conversations in several examples, as the chat template "
                 "shows earlier turns otherwise"
             )
+        if self.mute:
+            text += f"; {self.mute:,} turns of the assistant's say nothing, and are not trained"
         return text
 
 

@@ -77,8 +77,15 @@ class Subject:
         Raises:
             ValueError: If the tokenizer has no chat template, or one that does not render it.
         """
-        talk = messages if isinstance(messages, Conversation) else Conversation(messages)
-        return render(talk, self.tokenizer, cue=cue)
+        return rendered(messages, self.tokenizer, cue=cue)
+
+
+def rendered(
+    messages: Messages | Conversation, tokenizer: "PreTrainedTokenizerFast", *, cue: bool = True
+) -> str:
+    """A conversation as text; raises as `Subject.render` does."""
+    talk = messages if isinstance(messages, Conversation) else Conversation(messages)
+    return render(talk, tokenizer, cue=cue)
 
 
 def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) -> Subject:

@@ -40,7 +40,9 @@ def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None
                 paths, tree = jax.tree.flatten_with_path(adapter_shapes(spec))
                 names = [f"adapter.{leaf_name(path)}" for path, _ in paths]
                 adapter = jax.tree.unflatten(tree, [loaded[name] for name in names])
-                return step, saved[SETTINGS], adapter
+                settings = saved[SETTINGS]
+                settings["base"]["tensors"] = saved.get(ORIGIN, {}).get("model.path")
+                return step, settings, adapter
     return None
 
 

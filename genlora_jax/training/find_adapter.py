@@ -1,12 +1,14 @@
 """The adapter to take of a run, finished or not."""
 
 import json
+import warnings
 from pathlib import Path
 
 from genlora_jax.adapter_files import SETTINGS as OURS
 from genlora_jax.adapter_files import write_adapter
 from genlora_jax.atomic_files import recover
 from genlora_jax.hf.peft_import import is_peft
+from genlora_jax.training.provenance import checkpoint_digest
 
 # In the order in which they are taken; `best` is that of a sweep.
 NAMES = {
@@ -62,6 +64,20 @@ def find_adapter(path: str) -> str:
         write_adapter(taken, settings, adapter)
     print(f"adapter: {taken}, that of the newest checkpoint of a run that has not ended")
     return str(taken)
+
+
+def remark_on_base(adapter: str, source: Path) -> None:
+    """Warns if an adapter was trained on other weights than those of a base of the same shapes."""
+    try:
+        trained = json.loads((Path(adapter) / OURS).read_text())["base"].get("tensors")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # PEFT's, which names its base; or damaged, which is said when it is loaded
+    if trained and trained != checkpoint_digest(source):
+        warnings.warn(
+            f"{adapter} was trained on other weights than those of {source}: is it merged already, "
+            "or converted, or another model of the same shapes?",
+            stacklevel=2,
+        )
 
 
 def _outdated(adapter: Path) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from genlora_jax.adapter import Adapter, init_adapter
-from genlora_jax.adapter_files import load_adapter, load_config
+from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_config, spec_to_json
 from genlora_jax.compression import lora_from_factors
 from genlora_jax.data.encode import Example
 from genlora_jax.factors import by_module
@@ -20,7 +20,7 @@ from genlora_jax.mesh import batch_shards, make_mesh
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.checkpoint import adapter_difference
-from genlora_jax.training.find_adapter import find_adapter
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.objectives import Objective, find_objective
 from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
 from genlora_jax.training.recipe import Recipe
@@ -51,6 +51,11 @@ class Run:
     steps: int
     options: StepOptions
     origin: dict[str, str]
+
+    def settings_of(self, adapter: Adapter) -> dict[str, Any]:
+        """What is written with an adapter that the run trained; `remark_on_base` reads it."""
+        settings = spec_to_json(adapter.spec, config_fingerprint(self.base.model))
+        return settings | {"base": settings["base"] | {"tensors": self.origin["model.path"]}}
 
 
 def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = print) -> Run:
@@ -161,6 +166,7 @@ def initial_adapter(
     key, params = jax.random.key(seed), base.params
     if source is None:
         return init_adapter(cfg, key, params, mesh=mesh)
+    remark_on_base(source, base.source)
     if not is_peft(source):
         _, adapter = load_adapter(source, params, model=base.model, mesh=mesh)
         return adapter.with_config(cfg)  # its dropout may be another

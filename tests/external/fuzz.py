@@ -278,7 +278,9 @@ def check_chat(directory, found):
     for example in examples:
         ids = example["input_ids"].tolist()
         assert any(ids == whole[: len(ids)] for whole in renders), reader.decode(ids)
-    if reader.chat_template == GENERATION and not any("weight" in m for m in messages):
+    # Turns that are not to be trained, or say nothing, are marked all the same.
+    untrained = any("weight" in m or not str(m["content"]).strip() for m in messages)
+    if reader.chat_template == GENERATION and not untrained:
         marked = reader.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )

@@ -36,7 +36,7 @@ from genlora_jax.training import processes, setup
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.checksums import checksums
 from genlora_jax.training.divergence import check_finite
-from genlora_jax.training.find_adapter import find_adapter
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.output import claimed
@@ -664,6 +664,17 @@ def test_a_run_with_other_data_or_another_base_does_not_go_on(workshop, alone, r
         assert f"another content of {field}" in err
         assert err.count("\n") == 1
         assert listing(here / "alone") == before
+
+
+def test_an_adapter_on_other_weights_of_the_same_shapes_is_remarked_on(workshop, alone, tmp_path):
+    base, adapter = workshop / "base", alone / "adapter"
+    assert json.loads((adapter / "adapter.json").read_text())["step"] == 4
+    taken = tmp_path / "stopped"
+    shutil.copytree(alone / "checkpoints", taken / "checkpoints")
+    for found in (adapter, alone / "adapter-best", Path(find_adapter(str(taken)))):
+        remark_on_base(str(found), base)  # a warning would be an error
+        with pytest.warns(UserWarning, match="was trained on other weights than those of"):
+            remark_on_base(str(found), write_base(tmp_path / f"other-{found.name}", seed=1))
 
 
 def write_base_again(base):

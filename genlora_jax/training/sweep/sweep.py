@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from genlora_jax.adapter import Adapter
-from genlora_jax.adapter_files import save_adapter
+from genlora_jax.adapter_files import write_adapter
 from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
@@ -93,7 +93,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
         write_results(directory, result)
         adapter = result.adapter(best)
         if first_not_finite(adapter) is None:
-            save_adapter(directory / "best", adapter.config, adapter, model=run.base.model)
+            write_adapter(directory / "best", run.settings_of(adapter), adapter)
     print_results(result)
     refuse_not_finite(adapter, f"{output / 'best'} is not written")
     print(f"best adapter: {output / 'best'}")
