@@ -1,7 +1,9 @@
 """Command lines: typed settings from YAML and flags, errors in one line."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -44,6 +46,11 @@ load_yaml = jsonargparse.get_loader("yaml")
 
 def load_bounded_yaml(text: str) -> Any:
     """What YAML stands for; YAMLError if it is damaged, or `beyond_bounds`."""
+    return copy.deepcopy(_loaded(text))
+
+
+@functools.lru_cache(maxsize=8)  # a recipe is checked, and then parsed
+def _loaded(text: str) -> Any:
     if reason := beyond_bounds(text):
         raise yaml.YAMLError(reason)
     return load_yaml(text)
