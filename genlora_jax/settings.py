@@ -42,6 +42,7 @@ MEMORY_ADVICE = (
 
 NODES, LEVELS = 100_000, 50  # the most in a recipe, an alias counted as what it stands for
 load_yaml = jsonargparse.get_loader("yaml")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_bounded_yaml(text: str) -> Any:
@@ -51,9 +52,29 @@ def load_bounded_yaml(text: str) -> Any:
 
 @functools.lru_cache(maxsize=8)  # a recipe is checked, and then parsed
 def _loaded(text: str) -> Any:
-    if reason := beyond_bounds(text):
+    if reason := beyond_bounds(text) or _named_twice(text):
         raise yaml.YAMLError(reason)
     return load_yaml(text)
+
+
+def _named_twice(text: str) -> str | None:
+    """Which field of a mapping is there twice, of which YAML would keep the last; or None."""
+    nodes, seen = [yaml.compose(text, Loader=LOADER)], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        names = set()
+        for name, value in node.value:
+            if name.value != "<<" and str(name.value) in names:
+                return f"line {name.start_mark.line + 1}: {str(name.value)[:40]} is there twice"
+            names.add(str(name.value))
+            nodes.append(value)
+    return None
 
 
 def beyond_bounds(text: str) -> str | None:
@@ -63,7 +84,7 @@ def beyond_bounds(text: str) -> str | None:
     """
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # of each: its anchor, its size so far
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=LOADER):
         size = 0
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))

@@ -20,6 +20,7 @@ class Report:
         tokens: Their tokens.
         trained_tokens: How many of those are predicted.
         overlong: Rows longer than the limit.
+        overlong_are: What became of them, in words.
         without_completion: Examples left out because nothing of them is trained.
         first_without: The first of them, and why.
         endless: Whether no turn of a conversation is trained with a token that ends it.
@@ -42,6 +43,7 @@ class Report:
     endless: bool = False
     rewritten: int = 0
     mute: int = 0
+    overlong_are: str = ""
     forms: Counter[str] = field(default_factory=Counter)
     unused: Sequence[str] = ()
     bad: int = 0
@@ -78,7 +80,7 @@ class Report:
             f"{self.trained_tokens:,} of them trained"
         )
         if self.overlong:
-            text += f"; {self.overlong:,} rows longer than data.length"
+            text += f"; {self.overlong:,} rows longer than data.length, {self.overlong_are}"
         if self.without_completion:
             text += f"; {self.without_completion:,} rows with nothing to train on, left out"
             text += f" (the first, {self.first_without})"

@@ -96,6 +96,12 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
         steps = sum(1 for _ in batches)
     base = load_base(recipe.model, (source, tokenizer), mesh)
     print_line(f"attention: {base.attention}")
+    longest = max(len(example["input_ids"]) for example in examples)
+    if longest > (positions := base.model.config.max_position_embeddings):
+        print_line(
+            f"note: the longest example has {longest:,} tokens, but the model was made for "
+            f"{positions:,} positions (max_position_embeddings): it knows none beyond them"
+        )
     known = [count for count in most if count is not None]
     bound = max(known) if len(known) == len(most) else None
     options = replace(recipe.step_options, max_segments=bound)

@@ -677,6 +677,19 @@ def test_an_adapter_on_other_weights_of_the_same_shapes_is_remarked_on(workshop,
             remark_on_base(str(found), write_base(tmp_path / f"other-{found.name}", seed=1))
 
 
+def test_examples_longer_than_the_models_positions_are_remarked_on(workshop, tmp_path):
+    rows, said = tmp_path / "rows.jsonl", []
+    rows.write_text(json.dumps({"text": "plums and " * 40}))  # tiny_base: 64 positions
+    given = ["--config", workshop / "recipe.yaml", "--data.train", rows, "--data.length", 256]
+    recipe = parse(Recipe, [str(argument) for argument in given])
+    run = setup.prepare(recipe, make_mesh(recipe.mesh), said.append)
+    longest = len(run.examples[0]["input_ids"])
+    assert longest > 64
+    (note,) = (line for line in said if str(line).startswith("note: "))
+    assert f"the longest example has {longest} tokens" in note
+    assert "64 positions" in note
+
+
 def write_base_again(base):
     shutil.rmtree(base)
     write_base(base, seed=1)
@@ -707,6 +720,8 @@ def test_an_output_in_the_base_is_refused(workshop, run):
         (b"optim: 2\n", "optim"),
         (b"train: {b1: {}}\n", "train.b1 is empty"),
         (b"train: [\n", "no YAML"),
+        (b"optim: {b1: 0.5}\ndata: {}\noptim: {b1: 0.9}\n", "line 3: optim is there twice"),
+        (b"optim:\n  b1: 0.5\n  b1: 0.9\n", "line 3: b1 is there twice"),
     ],
 )
 def test_a_recipe_that_is_none_is_named(content, message, tmp_path):
