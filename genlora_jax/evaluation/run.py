@@ -84,10 +84,10 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
         remark_on_base(cfg.adapter, found[0])
     base = load_base(cfg.model, found, mesh)
     subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
-    scores, lines = _run(subject, asked, items)
-    report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
-    report |= provenance()
     with new_directory(cfg.output, overwrite=cfg.overwrite) as directory:
+        scores, lines = _run(subject, asked, items)
+        report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
+        report |= provenance()
         (directory / "results.json").write_text(json.dumps(report, indent=1) + "\n")
         for name, text in lines.items():
             if text:

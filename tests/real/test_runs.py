@@ -175,6 +175,21 @@ def test_recovery_leaves_alone_what_another_process_is_writing(tmp_path):
     assert listing(tmp_path / "out") == {"result.txt": b"whole"}
 
 
+def test_two_commands_do_not_write_one_output(tmp_path):
+    with new_directory(tmp_path / "out") as first:
+        (first / "result.txt").write_text("first")
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="being written by another command"):
+                refuse_existing(tmp_path / "out", overwrite=overwrite)
+    assert listing(tmp_path) == {"out/result.txt": b"first"}
+    with (
+        pytest.raises(FileExistsError, match="made by something else meanwhile"),
+        new_directory(tmp_path / "other"),
+    ):
+        (tmp_path / "other").mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
+
+
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
     write(tmp_path / "out", "old")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -73,22 +73,22 @@ def sweep(recipe: SweepRecipe) -> int | None:
     def make_adapter(cfg: AdapterConfig, seed: int) -> Adapter:
         return initial_adapter(cfg, seed, source, run.base)
 
-    with Interruption() as interruption:
-        result = run_sweep(
-            program,
-            run.base.params,
-            members,
-            iter(run.objective.train_batches(run.examples, recipe.data)),
-            run.held_out,
-            eval_every=recipe.train.eval_every,
-            steps_per_call=recipe.steps_per_call,
-            make_adapter=make_adapter,
-            report=print_progress,
-            stop=lambda _: interruption.signal is not None,
-        )
-    best = result.ranking[0]
-    _refuse_diverged(result, run.base.params)
-    with new_directory(output) as directory:
+    with new_directory(output) as directory:  # from now on, so that no other command takes it
+        with Interruption() as interruption:
+            result = run_sweep(
+                program,
+                run.base.params,
+                members,
+                iter(run.objective.train_batches(run.examples, recipe.data)),
+                run.held_out,
+                eval_every=recipe.train.eval_every,
+                steps_per_call=recipe.steps_per_call,
+                make_adapter=make_adapter,
+                report=print_progress,
+                stop=lambda _: interruption.signal is not None,
+            )
+        best = result.ranking[0]
+        _refuse_diverged(result, run.base.params)
         write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
         adapter = result.adapter(best)
