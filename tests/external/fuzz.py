@@ -528,7 +528,10 @@ TARGETS = {
         load_peft,
         check_peft,
         beside="peft",
-        known=tuple({"adapter_config.json": json.dumps(evil).encode()} for evil in BACKTRACKING),
+        known=(
+            *({"adapter_config.json": json.dumps(evil).encode()} for evil in BACKTRACKING),
+            {"adapter_config.json": b'{"peft_type": "LORA", "kasa_config": {}}'},
+        ),
     ),
     "peft adapter's tensors": Target(
         lambda: only(PEFT_TENSORS, tensor_bytes(f"peft/{PEFT_TENSORS}")),
