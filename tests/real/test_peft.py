@@ -401,9 +401,7 @@ def test_an_empty_group_of_settings_is_on_as_in_peft(make_peft):
     for field in ("kasa_config", "velora_config", "arrow_config", "use_bdlora"):
         edit(adapter, **{field: {}})
         assert getattr(LoraConfig.from_pretrained(adapter), field)  # its defaults
-        with pytest.raises(
-            ValueError, match=rf"adapter_config\.json: {field} = {{}} is not support"
-        ):
+        with pytest.raises(ValueError, match=rf"\.json: {field} = {{}} is not supported"):
             read_settings(adapter / "adapter_config.json")
         edit(adapter, **{field: None})
 
