@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -19,6 +19,7 @@ import jsonargparse
 import yaml
 
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.validation import listed
 
 T = TypeVar("T")
 OPTIONAL = re.compile(
@@ -177,7 +178,8 @@ def parse_arguments(
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
-    _check_recipes(args or ())
+    known = {action.dest.partition(".")[0] for action in parser._actions}
+    _check_recipes(args or (), known - {"help", "config", "print_config"})
     for argument in args or ():  # flags are YAML as well, which no loader of ours reads
         with contextlib.suppress(yaml.YAMLError):
             if reason := beyond_bounds(argument):
@@ -190,8 +192,8 @@ def parse_arguments(
         raise ValueError(f"a number of the settings is too large: {error}") from error
 
 
-def _check_recipes(args: Sequence[str]) -> None:
-    """ValueError, with the file, for a recipe that is no mapping of fields in UTF-8."""
+def _check_recipes(args: Sequence[str], known: Collection[str]) -> None:
+    """ValueError, with the file, for a recipe that is no mapping of known fields in UTF-8."""
     for i, argument in enumerate(args):
         name, _, value = argument.partition("=")
         file = value or "".join(args[i + 1 : i + 2])
@@ -206,6 +208,10 @@ def _check_recipes(args: Sequence[str]) -> None:
         if not isinstance(recipe, dict):
             raise ValueError(f"{file}: must hold the fields of a recipe, such as `model:`")
         for section, fields in recipe.items():
+            if section not in known:
+                raise ValueError(
+                    f"{file}: there is no field {str(section)[:40]!r}; there are {listed(known, 20)}"
+                )
             for field, value in fields.items() if isinstance(fields, dict) else ():
                 if value == {} and field != "init_args":  # the parser would leave it out unread
                     raise ValueError(f"{file}: {section}.{field} is empty: give it a value")
