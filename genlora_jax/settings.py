@@ -178,8 +178,9 @@ def parse_arguments(
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
-    known = {action.dest.partition(".")[0] for action in parser._actions}
-    _check_recipes(args or (), known - {"help", "config", "print_config"})
+    # A parser of subcommands has no fields of its own.
+    known = {action.dest.partition(".")[0] for action in parser._actions} - {"help", "print_config"}
+    _check_recipes(args or (), known - {"config"} if "config" in known else ())
     for argument in args or ():  # flags are YAML as well, which no loader of ours reads
         with contextlib.suppress(yaml.YAMLError):
             if reason := beyond_bounds(argument):
@@ -208,9 +209,10 @@ def _check_recipes(args: Sequence[str], known: Collection[str]) -> None:
         if not isinstance(recipe, dict):
             raise ValueError(f"{file}: must hold the fields of a recipe, such as `model:`")
         for section, fields in recipe.items():
-            if section not in known:
+            if known and section not in known:
+                name = str(section)[:40]
                 raise ValueError(
-                    f"{file}: there is no field {str(section)[:40]!r}; there are {listed(known, 20)}"
+                    f"{file}: there is no field {name!r}; there are {listed(known, 20)}"
                 )
             for field, value in fields.items() if isinstance(fields, dict) else ():
                 if value == {} and field != "init_args":  # the parser would leave it out unread
