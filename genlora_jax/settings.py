@@ -211,9 +211,7 @@ def _check_recipes(args: Sequence[str], known: Collection[str]) -> None:
         for section, fields in recipe.items():
             if known and section not in known:
                 name = str(section)[:40]
-                raise ValueError(
-                    f"{file}: there is no field {name!r}; there are {listed(known, 20)}"
-                )
+                raise ValueError(f"{file}: no field is {name!r}; there are {listed(known, 20)}")
             for field, value in fields.items() if isinstance(fields, dict) else ():
                 if value == {} and field != "init_args":  # the parser would leave it out unread
                     raise ValueError(f"{file}: {section}.{field} is empty: give it a value")

@@ -735,7 +735,7 @@ def test_an_output_in_the_base_is_refused(workshop, run):
         (b"optim: 2\n", "optim"),
         (b"train: {b1: {}}\n", "train.b1 is empty"),
         (b"train: [\n", "no YAML"),
-        (b"eval: rows.jsonl\n", r"recipe\.yaml: there is no field 'eval'; there are adapter, data"),
+        (b"eval: rows.jsonl\n", r"recipe\.yaml: no field is 'eval'; there are adapter, data"),
         (b"optim: {b1: 0.5}\ndata: {}\noptim: {b1: 0.9}\n", "line 3: optim is there twice"),
         (b"optim:\n  b1: 0.5\n  b1: 0.9\n", "line 3: b1 is there twice"),
     ],
