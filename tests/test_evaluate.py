@@ -425,6 +425,11 @@ def test_fields_of_rows_that_are_not_used_are_said(subject, tmp_path, capsys):
     assert "completion of answer\n  not used: 'context'" in capsys.readouterr().out
 
 
+def test_a_prompt_that_is_no_utf_8_is_refused(subject):
+    with pytest.raises(ValueError, match=r"the prompt holds '\\udcff', half a character"):
+        subject.encode_prompt(b"caf\xff".decode("utf-8", "surrogateescape"))
+
+
 # Real models and data
 
 
