@@ -57,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
         *("adapter", "atomic_files", "methods", "sharding", "targets", "validation"),
     },
     "data": {"validation"},
-    "settings": {"methods"},
+    "settings": {"methods", "validation"},
     "hf": {
         *(
             "adapter",

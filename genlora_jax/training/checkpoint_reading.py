@@ -15,7 +15,9 @@ from genlora_jax.adapter_files import spec_from_json
 from genlora_jax.training.checksums import checksums, json_digest
 
 STATE = "state"  # the arrays
-SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"  # of the metadata
+# Fields of the metadata; the last two of version 0.1.
+SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"
+DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"
 
 
 def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None:
@@ -38,7 +40,9 @@ def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None
                 paths, tree = jax.tree.flatten_with_path(adapter_shapes(spec))
                 names = [f"adapter.{leaf_name(path)}" for path, _ in paths]
                 adapter = jax.tree.unflatten(tree, [loaded[name] for name in names])
-                return step, saved[SETTINGS], adapter
+                settings = saved[SETTINGS]
+                settings["base"]["tensors"] = saved.get(ORIGIN, {}).get("model.path")
+                return step, settings, adapter
     return None
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
-from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.adapter_files import config_fingerprint, save_adapter
+from genlora_jax.adapter import count_parameters, generate_factors
+from genlora_jax.adapter_files import config_fingerprint, write_adapter
 from genlora_jax.settings import run_command
 from genlora_jax.sharding import place_batch, state_shardings
 from genlora_jax.training import processes
@@ -118,7 +118,7 @@ def run_in_output(
         ) as log:
             state, signal = train(recipe, run, state, batches, checkpoints, stop_signal, log)
     if signal is None:
-        save(output / "adapter", state.adapter, run.base.model)
+        save(output / "adapter", state, run)
         print_line(f"adapter: {output / 'adapter'}")
     return signal
 
@@ -173,7 +173,7 @@ def train(
             log.print_line(f"step {step}: eval loss {loss:.4f}")
             if loss < best:
                 best = loss
-                save(output / "adapter-best", state.adapter, model)
+                save(output / "adapter-best", state, run)
         checkpoints.save(state, batches, loss)
         recorder.clock = time.monotonic()  # the next step's time has none of this
         if signal is not None and step < steps:
@@ -245,12 +245,12 @@ def best_eval_loss(output: Path, step: int) -> float:
     return min(losses, default=math.inf)
 
 
-def save(path: Path, adapter: Adapter, model: Any) -> None:
+def save(path: Path, state: TrainState, run: Run) -> None:
     """Writes the adapter, of which each process may hold a shard; it must be finite."""
-    refuse_not_finite(adapter, f"{path} is not written")
-    adapter = processes.gather_to_primary(adapter)
+    refuse_not_finite(state.adapter, f"{path} is not written")
+    adapter, step = processes.gather_to_primary(state.adapter), int(state.step)
     if processes.is_primary():
-        save_adapter(path, adapter.config, adapter, model=model, overwrite=True)
+        write_adapter(path, run.settings_of(adapter) | {"step": step}, adapter, overwrite=True)
 
 
 def _due(step: int, every: int | None) -> bool:
