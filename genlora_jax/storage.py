@@ -15,4 +15,10 @@ def storage_path(path: str | os.PathLike[str]) -> Any:
     """A path with the methods of `pathlib.Path`, wherever it leads."""
     from etils import epath  # only where something is read or written
 
+    if is_remote(path):
+        import fsspec
+
+        # What other processes write is seen: a listing is never older than the question.
+        for protocol in ("gs", "gcs", "s3"):
+            fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     return epath.Path(path)
