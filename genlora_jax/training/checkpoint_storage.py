@@ -1,4 +1,4 @@
-"""Orbax's checkpoints in a bucket as in a directory: Orbax knows `gs://`, TensorStore `s3://`, too."""
+"""Orbax's checkpoints in buckets, too: it knows `gs://` itself, and is taught `s3://` here."""
 
 import functools
 from collections.abc import Callable
