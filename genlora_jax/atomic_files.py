@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import importlib
 import json
 import os
 import shutil
@@ -12,9 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from genlora_jax import bucket_directories
-from genlora_jax.bucket_directories import WRITTEN
-from genlora_jax.storage import file_system, is_remote, listed, reaching, storage_path
+from genlora_jax.storage import WRITTEN, is_remote, listed, storage_path
 
 ADAPTER = {"adapter.json", "adapter.safetensors"}  # names that nobody else gives need no list
 
@@ -35,18 +34,22 @@ def refuse_existing(
         PermissionError: If it cannot be made.
     """
     path = storage_path(path)
-    with reaching(path):
-        bucket_directories.recover(os.fspath(path)) if is_remote(path) else recover(path)
-        refuse_inside(path, inputs)
-        exists = bool(listed(path)) if is_remote(path) else path.exists()
-        if exists and not overwrite:
-            raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
-        if exists and (foreign := _foreign_file(path)):
-            raise FileExistsError(
-                f"{path} is not overwritten, as nothing says that genlora wrote {foreign}: choose "
-                "another output, or move away what is there"
-            )
-        refuse_unwritable(path)
+    _in_bucket().recover(str(path)) if is_remote(path) else recover(path)
+    refuse_inside(path, inputs)
+    exists = bool(listed(path)) if is_remote(path) else path.exists()
+    if exists and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+    if exists and (foreign := _foreign_file(path)):
+        raise FileExistsError(
+            f"{path} is not overwritten, as nothing says that genlora wrote {foreign}: choose "
+            "another output, or move away what is there"
+        )
+    refuse_unwritable(path)
+
+
+def _in_bucket() -> Any:
+    """What does the same in a bucket; imported where it is used, as most paths are local."""
+    return importlib.import_module("genlora_jax.bucket_directories")
 
 
 def refuse_inside(path: Any, inputs: tuple[str | None, ...]) -> None:
@@ -64,7 +67,7 @@ def refuse_inside(path: Any, inputs: tuple[str | None, ...]) -> None:
 def _foreign_file(path: Any) -> Any:
     """What overwriting a directory would lose that `new_directory` did not make; or None."""
     if is_remote(path):
-        written = bucket_directories.written_by_us(os.fspath(path)) or ADAPTER
+        written = _in_bucket().written_by_us(str(path)) or ADAPTER
         return _first_other(path, listed(path), written)
     if not path.is_dir():
         return path
@@ -92,8 +95,7 @@ def _files(path: Path) -> list[str]:
 def refuse_unwritable(path: str | Path) -> None:
     """Raises PermissionError, or for a bucket another OSError, if `path` cannot be made."""
     if is_remote(path):
-        with reaching(path):
-            bucket_directories.check_writable(os.fspath(path))
+        _in_bucket().check_writable(str(path))
         return
     parent = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -159,8 +161,7 @@ def _uploaded_directory(url: str, overwrite: bool) -> Iterator[Path]:
                     "there and then uploaded; make room, or set TMPDIR"
                 ) from error
             raise
-        with reaching(url):
-            bucket_directories.publish(Path(scratch), url)
+        _in_bucket().publish(Path(scratch), url)
 
 
 def _list_files(directory: Path) -> None:
@@ -233,8 +234,7 @@ def _open_to_others(directory: Path) -> None:
 def write_whole(file: Any, text: str) -> None:
     """Writes a text file that is replaced whole or not at all."""
     if is_remote(file):
-        with reaching(file):
-            file_system(file).pipe_file(os.fspath(file), text.encode())
+        _in_bucket().write_object(str(file), text.encode())
         return
     temporary = file.with_name(f"{file.name}.part")
     try:

@@ -14,19 +14,31 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from genlora_jax.storage import file_system, listed, upload
+from genlora_jax.remote_path import file_system, naming
+from genlora_jax.storage import WRITTEN, listed
 
-WRITTEN = ".genlora.json"  # lists the files of a directory that `atomic_files` made
 # Without these no reader takes a directory for a model or an adapter.
 KNOWN_BY = (WRITTEN, "config.json", "adapter_config.json", "adapter.json", "results.json")
+
+
+def upload(directory: Path, url: str, names: Iterable[str]) -> None:
+    """Writes files of a local directory below a URL, one after the other, each of them whole."""
+    with naming(url):
+        for name in names:
+            file_system(url).put_file(str(directory / name), f"{url}/{name}")
+
+
+def write_object(url: str, content: bytes) -> None:
+    """Writes an object, whole or not at all."""
+    with naming(url):
+        file_system(url).pipe_file(url, content)
 
 
 def publish(new: Path, url: str) -> None:
     """Uploads a local directory, its marker included, to replace what is at a URL."""
     beside = _beside(url)
-    _remove(file_system(url), beside, listed(beside))
+    _remove(beside, listed(beside))
     names = [os.path.relpath(file, new) for file in new.rglob("*") if file.is_file()]
     upload(new, beside, _marker_last(names))
     recover(url)
@@ -41,31 +53,36 @@ def recover(url: str) -> None:
     names = listed(beside)
     if WRITTEN not in names:
         return
-    names = [*json.loads(system.cat_file(f"{beside}/{WRITTEN}")), WRITTEN]
-    there = listed(url)
+    names, there = _marked(beside), listed(url)
     known_by = [name for name in there if PurePosixPath(name).name in KNOWN_BY]
-    _remove(system, url, known_by)
-    _remove(system, url, set(there) - set(known_by) - set(names))
-    for name in _marker_last(names):
-        system.cp_file(f"{beside}/{name}", f"{url}/{name}")
+    _remove(url, known_by)
+    _remove(url, set(there) - set(known_by) - names)
+    with naming(url):
+        for name in _marker_last(names):
+            system.cp_file(f"{beside}/{name}", f"{url}/{name}")
     # First the marker, without which the rest is nothing.
-    _remove(system, beside, [WRITTEN])
-    _remove(system, beside, listed(beside))
+    _remove(beside, [WRITTEN])
+    _remove(beside, listed(beside))
 
 
 def check_writable(url: str) -> None:
     """Raises OSError if nothing can be written where `publish` would begin."""
-    system, probe = file_system(url), f"{_beside(url)}/probe"
-    system.pipe_file(probe, b"")
-    system.rm_file(probe)
+    write_object(f"{_beside(url)}/probe", b"")
+    _remove(_beside(url), ["probe"])
 
 
 def written_by_us(url: str) -> set[str]:
     """The names that the marker lists; none if there is no marker."""
     try:
-        return {*json.loads(file_system(url).cat_file(f"{url}/{WRITTEN}")), WRITTEN}
+        return _marked(url)
     except (FileNotFoundError, ValueError, TypeError):
         return set()
+
+
+def _marked(url: str) -> set[str]:
+    """The names of a directory's files, by its marker, which is one of them."""
+    with naming(url):
+        return {*json.loads(file_system(url).cat_file(f"{url}/{WRITTEN}")), WRITTEN}
 
 
 def _beside(url: str) -> str:
@@ -79,8 +96,8 @@ def _marker_last(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (order.get(PurePosixPath(name).name, -99), name))
 
 
-def _remove(system: Any, url: str, names: Iterable[str]) -> None:
-    # A removal whose answer got lost is asked for again.
+def _remove(url: str, names: Iterable[str]) -> None:
+    # A removal whose answer got lost is asked for again, and finds nothing.
     if paths := [f"{url}/{name}" for name in names]:
-        with contextlib.suppress(FileNotFoundError):
-            system.rm(paths)
+        with contextlib.suppress(FileNotFoundError), naming(url):
+            file_system(url).rm(paths)

@@ -23,7 +23,9 @@ ARROWS: dict[str, set[str]] = {
     "validation": set(),
     "patterns": set(),
     "seeded_random": set(),
-    "storage": set(),
+    "threads": set(),
+    "remote_path": {"threads"},
+    "storage": {"remote_path"},
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
     "base": set(),
@@ -54,10 +56,10 @@ ARROWS: dict[str, set[str]] = {
     # Files.
     "atomic_files": set(),
     "adapter_files": {
-        *("adapter", "atomic_files", "methods", "sharding", "targets", "validation"),
+        *("adapter", "atomic_files", "methods", "sharding", "storage", "targets", "validation"),
     },
-    "data": {"validation"},
-    "settings": {"methods"},
+    "data": {"storage", "validation"},
+    "settings": {"methods", "storage"},
     "hf": {
         *(
             "adapter",
@@ -70,6 +72,8 @@ ARROWS: dict[str, set[str]] = {
             "models",
             "patterns",
             "sharding",
+            "storage",
+            "threads",
             "validation",
         ),
     },
@@ -86,7 +90,7 @@ ARROWS: dict[str, set[str]] = {
             "atomic_files",
             "hf",
         ),
-        *("inject", "mesh", "methods", "settings", "sharding"),
+        *("inject", "mesh", "methods", "settings", "sharding", "storage"),
     },
     "evaluation": {
         *("data", "atomic_files", "generation", "hf", "inject", "mesh", "models", "settings"),

@@ -29,7 +29,7 @@ from genlora_jax.training.checkpoint_reading import (
     load_arrays,
     read_metadata,
 )
-from genlora_jax.training.checkpoint_storage import open_checkpointer
+from genlora_jax.training.checkpoint_storage import naming_bucket, open_checkpointer
 from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
@@ -157,7 +157,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reporting_full_disk(self) -> Iterator[None]:
         try:
-            yield
+            with naming_bucket(self._checkpointer.directory):
+                yield
         except Exception as error:
             if full := disk_full(error):
                 raise OSError(

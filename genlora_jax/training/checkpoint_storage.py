@@ -1,5 +1,6 @@
 """Orbax's checkpoints in buckets, too: it knows `gs://` itself, and is taught `s3://` here."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from urllib.parse import urlsplit
 
 from orbax.checkpoint import v1 as ocp
 
+from genlora_jax.remote_path import naming
 from genlora_jax.storage import is_remote
 
 
@@ -24,7 +26,12 @@ def open_checkpointer(directory: Any, **options: Any) -> Any:
     _teach_s3()
     context = ocp.Context()
     context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-    return ocp.training.Checkpointer(directory, context=context, **options)
+    return ocp.training.Checkpointer(str(directory), context=context, **options)
+
+
+def naming_bucket(directory: Any) -> contextlib.AbstractContextManager[None]:
+    """Has what a bucket's library raises name the bucket and say what to do."""
+    return naming(str(directory)) if is_remote(directory) else contextlib.nullcontext()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from genlora_jax.storage import file_system
+from genlora_jax.remote_path import file_system, naming
 
 CLAIM = ".genlora-run.json"
 BEAT, PATIENCE = 10.0, 45.0  # seconds between changes, and without one until a run counts as dead
@@ -28,24 +28,23 @@ def held(output: str) -> Iterator[Callable[[], None]]:
     Raises:
         BlockingIOError: If another run holds it.
     """
-    system, path, owner = file_system(output), f"{output}/{CLAIM}", uuid.uuid4().hex
-    while not _created(system, path, _claim(owner, 0)):
-        if (other := _read(system, path)) is not None:
-            _await_death(system, path, other, output)
-            with contextlib.suppress(FileNotFoundError):
-                system.rm_file(path)
+    path, owner = f"{output}/{CLAIM}", uuid.uuid4().hex
+    while not _created(path, owner):
+        if (other := _read(path)) is not None:
+            _await_death(path, other, output)
+            _remove(path)
 
     def check() -> None:
-        if (_read(system, path) or {}).get("owner") != owner:
+        if (_read(path) or {}).get("owner") != owner:
             raise OSError(f"{output}: another run has taken it over: this one ends")
 
     def beat() -> None:
         count = 0
         while not ended.wait(BEAT):
-            with contextlib.suppress(Exception):  # the next beat may get through
+            with contextlib.suppress(OSError):  # the next beat may get through
                 check()
                 count += 1
-                system.pipe_file(path, _claim(owner, count))
+                _write(path, owner, count)
 
     ended = threading.Event()
     thread = threading.Thread(target=beat, daemon=True)
@@ -57,12 +56,19 @@ def held(output: str) -> Iterator[Callable[[], None]]:
         thread.join()
         with contextlib.suppress(OSError):
             check()
-            system.rm_file(path)
+            _remove(path)
 
 
-def _claim(owner: str, beat: int) -> bytes:
+def _write(path: str, owner: str, beat: int, **options: Any) -> None:
     claim = {"owner": owner, "host": platform.node(), "pid": os.getpid(), "beat": beat}
-    return json.dumps(claim | {"process": _process(os.getpid())}).encode()
+    content = json.dumps(claim | {"process": _process(os.getpid())}).encode()
+    with naming(path), contextlib.suppress(FileExistsError):
+        file_system(path).pipe_file(path, content, **options)
+
+
+def _remove(path: str) -> None:
+    with naming(path), contextlib.suppress(FileNotFoundError):
+        file_system(path).rm_file(path)
 
 
 def _process(pid: int) -> str | None:
@@ -75,23 +81,22 @@ def _process(pid: int) -> str | None:
         return None
 
 
-def _created(system: Any, path: str, claim: bytes) -> bool:
+def _created(path: str, owner: str) -> bool:
     """Creates the claim unless there is one; whether it is there now and ours."""
-    with contextlib.suppress(FileExistsError):
-        system.pipe_file(path, claim, mode="create")
+    _write(path, owner, 0, mode="create")
     # Read: the answer to the first attempt may have got lost, and a store may ignore the condition.
-    return (_read(system, path) or {}).get("owner") == json.loads(claim)["owner"]
+    return (_read(path) or {}).get("owner") == owner
 
 
-def _read(system: Any, path: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(system.cat_file(path))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def _read(path: str) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        with naming(path):
+            found = json.loads(file_system(path).cat_file(path))
+        return found if isinstance(found, dict) else None
+    return None
 
 
-def _await_death(system: Any, path: str, other: dict[str, Any], output: str) -> None:
+def _await_death(path: str, other: dict[str, Any], output: str) -> None:
     """Returns when the run that made a claim is dead; BlockingIOError if it lives."""
     here = (_process(os.getpid()) or "").split()[:2]
     if here and str(other.get("process")).split()[:2] == here:  # its processes can be seen
@@ -106,7 +111,7 @@ def _await_death(system: Any, path: str, other: dict[str, Any], output: str) -> 
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         time.sleep(1)
-        if (now := _read(system, path)) is None:
+        if (now := _read(path)) is None:
             return
         if now != other:
             raise BlockingIOError

@@ -1,11 +1,10 @@
 """The adapter to take of a run, finished or not."""
 
-from pathlib import Path
-
 from genlora_jax.adapter_files import SETTINGS as OURS
 from genlora_jax.adapter_files import write_adapter
 from genlora_jax.atomic_files import recover
 from genlora_jax.hf.peft_import import is_peft
+from genlora_jax.storage import is_remote, storage_path
 
 # In the order in which they are taken; `best` is that of a sweep.
 NAMES = {
@@ -28,12 +27,15 @@ def find_adapter(path: str) -> str:
         FileNotFoundError: If it is a run that has no adapter yet.
         OSError: If the adapter of a checkpoint cannot be written beside it.
     """
-    run, checkpoints = Path(path), Path(path) / "checkpoints"
-    recover(run)
+    run = storage_path(path)
+    checkpoints = run / "checkpoints"
+    if not is_remote(run):  # where only writers may
+        recover(run)
     if not run.is_dir() or (run / OURS).exists() or is_peft(run):
         return path
     for name, reason in NAMES.items():
-        recover(run / name)
+        if not is_remote(run):
+            recover(run / name)
         if (run / name / OURS).is_file():
             print(f"adapter: {run / name}, {reason}")
             return str(run / name)

@@ -14,7 +14,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from genlora_jax.atomic_files import disk_full, write_whole
-from genlora_jax.storage import is_remote, upload
+from genlora_jax.storage import is_remote
 
 FILE = "metrics.jsonl"
 FLUSH_SECONDS = 60  # between which TensorBoard sees nothing new
@@ -101,10 +101,13 @@ class MetricsLog:
             self._upload()
 
     def _upload(self) -> None:
+        # Imported here, as most runs write to this machine.
+        from genlora_jax.bucket_directories import upload
+
         assert self._scratch is not None
         local = Path(self._scratch.name)
         files = [local / FILE, *(local / "tensorboard").iterdir()]
-        upload(local, self._directory, [str(file.relative_to(local)) for file in files])
+        upload(local, str(self._directory), [str(file.relative_to(local)) for file in files])
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records values, in `metrics.jsonl` when it returns; OSError if the disk is full."""

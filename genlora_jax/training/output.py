@@ -18,7 +18,7 @@ from genlora_jax.atomic_files import (
     write_whole,
 )
 from genlora_jax.settings import dump, parse
-from genlora_jax.storage import is_remote, listed, reaching, storage_path
+from genlora_jax.storage import is_remote, listed, storage_path
 from genlora_jax.training.claims import CLAIM, held
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
@@ -42,7 +42,6 @@ def claimed(recipe: Recipe) -> Iterator[Callable[[], object]]:
     output = storage_path(recipe.train.output)
     with contextlib.ExitStack() as stack:
         check: Callable[[], object] = dict  # a lock is held while the process lives
-        stack.enter_context(reaching(output))
         try:
             if is_remote(output):
                 check = stack.enter_context(held(str(output)))

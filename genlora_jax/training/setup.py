@@ -19,9 +19,11 @@ from genlora_jax.hf.peft_import import import_peft, is_peft
 from genlora_jax.mesh import batch_shards, make_mesh
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.objectives import Objective, find_objective
+from genlora_jax.training.processes import text_of_primary
 from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
@@ -69,7 +71,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     objective = find_objective(recipe.train.objective)
     found = find_base(recipe.model)
 
-    origin = {"model.path": checkpoint_digest(found[0])}
+    origin = {"model.path": _base_digest(found[0])}
 
     def load(field: str, sources: Any) -> list[Example]:
         examples, report = objective.load(sources, found[1], recipe.data)
@@ -95,6 +97,13 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     bound = max(known) if len(known) == len(most) else None
     options = replace(recipe.step_options, max_segments=bound)
     return Run(mesh, base, objective, examples, held_out, steps, options, origin)
+
+
+def _base_digest(directory: Path) -> str:
+    """`checkpoint_digest`; of a bucket one process alone asks for the thousand pieces it takes."""
+    if not is_remote(directory):
+        return checkpoint_digest(directory)
+    return text_of_primary(lambda: checkpoint_digest(directory))
 
 
 def recipe_mesh(recipe: Recipe) -> Mesh:
@@ -127,7 +136,7 @@ def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
         return None
     if jax.process_count() == 1:  # several would write the adapter of a checkpoint at once
         source = find_adapter(source)
-    elif (Path(source) / "checkpoints").is_dir():
+    elif (storage_path(source) / "checkpoints").is_dir():
         raise ValueError(
             f"train.init_from: {source} is a run: several processes need its adapter's directory"
         )
