@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+import fsspec
 from etils.epath import gpath
 
 from genlora_jax.threads import in_threads
@@ -31,6 +32,9 @@ ENDPOINT = {"gs": "STORAGE_EMULATOR_HOST", "s3": "AWS_ENDPOINT_URL"}
 # Parts of the names of classes of errors that the file systems' libraries have.
 NO_CREDENTIALS = ("Credential", "TokenRetrieval", "SSO", "ProfileNotFound", "GoogleAuth", "Refresh")
 NO_ANSWER = ("Connect", "Timeout", "HTTPClientError", "ClientError", "ProxyError")
+# What other processes write is seen: a listing is never older than the question.
+for _protocol in ("gs", "gcs", "s3"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
 
 class RemoteError(OSError):
@@ -199,8 +203,6 @@ def file_system(url: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: If its package is not installed.
     """
-    import fsspec
-
     protocol = os.fspath(url).partition("://")[0]
     package, extra = PACKAGES[protocol]
     # It would print errors that are raised as well; whoever set logging up sees them still.
@@ -239,7 +241,7 @@ def _named(url: str, error: Exception) -> OSError:
         return PermissionError(f"{url}: no valid credentials: {CREDENTIALS[protocol]} ({said})")
     if isinstance(error, PermissionError) or "Forbidden" in said:
         return PermissionError(
-            f"{url}: the store refuses: let this account read there, or take another: "
+            f"{url}: the store refuses: let this account read, or write, there, or take another: "
             f"{CREDENTIALS[protocol]} ({said})"
         )
     if any(part in name for part in NO_ANSWER for name in names):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 REMOTE = ("gs://", "s3://")
+WRITTEN = ".genlora.json"  # lists the files of a directory that `atomic_files` made
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -17,13 +18,8 @@ def storage_path(path: str | os.PathLike[str]) -> Any:
     """A path with the methods of `pathlib.Path`, wherever it leads."""
     if not is_remote(path):
         return Path(path)
-    import fsspec  # only where something is read or written
+    from genlora_jax.remote_path import RemotePath  # only where something is read or written
 
-    from genlora_jax.remote_path import RemotePath
-
-    # What other processes write is seen: a listing is never older than the question.
-    for protocol in ("gs", "gcs", "s3"):
-        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     return RemotePath(path)
 
 
@@ -33,3 +29,13 @@ def copy_file(source: Any, target: Any) -> None:
         target.write_bytes(source.read_bytes())
     else:
         shutil.copyfile(source, target)
+
+
+def listed(url: str | os.PathLike[str]) -> list[str]:
+    """The names of all objects below a URL, from there on, in order."""
+    from genlora_jax.remote_path import file_system, naming
+
+    with naming(url):
+        found = file_system(url).find(os.fspath(url))
+    prefix = os.fspath(url).partition("://")[2].rstrip("/") + "/"
+    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
