@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 
-import fsspec
+import fsspec.registry
 import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from flax.traverse_util import flatten_dict
+from gcsfs.retry import HttpError
 from servers import Faults, faulty_proxy, gcs_server, s3_server
 from tiny_base import REPOSITORY, write_base
 
@@ -30,6 +31,7 @@ from genlora_jax.hf.checkpoint import locate
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.peft_import import import_peft
 from genlora_jax.mesh import one_device
+from genlora_jax.remote_path import naming
 from genlora_jax.storage import storage_path
 from genlora_jax.training.find_adapter import find_adapter
 from genlora_jax.training.provenance import checkpoint_digest, digest
@@ -66,7 +68,7 @@ def here(tmp_path_factory):
     gl.export_hf(here / "base", params, base=whole, max_shard_bytes=200_000)
     (here / "base" / "additional_chat_templates").mkdir()
     (here / "base" / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
-    cfg = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=4, kernels=2, targets=["q_proj"])
+    cfg = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=4, kernels=2, targets=["q_proj", "up_proj"])
     adapter = gl.init_adapter(cfg, jax.random.key(0), params)
     trainable = jax.tree.map(lambda x: x + 0.1, adapter.trainable)
     adapter = dataclasses.replace(adapter, trainable=trainable)
@@ -308,10 +310,35 @@ def test_a_store_that_refuses_is_named(use, there, proxy):
         uses(there)[use]()
 
 
+def test_missing_credentials_are_named(there, monkeypatch, tmp_path):
+    if str(there).startswith("gs"):  # whose emulator asks for none
+        with one_message(PermissionError, there, "GOOGLE_APPLICATION_CREDENTIALS"), naming(there):
+            raise HttpError({"code": 401, "message": "Anonymous caller does not have access"})
+        return
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for use in uses(there).values():
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with one_message(PermissionError, there, "AWS_ACCESS_KEY_ID", "aws configure"):
+            use()
+
+
+def test_a_store_that_does_not_answer_is_named(there, served, monkeypatch):
+    store, _ = served
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    store.reach(monkeypatch, closed)
+    monkeypatch.setattr("gcsfs.retry.random.random", lambda: -40)  # no pause of half a minute
+    with one_message(OSError, there, "check the network", "if that is set"):
+        list(read_rows(f"{there}/rows.jsonl"))
+
+
 def test_a_missing_package_is_named(there, monkeypatch):
     name, extra = ("gcsfs", "gcs") if str(there).startswith("gs") else ("s3fs", "s3")
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    known = fsspec.registry._registry
+    for protocol in ("gs", "gcs", "s3"):  # else those that were imported before are found
+        monkeypatch.delitem(known, protocol, raising=False)
     with one_message(ValueError, there, f'pip install "genlora_jax[{extra}]"'):
         list(read_rows(f"{there}/rows.jsonl"))
 
@@ -330,7 +357,7 @@ def test_damage_in_a_bucket_is_told_as_here(here, there, served, tmp_path):
         assert str(remote.value) == str(local.value).replace(str(tmp_path), str(there))
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_noticed(here, there, monkeypatch):
+def test_a_file_that_is_replaced_while_it_is_read_is_noticed(here, there):
     file = there / "replaced" / "rows.jsonl"
     content = (here / "rows.jsonl").read_bytes()
     file.write_bytes(content)
