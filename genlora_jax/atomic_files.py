@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import glob
-import importlib
 import json
 import os
 import shutil
@@ -48,8 +47,10 @@ def refuse_existing(
 
 
 def _in_bucket() -> Any:
-    """What does the same in a bucket; imported where it is used, as most paths are local."""
-    return importlib.import_module("genlora_jax.bucket_directories")
+    """What does the same in a bucket."""
+    from genlora_jax import bucket_directories  # only where it is used, as most paths are local
+
+    return bucket_directories
 
 
 def refuse_inside(path: Any, inputs: tuple[str | None, ...]) -> None:
