@@ -151,10 +151,10 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 def _uploaded_directory(url: str, overwrite: bool) -> Iterator[Path]:
     """A temporary directory of this machine, uploaded to a bucket when the block ends well."""
     refuse_existing(url, overwrite=overwrite)
-    with tempfile.TemporaryDirectory(prefix="genlora-") as scratch:
+    with scratch_directory() as scratch:
         try:
-            yield Path(scratch)
-            _list_files(Path(scratch))
+            yield scratch
+            _list_files(scratch)
         except Exception as error:
             if full := disk_full(error):
                 raise OSError(
@@ -162,7 +162,23 @@ def _uploaded_directory(url: str, overwrite: bool) -> Iterator[Path]:
                     "there and then uploaded; make room, or set TMPDIR"
                 ) from error
             raise
-        _in_bucket().publish(Path(scratch), url)
+        _in_bucket().publish(scratch, url)
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A temporary directory for what goes to a bucket; those that killed processes left go."""
+    prefix = "genlora-upload-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), locked(left) as sure:
+            if sure:
+                shutil.rmtree(left)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        with locked(scratch):
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _list_files(directory: Path) -> None:
