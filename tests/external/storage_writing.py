@@ -2,10 +2,11 @@
 
 import contextlib
 import json
-import sys
+import os
 import threading
 import time
 
+import fsspec
 import pytest
 from servers import BUCKET, Faults, faulty_proxy, gcs_server, s3_server
 
@@ -59,7 +60,7 @@ def test_a_directory_is_old_or_absent_or_new_wherever_its_writer_dies(store, pro
     url, parent = f"{store.url}/kills/out", f"{store.url}/kills"
     old, new = ("old", ["sub/model.bin", "sub/of-old"]), ("new", ["sub/model.bin", "sub/of-new"])
     seen = []
-    for requests in range(200):
+    for requests in range(0, 200, 1 if "KILLS" in os.environ else 6):
         write(url, "old", "of-old")
         assert content(url) == old
         assert listed(parent) == [f"out/{name}" for name in listed(url)], "something lies about"
@@ -156,13 +157,17 @@ def claim(url):
         pass
 
 
+def missing(protocol):
+    raise ImportError("as fsspec does where the package is not installed")
+
+
 def one_line(error):
     assert "\n" not in str(error.value), error.value
     return str(error.value)
 
 
 def test_a_bucket_that_cannot_be_written_is_one_clear_line(store, proxy, monkeypatch, tmp_path):
-    url, protocol = f"{store.url}/out", store.url[:2]
+    url = f"{store.url}/out"
     for check in (
         lambda place: refuse_existing(place, overwrite=False),
         lambda p: held(p).__enter__(),
@@ -176,16 +181,17 @@ def test_a_bucket_that_cannot_be_written_is_one_clear_line(store, proxy, monkeyp
             check(url.replace(BUCKET, "nowhere"))
         one_line(error)
     with monkeypatch.context() as changed:
-        changed.setitem(sys.modules, {"s3": "s3fs", "gs": "gcsfs"}[protocol], None)
-        store.reach(changed)
+        changed.setattr(fsspec, "filesystem", missing)
         with pytest.raises(ValueError, match=r"pip install .genlora_jax\[(s3|gcs)\]") as error:
             check(url)
         one_line(error)
+    if url.startswith("gs"):  # which would go to Google for them
+        return
     with monkeypatch.context() as changed:
         changed.setenv("HOME", str(tmp_path))
         store.reach(changed)
         for name in store.environment():
-            if "KEY" in name or name == "STORAGE_EMULATOR_HOST":
+            if "KEY" in name:
                 changed.delenv(name)
         with pytest.raises(OSError, match="credentials") as error:
             check(url)
