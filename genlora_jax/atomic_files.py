@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import glob
-import importlib
 import json
 import os
 import shutil
@@ -48,8 +47,10 @@ def refuse_existing(
 
 
 def _in_bucket() -> Any:
-    """What does the same in a bucket; imported where it is used, as most paths are local."""
-    return importlib.import_module("genlora_jax.bucket_directories")
+    """What does the same in a bucket."""
+    from genlora_jax import bucket_directories  # only where it is used, as most paths are local
+
+    return bucket_directories
 
 
 def refuse_inside(path: Any, inputs: tuple[str | None, ...]) -> None:
@@ -150,10 +151,10 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 def _uploaded_directory(url: str, overwrite: bool) -> Iterator[Path]:
     """A temporary directory of this machine, uploaded to a bucket when the block ends well."""
     refuse_existing(url, overwrite=overwrite)
-    with tempfile.TemporaryDirectory(prefix="genlora-") as scratch:
+    with scratch_directory() as scratch:
         try:
-            yield Path(scratch)
-            _list_files(Path(scratch))
+            yield scratch
+            _list_files(scratch)
         except Exception as error:
             if full := disk_full(error):
                 raise OSError(
@@ -161,7 +162,23 @@ def _uploaded_directory(url: str, overwrite: bool) -> Iterator[Path]:
                     "there and then uploaded; make room, or set TMPDIR"
                 ) from error
             raise
-        _in_bucket().publish(Path(scratch), url)
+        _in_bucket().publish(scratch, url)
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A temporary directory for what goes to a bucket; those that killed processes left go."""
+    prefix = "genlora-upload-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), locked(left) as sure:
+            if sure:
+                shutil.rmtree(left)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        with locked(scratch):
+            yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _list_files(directory: Path) -> None:

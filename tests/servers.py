@@ -42,6 +42,7 @@ class ObjectStore:
                 "STORAGE_EMULATOR_HOST": endpoint,  # gcsfs, google-cloud-storage
                 "TENSORSTORE_GCS_HTTP_URL": endpoint,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",  # TensorStore
+                "NO_GCE_CHECK": "true",  # no search for the account of a machine of Google's
                 # Without a look at the kind of bucket, which asks Google itself.
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             }
@@ -122,6 +123,7 @@ class Faults:
         cut: Share whose connection ends halfway: half of them before the server hears of it, half
             after it did what was asked, amid its answer.
         refused: Methods that are answered 403, such as `{"PUT", "POST"}`.
+        passed: After so many requests all others are refused, as if their sender were killed.
     """
 
     slow: float = 0.0
@@ -129,6 +131,7 @@ class Faults:
     cut: float = 0.0
     delay: float = 0.3
     refused: set[str] = field(default_factory=set)
+    passed: int | None = None
 
 
 @dataclass
@@ -206,7 +209,9 @@ class _Forward(BaseHTTPRequestHandler):
         if self.draw() < faults.slow:
             self.count("slow")
             time.sleep(faults.delay)
-        if self.command in faults.refused:
+        if faults.passed is not None:
+            faults.passed -= 1
+        if self.command in faults.refused or (faults.passed or 0) < 0:
             self.count("refused")
             return self._answer(403, "Forbidden", {}, _error("AccessDenied", "Access Denied"))
         if self.draw() < faults.unavailable:

@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "threads": set(),
     "remote_path": {"threads"},
     "storage": {"remote_path"},
+    "bucket_directories": {"remote_path", "storage"},
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
     "base": set(),
@@ -54,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     # Models know no adapters.
     "models": {"mesh"},
     # Files.
-    "atomic_files": set(),
+    "atomic_files": {"bucket_directories", "storage"},
     "adapter_files": {
         *("adapter", "atomic_files", "methods", "sharding", "storage", "targets", "validation"),
     },
@@ -91,6 +92,7 @@ ARROWS: dict[str, set[str]] = {
             "hf",
         ),
         *("inject", "mesh", "methods", "settings", "sharding", "storage"),
+        *("bucket_directories", "remote_path"),
     },
     "evaluation": {
         *("data", "atomic_files", "generation", "hf", "inject", "mesh", "models", "settings"),

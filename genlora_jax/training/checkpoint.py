@@ -29,7 +29,11 @@ from genlora_jax.training.checkpoint_reading import (
     load_arrays,
     read_metadata,
 )
-from genlora_jax.training.checkpoint_storage import naming_bucket, open_checkpointer
+from genlora_jax.training.checkpoint_storage import (
+    naming_bucket,
+    open_checkpointer,
+    unreachable,
+)
 from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
@@ -73,11 +77,12 @@ class Checkpoints:
         kept = [policies.LatestN(keep), best]
         if keep_every is not None:
             kept.append(policies.EveryNSteps(keep_every))
-        self._checkpointer = open_checkpointer(
-            directory,
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
-        )
+        with naming_bucket(directory):
+            self._checkpointer = open_checkpointer(
+                directory,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            )
         self._base_config = base_config
         self._origin = dict(origin or {})
         self._before_save = before_save
@@ -186,6 +191,9 @@ class Checkpoints:
             except _MisfitError:
                 raise
             except Exception as error:  # whatever Orbax makes of a damaged file
+                if unreachable(self._checkpointer.directory, error):  # nothing is lost yet
+                    with naming_bucket(self._checkpointer.directory):
+                        raise
                 self._damaged.add(step)
                 print(
                     f"checkpoint {step} cannot be read ({type(error).__name__}: "

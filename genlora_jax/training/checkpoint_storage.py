@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,6 +10,11 @@ from orbax.checkpoint import v1 as ocp
 
 from genlora_jax.remote_path import naming
 from genlora_jax.storage import is_remote
+
+NO_ANSWER = (  # of TensorStore
+    *("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"),
+    *("UNAUTHENTICATED", "UNAVAILABLE"),
+)
 
 
 def open_checkpointer(directory: Any, **options: Any) -> Any:
@@ -29,9 +34,29 @@ def open_checkpointer(directory: Any, **options: Any) -> Any:
     return ocp.training.Checkpointer(str(directory), context=context, **options)
 
 
-def naming_bucket(directory: Any) -> contextlib.AbstractContextManager[None]:
-    """Has what a bucket's library raises name the bucket and say what to do."""
-    return naming(str(directory)) if is_remote(directory) else contextlib.nullcontext()
+@contextlib.contextmanager
+def naming_bucket(directory: Any) -> Iterator[None]:
+    """Has what a bucket's libraries raise name the bucket, and say what to do."""
+    if not is_remote(directory):
+        yield
+        return
+    with naming(str(directory)):
+        try:
+            yield
+        except ValueError as error:  # as TensorStore's errors are
+            if not unreachable(directory, error):
+                raise
+            refused = "PERMISSION_DENIED" in str(error) or "UNAUTHENTICATED" in str(error)
+            raise (PermissionError if refused else OSError)(str(error)) from error
+
+
+def unreachable(directory: Any, error: Exception) -> bool:
+    """Whether an error says that a bucket gave no answer; not that what it holds is damaged."""
+    if not is_remote(directory) or isinstance(error, FileNotFoundError):
+        return False
+    library = type(error).__module__.partition(".")[0]
+    said = any(status in str(error) for status in NO_ANSWER)
+    return said or isinstance(error, OSError) or library in ("aiohttp", "botocore", "google")
 
 
 @functools.cache

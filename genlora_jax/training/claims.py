@@ -83,8 +83,9 @@ def _process(pid: int) -> str | None:
 
 def _created(path: str, owner: str) -> bool:
     """Creates the claim unless there is one; whether it is there now and ours."""
-    _write(path, owner, 0, mode="create")
-    # Read: the answer to the first attempt may have got lost, and a store may ignore the condition.
+    if _read(path) is None:  # asked first, as a store may ignore the condition
+        _write(path, owner, 0, mode="create")
+    # Asked again, as the answer to a first attempt may have got lost.
     return (_read(path) or {}).get("owner") == owner
 
 

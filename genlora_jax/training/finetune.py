@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, save_adapter
 from genlora_jax.settings import run_command
 from genlora_jax.sharding import place_batch, state_shardings
-from genlora_jax.storage import storage_path
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.divergence import check_finite, refuse_not_finite
@@ -63,8 +64,9 @@ def finetune(recipe: Recipe) -> int | None:
     state = init_state(adapter, make_optimizer(recipe.optim, run.steps), settings.seed)
     state = jax.device_put(state, state_shardings(mesh, state))
 
-    if primary:  # last of all preparations, so that one that fails leaves no directory
-        storage_path(settings.output).mkdir(parents=True, exist_ok=True)
+    # Last of all preparations, so that one that fails leaves no directory.
+    if primary and not is_remote(settings.output):
+        Path(settings.output).mkdir(parents=True, exist_ok=True)
     with claim(recipe) as held:
         source = source or "the initial adapter"
         return run_in_output(recipe, run, state, source, print_line, held or dict)

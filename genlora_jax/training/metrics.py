@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -13,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from genlora_jax.atomic_files import disk_full, write_whole
+from genlora_jax.atomic_files import disk_full, scratch_directory, write_whole
 from genlora_jax.storage import is_remote
 
 FILE = "metrics.jsonl"
@@ -55,10 +53,10 @@ class MetricsLog:
             lines = ", ".join(map(str, damaged))
             print(f"{directory / FILE}: left out what is no record, in line {lines}")
         kept = [json.dumps(record) + "\n" for record in read_records(directory, start)]
-        self._directory, self._scratch = directory, None
+        self._bucket, self._stack = None, contextlib.ExitStack()
         if is_remote(directory):
-            self._scratch = tempfile.TemporaryDirectory(prefix="genlora-")
-            directory = Path(self._scratch.name)
+            self._bucket = str(directory)
+            directory = self._local = self._stack.enter_context(scratch_directory())
         path = directory / FILE
         if kept or path.exists():
             write_whole(path, "".join(kept))
@@ -89,25 +87,23 @@ class MetricsLog:
                 file.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
-        if self._scratch is not None:
-            # What another error follows from must not hide it.
-            with contextlib.suppress(*[Exception] * (exc[0] is not None)), self._scratch:
-                self._upload()
+        # Another error must not be hidden by one that follows from it.
+        with self._stack, contextlib.suppress(*[Exception] * (exc[0] is not None)):
+            self._upload()
 
     def flush(self) -> None:
         """Has all records be where the run's directory is, if that is a bucket."""
-        if self._primary and self._scratch is not None:
+        if self._primary and self._bucket is not None:
             self._board.flush()
             self._upload()
 
     def _upload(self) -> None:
-        # Imported here, as most runs write to this machine.
-        from genlora_jax.bucket_directories import upload
+        if self._bucket is not None:
+            # Imported here, as most runs write to this machine.
+            from genlora_jax.bucket_directories import upload
 
-        assert self._scratch is not None
-        local = Path(self._scratch.name)
-        files = [local / FILE, *(local / "tensorboard").iterdir()]
-        upload(local, str(self._directory), [str(file.relative_to(local)) for file in files])
+            files = [self._local / FILE, *(self._local / "tensorboard").iterdir()]
+            upload(self._local, self._bucket, [str(f.relative_to(self._local)) for f in files])
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records values, in `metrics.jsonl` when it returns; OSError if the disk is full."""
@@ -145,7 +141,7 @@ class MetricsLog:
 class _Board:
     """A file for TensorBoard, written here: `SummaryWriter`'s thread dies of a full disk unseen."""
 
-    def __init__(self, directory: Path, start: int):
+    def __init__(self, directory: Any, start: int):
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
         self._flushed = time.monotonic()
         # Hides what an earlier process wrote of later steps.
