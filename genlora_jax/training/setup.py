@@ -19,9 +19,11 @@ from genlora_jax.hf.peft_import import import_peft, is_peft
 from genlora_jax.mesh import batch_shards, make_mesh
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.objectives import Objective, find_objective
+from genlora_jax.training.processes import text_of_primary
 from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
@@ -74,7 +76,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     objective = find_objective(recipe.train.objective)
     source, tokenizer = find_base(recipe.model)
 
-    origin = {"model.path": checkpoint_digest(source)}
+    origin = {"model.path": _base_digest(source)}
 
     def load(field: str, sources: Any) -> list[Example]:
         examples, report = objective.load(sources, tokenizer, recipe.data)
@@ -108,6 +110,13 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     return Run(mesh, base, objective, examples, held_out, steps, options, origin)
 
 
+def _base_digest(directory: Path) -> str:
+    """`checkpoint_digest`; of a bucket one process alone asks for the thousand pieces it takes."""
+    if not is_remote(directory):
+        return checkpoint_digest(directory)
+    return text_of_primary(lambda: checkpoint_digest(directory))
+
+
 def recipe_mesh(recipe: Recipe) -> Mesh:
     """The mesh of a fine-tuning run.
 
@@ -138,7 +147,7 @@ def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
         return None
     if jax.process_count() == 1:  # several would write the adapter of a checkpoint at once
         source = find_adapter(source)
-    elif (Path(source) / "checkpoints").is_dir():
+    elif (storage_path(source) / "checkpoints").is_dir():
         raise ValueError(
             f"train.init_from: {source} is a run: several processes need its adapter's directory"
         )
