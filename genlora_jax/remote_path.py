@@ -95,12 +95,15 @@ class RemotePath(gpath.PosixGPath):
     def _blocks(self) -> Iterator[bytes]:
         """The content, in order: blocks are fetched while the one before them is used."""
         size, version = self.size_and_version()
+
+        def block(start: int) -> bytes:
+            content = self.read_range(start, min(PART, size - start))
+            self.refuse_changed(version)  # or rows of one version would follow those of another
+            return content
+
         yield self.read_range(0, min(FIRST, size))
-        if size <= FIRST:
-            return
-        starts = range(FIRST, size, PART)
-        yield from in_threads(lambda at: self.read_range(at, min(PART, size - at)), starts, AHEAD)
-        self.refuse_changed(version)
+        if size > FIRST:
+            yield from in_threads(block, range(FIRST, size, PART), AHEAD)
 
     def read_bytes(self) -> bytes:
         size, version = self.size_and_version()

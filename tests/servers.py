@@ -42,6 +42,7 @@ class ObjectStore:
                 "STORAGE_EMULATOR_HOST": endpoint,  # gcsfs, google-cloud-storage
                 "TENSORSTORE_GCS_HTTP_URL": endpoint,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",  # TensorStore
+                "NO_GCE_CHECK": "true",  # no search for the account of a machine of Google's
                 # Without a look at the kind of bucket, which asks Google itself.
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             }

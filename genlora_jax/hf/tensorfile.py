@@ -108,7 +108,7 @@ class TensorFile:
         return value
 
     def pieces(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Some bytes of the file: of each piece, in order, the first one's position and how many."""
+        """Bytes of the file, by the position of the first and their count, in order."""
         if is_remote(self.file):
             return _remote_pieces(self.file, places)
         found = []
@@ -137,20 +137,17 @@ def _local_header(file: Any) -> Iterator[tuple[Path, str]]:
 
 
 def _remote_pieces(file: Any, places: Sequence[tuple[int, int]]) -> list[bytes]:
-    ranges: list[tuple[int, int]] = []  # where each begins and ends
+    ranges: list[list[int]] = []  # where each begins and ends
+    owners = []
     for start, count in places:
-        if ranges and start + count - ranges[-1][0] <= NEAR:
-            ranges[-1] = (ranges[-1][0], start + count)
-        else:
-            ranges.append((start, start + count))
-    fetched = in_threads(lambda r: file.read_range(r[0], r[1] - r[0]), ranges, PIECES)
-    pieces, (first, end), content = [], (0, 0), b""
-    todo = zip(ranges, fetched, strict=True)
-    for start, count in places:
-        if start + count > end:
-            (first, end), content = next(todo)
-        pieces.append(content[start - first : start - first + count])
-    return pieces
+        if not ranges or start + count - ranges[-1][0] > NEAR:
+            ranges.append([start, start])
+        ranges[-1][1] = max(ranges[-1][1], start + count)
+        owners.append(len(ranges) - 1)
+    fetched = list(in_threads(lambda r: file.read_range(r[0], r[1] - r[0]), ranges, PIECES))
+    starts = [start - ranges[at][0] for at, (start, _) in zip(owners, places, strict=True)]
+    found = zip(owners, starts, places, strict=True)
+    return [fetched[at][start : start + count] for at, start, (_, count) in found]
 
 
 def window(directory: Path) -> int:
