@@ -18,6 +18,7 @@ from genlora_jax.atomic_files import (
     write_whole,
 )
 from genlora_jax.settings import dump, parse
+from genlora_jax.training.processes import LOGS
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 
@@ -53,12 +54,14 @@ def _check_output(recipe: Recipe, output: Path) -> None:
     refuse_inside(output, (recipe.model.path, settings.init_from))
     # A run that was killed before its first checkpoint can be resumed as well: it begins anew.
     holds_run = any((output / name).exists() for name in (RECIPE, "checkpoints"))
-    if settings.resume and not holds_run:
+    if settings.resume is True and not holds_run:
         raise FileNotFoundError(f"nothing to resume in {output}: it holds no run")
-    if not settings.resume and output.exists() and any(output.iterdir()):
+    resumes = settings.resume and holds_run
+    # Logs may be there before, of processes that could not begin the run.
+    if not resumes and output.exists() and {path.name for path in output.iterdir()} - {LOGS}:
         advice = ", or go on there with --train.resume true" if holds_run else ""
         raise FileExistsError(f"{output} is not empty: give another train.output{advice}")
-    if settings.resume:
+    if resumes:
         for name in ("adapter", "adapter-best"):
             refuse_existing(output / name, overwrite=True)
     if not output.exists():

@@ -2,8 +2,8 @@
 
     pip install libtpu && JAX_PLATFORMS=cpu python -m train.benchmarks.plan [NUMBER ...]
 
-A few minutes a program on two cores. With numbers, only those of the list are compiled again, and the
-others' results stay.
+A few minutes a program on two cores. With numbers, only those programs are compiled again, and the
+results of the others stay.
 """
 
 import dataclasses
