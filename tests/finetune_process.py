@@ -10,7 +10,8 @@ from tiny_base import REPOSITORY
 def start_finetune(recipe, *arguments, cache, script="train/finetune.py", **environment):
     """Starts the script on a recipe; what it compiles goes to a cache that runs can share.
 
-    `script` may be one that changes something and then does the same. Its output is buffered as users have it.
+    `script` may be one that changes something and then does the same. Its output is buffered as
+    users have it.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(

@@ -3,7 +3,6 @@
 import ctypes
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 
@@ -87,9 +86,10 @@ print("no end of line", end="", flush=True)
 
 
 def speak(tmp_path, last):
-    code = textwrap.dedent(SPEAKER).format(place=str(tmp_path / "logs" / "process-1.log"), last=last)
+    place = tmp_path / "logs" / "process-1.log"
+    code = SPEAKER.format(place=str(place), last=last)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    log = (tmp_path / "logs" / "process-1.log").read_text()
+    log = place.read_text()
     return done, [line[len("2026-01-01 00:00:00 ") :] for line in log.splitlines()]
 
 

@@ -163,7 +163,8 @@ def test_two_tasks_train_together_and_go_on_whatever_ends_them(cluster, tmp_path
     settings = ("--train.output", alone, "--train.steps", str(STEPS), "--data.batch_size", "4")
     recipe = REPOSITORY / "train" / "recipes" / "quickstart.yaml"
     process = start_finetune(recipe, *settings, cache=tmp_path, JAX_NUM_CPU_DEVICES="1")
-    assert process.communicate(timeout=240) and process.returncode == 0
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
     assert losses(output) == pytest.approx(losses(alone), rel=1e-3)
 
 
@@ -186,16 +187,3 @@ def test_a_job_with_a_mistake_does_not_come_back(cluster, tmp_path):
     time.sleep(3)
     assert state_of(job) == "FAILED"
     assert "no.jsonl" in text()
-
-
-def test_one_task_a_node_sees_all_gpus_of_it(cluster, tmp_path):
-    shown = tmp_path / "shown"
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\necho "$JAX_LOCAL_DEVICE_IDS" > {shown}\n')
-    python.chmod(0o755)
-    command = ["sbatch", "--wait", "--output=/dev/null", REPOSITORY / "train/launch/slurm.sh", "x"]
-    # What SLURM sets where there are GPUs.
-    environment = {**os.environ, "SLURM_GPUS_ON_NODE": "8"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    assert shown.read_text().strip() == "0,1,2,3,4,5,6,7"
