@@ -175,7 +175,7 @@ case "$*" in
   *" list "*) head -n 1 states; sed -i 1d states ;;
   *systemd-run*)
     echo run >> runs
-    [ "$(wc -l < runs)" = 2 ] && [ -z "${FAILS:-}" ] || { echo "the connection is lost" >&2; exit 255; } ;;
+    [ "$(wc -l < runs)" = 2 ] && [ -z "${FAILS:-}" ] || exit 255 ;; # the connection is lost
 esac
 """
 

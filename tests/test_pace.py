@@ -85,9 +85,9 @@ print("no end of line", end="", flush=True)
 """
 
 
-def speak(tmp_path, last):
+def speak(tmp_path, last, scheme=""):
     place = tmp_path / "logs" / "process-1.log"
-    code = SPEAKER.format(place=str(place), last=last)
+    code = SPEAKER.format(place=f"{scheme}{place}", last=last)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     log = place.read_text()
     return done, [line[len("2026-01-01 00:00:00 ") :] for line in log.splitlines()]
@@ -112,3 +112,10 @@ def test_a_log_has_the_last_words_of_a_process_that_crashes(tmp_path):
     done, lines = speak(tmp_path, last)
     assert done.returncode == -11
     assert "Fatal Python error: Segmentation fault" in lines
+
+
+def test_a_log_in_a_bucket_is_written_whole_at_the_end_and_taken_up_again(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for count in (4, 8):
+        _, lines = speak(tmp_path, "", scheme="file://")  # to fsspec a URL like any other
+        assert len(lines) == count

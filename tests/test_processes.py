@@ -155,7 +155,8 @@ def test_whole_deltas_in_parts_are_saved_whole_and_restored_elsewhere(launch, tm
 
 def test_a_killed_process_and_a_restart_elsewhere_change_nothing(launch, alone, tmp_path):
     output = tmp_path / "out"
-    started = launch(output, 2, 1, "--train.heartbeat", "10")
+    again = ("--train.resume", "auto")  # the same command for each start
+    started = launch(output, 2, 1, "--train.heartbeat", "10", *again)
     wait_for_step(output, 12, started)
     started[1].kill()
     _, err = started[0].communicate(timeout=120)  # ends on its own, and says why
@@ -163,15 +164,19 @@ def test_a_killed_process_and_a_restart_elsewhere_change_nothing(launch, alone, 
     assert "heartbeat" in err or "Connection closed by peer" in err, err[-2000:]
     started[1].communicate()
     # The same processes again, ended by SIGTERM to the one that does not write.
-    started = launch(output, 2, 1, "--train.resume", "true")
+    started = launch(output, 2, 1, *again)
     wait_for_step(output, 20, started)
     started[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=240) for process in started]
     assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2, outputs
     assert "stopped at step" in outputs[0][0] + outputs[0][1]
     # Another number of devices, and another mesh.
-    finish(launch(output, 1, 4, "--train.resume", "true", "--mesh.tensor", "2"))
+    finish(launch(output, 1, 4, *again, "--mesh.tensor", "2"))
     assert_same(losses(output), alone)
+    # What the first said is still there, with its own words for the end of the other.
+    log = (output / "logs" / "process-0.log").read_text()
+    assert log.count("process 0 of 2, ") == 2
+    assert "heartbeat" in log or "Connection closed by peer" in log
 
 
 HINDERED = """

@@ -61,25 +61,25 @@ class _File:
     """The log: a local file, or one in a bucket, which is written whole now and then."""
 
     def __init__(self, place: str):
-        self._remote, self._written, self._failed = None, time.monotonic(), False
-        self._kept = b""
-        if "://" not in place:
+        self._remote = place if "://" in place else None
+        self._written, self._failed = time.monotonic(), False
+        if self._remote is None:
             self._file: BinaryIO = open(place, "ab", buffering=0)  # noqa: SIM115
             return
         import tempfile
 
-        from etils import epath
+        import fsspec
 
-        self._remote = epath.Path(place)
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        with contextlib.suppress(Exception):  # there is none yet
-            self._file.write(self._remote.read_bytes())
+        self._open = fsspec.open
+        with contextlib.suppress(FileNotFoundError), self._open(place, "rb") as before:
+            self._file.write(before.read())
 
     def add(self, lines: list[bytes]) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ").encode()
         for line in lines:
             self._file.write(stamp + line + b"\n")
-        if self._remote is not None and time.monotonic() - self._written > REMOTE_SECONDS:
+        if time.monotonic() - self._written > REMOTE_SECONDS:
             self.upload()
 
     def upload(self) -> None:
@@ -89,7 +89,8 @@ class _File:
         self._written = time.monotonic()
         self._file.seek(0)
         try:
-            self._remote.write_bytes(self._file.read())
+            with self._open(self._remote, "wb") as stream:
+                stream.write(self._file.read())
         except Exception as error:
             if not self._failed:
                 print(f"note: {self._remote} is not written: {error}", file=sys.stderr)

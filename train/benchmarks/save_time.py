@@ -2,11 +2,11 @@
 
     JAX_PLATFORMS=cpu python -m train.benchmarks.save_time [DIRECTORY]
 
-The state of each adapter, as the recipes shape it, is filled with numbers and saved as training does:
-checked, with checksums, and waited for. DIRECTORY, a temporary one by default, is where: a disk or a
-bucket.
+The state of each adapter, as the recipes shape it, is filled with numbers and saved as training
+does: checked, with checksums, and waited for. It goes below DIRECTORY.
 """
 
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -66,14 +66,17 @@ def main() -> None:
         state = filled_state(name, changed)
         size = sum(leaf.nbytes for leaf in named_leaves(state).values())
         seconds = []
-        with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as directory:
-            with Checkpoints(Path(directory) / "checkpoints") as checkpoints:
-                for step in range(1, TIMES + 1):
-                    saved = state.replace(step=jax.numpy.asarray(step, state.step.dtype))
-                    began = time.perf_counter()
-                    checkpoints.save(saved, Place())  # type: ignore[arg-type]
-                    checkpoints.wait()
-                    seconds.append(time.perf_counter() - began)
+        below = sys.argv[1] if sys.argv[1:] else None
+        with (
+            tempfile.TemporaryDirectory(dir=below) as directory,
+            Checkpoints(Path(directory) / "checkpoints") as checkpoints,
+        ):
+            for step in range(1, TIMES + 1):
+                saved = dataclasses.replace(state, step=jax.numpy.asarray(step, state.step.dtype))
+                began = time.perf_counter()
+                checkpoints.save(saved, Place())  # type: ignore[arg-type]
+                checkpoints.wait()
+                seconds.append(time.perf_counter() - began)
         results.append(
             {
                 "recipe": name,

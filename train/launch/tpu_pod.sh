@@ -27,7 +27,7 @@ set_up() {
     on_all 'mkdir -p genlora_jax && tar xzf genlora_jax.tar.gz -C genlora_jax && cd genlora_jax &&
       pip install --quiet --user uv && export PATH=~/.local/bin:$PATH &&
       { [ -d .venv ] || uv venv --quiet --python 3.12; } &&
-      uv pip install --quiet --editable ".[train,tpu]"'
+      uv pip install --quiet --editable ".[train,tpu,gcs]"'
 }
 
 # A service of its own: a lost connection does not end it, and when the host is shut down it gets
