@@ -17,7 +17,8 @@ from genlora_jax.data.config import DataConfig
 from genlora_jax.data.order import rows_at
 from genlora_jax.data.packing import filled, max_in_row, pack
 from genlora_jax.data.sources import MemorySource, Part
-from genlora_jax.training.feed import Feed, WaitWatch
+from genlora_jax.training.feed import Feed
+from genlora_jax.training.recorder import WaitWatch
 
 SLOTS = 8
 

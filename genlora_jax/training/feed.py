@@ -11,7 +11,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AHEAD = 2  # batches
-WATCHED, MOST_WAIT = 50, 0.05  # steps, and the share of their time above which a wait is reported
 
 
 class Feed:
@@ -74,34 +73,3 @@ class Feed:
     def _make(self) -> tuple[Any, Any]:
         batch = self._place(next(self._batches))
         return batch, self._batches.get_state()
-
-
-class WaitWatch:
-    """Notices, once, that the device waits for its batches."""
-
-    def __init__(self) -> None:
-        self._steps, self._seconds, self._waited = -1, 0.0, 0.0  # the first step is not counted
-        self._told = False
-
-    def add(self, seconds: float, waited: float) -> str | None:
-        """Counts a step; returns a line for people when the last 50 waited too long.
-
-        Args:
-            seconds: How long the step took.
-            waited: How much of it the device waited.
-        """
-        self._steps += 1
-        if self._steps == 0 or self._told:
-            return None
-        self._seconds, self._waited = self._seconds + seconds, self._waited + waited
-        if self._steps % WATCHED:
-            return None
-        share = self._waited / self._seconds
-        self._seconds = self._waited = 0.0
-        self._told = share > MOST_WAIT
-        if not self._told:
-            return None
-        return (
-            f"input_wait: the device waited for data {share:.0%} of the last {WATCHED} steps. "
-            "Data that genlora tokenize has written are read faster, and more cores help"
-        )
