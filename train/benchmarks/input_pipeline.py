@@ -2,7 +2,7 @@
 
     python -m train.benchmarks.input_pipeline [--rows 10000000] [--counted 300000]
 
-No device is used. Lengths are log-normal about 130 tokens. Pods are simulated process after process:
+No device is used. Lengths are log-normal about 130 tokens. Pods are simulated process by process:
 each makes its rows of the batches, which are counted.
 """
 
