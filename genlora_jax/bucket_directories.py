@@ -19,6 +19,7 @@ from genlora_jax.remote_path import file_system, naming
 from genlora_jax.storage import WRITTEN, listed
 
 # Without these no reader takes a directory for a model or an adapter.
+REPLACED = ".genlora-replaced.json"  # beside: what was at the place, and goes
 KNOWN_BY = (WRITTEN, "config.json", "adapter_config.json", "adapter.json", "results.json")
 
 
@@ -39,6 +40,7 @@ def publish(new: Path, url: str) -> None:
     """Uploads a local directory, its marker included, to replace what is at a URL."""
     beside = _beside(url)
     _remove(beside, listed(beside))
+    write_object(f"{beside}/{REPLACED}", json.dumps(listed(url)).encode())
     names = [os.path.relpath(file, new) for file in new.rglob("*") if file.is_file()]
     upload(new, beside, _marker_last(names))
     recover(url)
@@ -50,13 +52,15 @@ def recover(url: str) -> None:
     For writers alone: while one copies, nobody else may.
     """
     beside, system = _beside(url), file_system(url)
-    names = listed(beside)
+    names = {*listed(beside)} - {REPLACED}
     if WRITTEN not in names:
         return
-    names, there = _marked(beside), listed(url)
+    with naming(url):
+        old = {*json.loads(system.cat_file(f"{beside}/{REPLACED}"))}
+    there = [name for name in listed(url) if name in old | names]  # others are somebody else's
     known_by = [name for name in there if PurePosixPath(name).name in KNOWN_BY]
     _remove(url, known_by)
-    _remove(url, set(there) - set(known_by) - names)
+    _remove(url, {*there} - {*known_by} - names)
     with naming(url):
         for name in _marker_last(names):
             system.cp_file(f"{beside}/{name}", f"{url}/{name}")
@@ -74,15 +78,10 @@ def check_writable(url: str) -> None:
 def written_by_us(url: str) -> set[str]:
     """The names that the marker lists; none if there is no marker."""
     try:
-        return _marked(url)
+        with naming(url):
+            return {*json.loads(file_system(url).cat_file(f"{url}/{WRITTEN}")), WRITTEN}
     except (FileNotFoundError, ValueError, TypeError):
         return set()
-
-
-def _marked(url: str) -> set[str]:
-    """The names of a directory's files, by its marker, which is one of them."""
-    with naming(url):
-        return {*json.loads(file_system(url).cat_file(f"{url}/{WRITTEN}")), WRITTEN}
 
 
 def _beside(url: str) -> str:

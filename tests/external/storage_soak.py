@@ -14,6 +14,7 @@ from finetune_process import start_finetune
 from servers import Faults, faulty_proxy, gcs_server, s3_server
 from soak import RESUME, files, rng, workshop
 
+from genlora_jax.cli import main
 from genlora_jax.storage import listed, storage_path
 from genlora_jax.training.checkpoint_reading import SUMS, read_metadata
 from genlora_jax.training.checkpoint_storage import open_checkpointer
@@ -72,6 +73,17 @@ def compare(here, url):
     assert not [name for name in listed(url) if name.startswith(".")]
 
 
+def compare_exports(here, url):
+    """What is made of a run in a bucket, and written to one, is what this machine makes of it."""
+    exports = {"merge": ["--base", str(here / "base")], "export-peft": []}
+    for place, run in ((str(here / "exports"), str(here / "alone")), (f"{url}-exports", url)):
+        for command, arguments in exports.items():
+            paths = ["--adapter", run, "--out", f"{place}/{command}"]
+            main([command, *arguments, *paths, "--overwrite"])
+    ours = download(f"{url}-exports", here / "downloaded")
+    assert files(ours) == files(here / "exports")
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     directory = tmp_path_factory.mktemp("storage")
@@ -123,3 +135,4 @@ def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
                 flush=True,
             )
         compare(here, url)
+        compare_exports(here, url)
