@@ -115,7 +115,8 @@ def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
         url, newest, arguments, kill = f"{store.url}/runs/1", 0, [], 0
         while True:
             life = launch(here, url, *arguments, **store.environment(proxy.endpoint))
-            if kill < kills and killed_at_request(life, proxy, rng.randint(1, min(500, 25 * STEPS))):
+            moment = rng.randint(1, min(500, 25 * STEPS))
+            if kill < kills and killed_at_request(life, proxy, moment):
                 kill += 1
             elif life.wait():
                 message = life.stderr.read()
