@@ -59,6 +59,7 @@ def save_adapter(
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
+        FloatingPointError: If a number is not finite.
         ValueError: If the config is not the adapter's.
     """
     cfg.check_is(adapter.config)
@@ -72,6 +73,9 @@ def write_adapter(
     """Writes an adapter with the settings that `spec_to_json` made; see `save_adapter`."""
     flat = flatten_dict({"trainable": adapter.trainable, "frozen": adapter.frozen}, sep="/")
     arrays = {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
+    for name, value in arrays.items():
+        if not np.isfinite(value).all():
+            raise FloatingPointError(f"{path} is not written: {name} holds a NaN or an infinity")
     with new_directory(path, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "genlora"})
         (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")

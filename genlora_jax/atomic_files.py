@@ -29,7 +29,7 @@ def refuse_existing(
 
     Raises:
         FileExistsError: If it exists and is not to be overwritten, holds what was not written here,
-            or is, or lies in, a directory that is read.
+            is, or lies in, a directory that is read, or is being written.
         PermissionError: If it cannot be made.
     """
     path = storage_path(path)
@@ -44,6 +44,11 @@ def refuse_existing(
             "another output, or move away what is there"
         )
     refuse_unwritable(path)
+    if _being_written(path):
+        raise FileExistsError(
+            f"{path} is being written by another command: wait for its end, or choose another "
+            "output"
+        )
 
 
 def _in_bucket() -> Any:
@@ -137,6 +142,8 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
                 _list_files(new)
             _open_to_others(new)
             if path.exists():
+                if not overwrite:
+                    raise FileExistsError(f"{path} was made by something else meanwhile")
                 path.rename(hidden / "old")
             new.rename(path)
     except Exception as error:
@@ -194,6 +201,20 @@ def _settle(hidden: Path, path: Path) -> None:
     if not path.exists() and (hidden / "old").exists():
         (hidden / "new").rename(path)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _being_written(path: Path) -> bool:
+    """Whether a `new_directory` for this path is open, here or in another process."""
+    path = Path(os.path.realpath(path))
+    for name in glob.glob(f"{glob.escape(_hidden_prefix(path))}*", root_dir=path.parent):
+        try:
+            with locked(path.parent / name):
+                pass
+        except BlockingIOError:
+            return True
+        except OSError:  # it is gone by now, or not ours
+            pass
+    return False
 
 
 def _hidden_prefix(path: Path) -> str:

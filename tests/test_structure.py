@@ -60,7 +60,7 @@ ARROWS: dict[str, set[str]] = {
         *("adapter", "atomic_files", "methods", "sharding", "storage", "targets", "validation"),
     },
     "data": {"storage", "validation"},
-    "settings": {"methods", "storage"},
+    "settings": {"methods", "storage", "validation"},
     "hf": {
         *(
             "adapter",

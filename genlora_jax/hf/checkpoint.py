@@ -22,6 +22,18 @@ CONFIG = "config.json"
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", *TEMPLATES, *TERMS)
+# What the hub's client raises -> what is said of it, shorter than by the client.
+REFUSALS = {
+    "HFValidationError": "no name on the hub, which is owner/name: check the path",
+    "RevisionNotFoundError": "on the hub it has no such revision: check model.revision",
+    "RepositoryNotFoundError": (
+        "the hub shows none of that name: check the name, or set HF_TOKEN if the model is private"
+    ),
+    "LocalEntryNotFoundError": (
+        "neither the hub was reached nor is there a copy in its cache: check the path, the "
+        "connection and HF_HUB_OFFLINE"
+    ),
+}
 ROWS = 4096  # of a tensor, compared at a time
 
 
@@ -64,10 +76,10 @@ def locate(
             "HF_TOKEN to an access token of that account"
         ) from error
     except Exception as error:  # the client's errors have no common base class
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{path} is no local directory, and the hub did not give it: {reason}"
-        ) from error
+        said = f"the hub did not give it: {' '.join(str(error).split())[:160]}"
+        kinds = (kind.__name__ for kind in type(error).__mro__)
+        reason = next((REFUSALS[name] for name in kinds if name in REFUSALS), said)
+        raise FileNotFoundError(f"{path} is no local directory, and {reason}") from error
 
 
 def refuse_pointers(directory: Path) -> None:

@@ -28,9 +28,10 @@ from genlora_jax.hf.peft_base import (
 )
 from genlora_jax.hf.peft_export import SETTINGS, TENSORS
 from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings, read_settings
-from genlora_jax.hf.peft_tensors import PREFIX, Parts, listed, read_tensors
+from genlora_jax.hf.peft_tensors import PREFIX, Parts, read_tensors
 from genlora_jax.models.llama import LlamaForCausalLM
 from genlora_jax.storage import storage_path
+from genlora_jax.validation import listed
 
 SIDES = ("_A", "_B")
 

@@ -20,7 +20,11 @@ from genlora_jax.methods import config_from_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.storage import is_remote
 from genlora_jax.training.checkpoint_reading import (
+    ADAPTER,
+    BASE,
+    DATA,
     DIGEST,
+    ORIGIN,
     SETTINGS,
     SHAPES,
     STATE,
@@ -38,7 +42,6 @@ from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
 
-DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"  # of the metadata
 ROOM = 2**20  # bytes of disk that a checkpoint takes at most beside its arrays
 
 
@@ -90,12 +93,16 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         # Each of Orbax's threads logs, with a traceback, what is raised here as well; some late.
+        self._log_level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+            logging.getLogger("absl").setLevel(self._log_level)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""

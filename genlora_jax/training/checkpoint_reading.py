@@ -14,7 +14,9 @@ from genlora_jax.training.checkpoint_storage import open_checkpointer
 from genlora_jax.training.checksums import checksums, json_digest
 
 STATE = "state"  # the arrays
-SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"  # of the metadata
+# Fields of the metadata; the last two of version 0.1.
+SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"
+DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"
 
 
 def saved_adapter(directory: Any) -> tuple[int, dict[str, Any], Adapter] | None:
@@ -37,7 +39,9 @@ def saved_adapter(directory: Any) -> tuple[int, dict[str, Any], Adapter] | None:
                 paths, tree = jax.tree.flatten_with_path(adapter_shapes(spec))
                 names = [f"adapter.{leaf_name(path)}" for path, _ in paths]
                 adapter = jax.tree.unflatten(tree, [loaded[name] for name in names])
-                return step, saved[SETTINGS], adapter
+                settings = saved[SETTINGS]
+                settings["base"]["tensors"] = saved.get(ORIGIN, {}).get("model.path")
+                return step, settings, adapter
     return None
 
 

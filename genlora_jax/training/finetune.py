@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
-from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.adapter_files import config_fingerprint, save_adapter
+from genlora_jax.adapter import count_parameters, generate_factors
+from genlora_jax.adapter_files import config_fingerprint, write_adapter
 from genlora_jax.settings import run_command
 from genlora_jax.sharding import place_batch, state_shardings
 from genlora_jax.storage import is_remote, storage_path
@@ -29,6 +29,7 @@ from genlora_jax.training.divergence import check_finite, refuse_not_finite
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import claimed, keep_recipe
+from genlora_jax.training.pace import Pace
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.setup import Run, check_start, initial_adapter, prepare, recipe_mesh
 from genlora_jax.training.step import (
@@ -57,6 +58,7 @@ def finetune(recipe: Recipe) -> int | None:
     claim = claimed if primary else contextlib.nullcontext
     with claim(recipe):  # checked now, before minutes of loading, and again when it is made
         source = check_start(recipe.adapter, settings.init_from)
+    processes.keep_logs(settings.output)
     mesh = recipe_mesh(recipe)
     run = prepare(recipe, mesh, print_line)
     adapter = initial_adapter(recipe.adapter, settings.seed, source, run.base, mesh=mesh)
@@ -108,7 +110,8 @@ def run_in_output(
         if settings.resume:
             state = checkpoints.restore(state, batches)
             none = checkpoints.latest() is None
-            print_line(f"resumed at step {int(state.step)}" + ", as none was saved" * none)
+            if settings.resume is True or not none:
+                print_line(f"resumed at step {int(state.step)}" + ", as none was saved" * none)
             source = source if none else f"checkpoint {int(state.step)}"
         refuse_not_finite(state.adapter, source)
         start = int(state.step)
@@ -125,7 +128,7 @@ def run_in_output(
         ) as log:
             state, signal = train(recipe, run, state, batches, checkpoints, stop_signal, log)
     if signal is None:
-        save(output / "adapter", state.adapter, run.base.model)
+        save(output / "adapter", state, run)
         print_line(f"adapter: {output / 'adapter'}")
     return signal
 
@@ -155,15 +158,18 @@ def train(
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
     schedule = learning_rate_schedule(recipe.optim, steps)
-    recorder = Recorder(schedule, checkpoints, log, params)
-    train_step = announced(train_step, log.print_line)
+    pace = Pace(log)
+    recorder = Recorder(schedule, checkpoints, log, params, pace.on_device(read))
+    train_step = pace.on_device(announced(train_step, log.print_line))
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
-        state, metrics = train_step(state, params, place(next(batches)))
-        # Reading the metrics of the step before does not keep the device waiting.
-        if pending is not None:
-            recorder.record(step - 1, pending)
-        pending = metrics
+        with pace.step(step):
+            state, metrics = train_step(state, params, place(next(batches)))
+            # Reading the metrics of the step before does not keep the device waiting.
+            if pending is not None:
+                recorder.record(step - 1, pending)
+            pending = metrics
+        pace.compare(step, pending)
         signal = stop_signal(step)  # called once a step, as a signal can come at any moment
         last = step == steps or signal is not None
         evaluating = held_out and (step == steps or _due(step, recipe.train.eval_every))
@@ -180,7 +186,7 @@ def train(
             log.print_line(f"step {step}: eval loss {loss:.4f}")
             if loss < best:
                 best = loss
-                save(output / "adapter-best", state.adapter, model)
+                save(output / "adapter-best", state, run)
         log.flush()
         checkpoints.save(state, batches, loss)
         recorder.clock = time.monotonic()  # the next step's time has none of this
@@ -203,6 +209,7 @@ class Recorder:
         checkpoints: Where a run can go back to.
         log: Where metrics go.
         params: The base's parameters.
+        read: Metrics as numbers, when the device has them.
         clock: When the last step was recorded.
     """
 
@@ -210,6 +217,7 @@ class Recorder:
     checkpoints: Checkpoints
     log: MetricsLog
     params: Any
+    read: Callable[[dict[str, jax.Array]], dict[str, float]]
     clock: float = dataclasses.field(default_factory=time.monotonic)
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -218,7 +226,7 @@ class Recorder:
         Raises:
             FloatingPointError: If they are not finite.
         """
-        values = {name: float(value) for name, value in metrics.items()}
+        values = self.read(metrics)
         before, self.clock = self.clock, time.monotonic()
         values["tokens_per_second"] = values["tokens"] / (self.clock - before)
         values["learning_rate"] = float(self.schedule(step - 1))
@@ -228,6 +236,11 @@ class Recorder:
         self.log.advance(
             step, loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
         )
+
+
+def read(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Metrics as numbers; waits for them."""
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Callable[..., Any]:
@@ -253,12 +266,12 @@ def best_eval_loss(output: Any, step: int) -> float:
     return min(losses, default=math.inf)
 
 
-def save(path: Any, adapter: Adapter, model: Any) -> None:
+def save(path: Any, state: TrainState, run: Run) -> None:
     """Writes the adapter, of which each process may hold a shard; it must be finite."""
-    refuse_not_finite(adapter, f"{path} is not written")
-    adapter = processes.gather_to_primary(adapter)
+    refuse_not_finite(state.adapter, f"{path} is not written")
+    adapter, step = processes.gather_to_primary(state.adapter), int(state.step)
     if processes.is_primary():
-        save_adapter(path, adapter.config, adapter, model=model, overwrite=True)
+        write_adapter(path, run.settings_of(adapter) | {"step": step}, adapter, overwrite=True)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -20,6 +20,7 @@ from genlora_jax.atomic_files import (
 from genlora_jax.settings import dump, parse
 from genlora_jax.storage import is_remote, listed, storage_path
 from genlora_jax.training.claims import CLAIM, held
+from genlora_jax.training.processes import LOGS
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.recipe import Recipe
 
@@ -61,13 +62,18 @@ def _check_output(recipe: Recipe, output: Any) -> None:
     refuse_inside(output, (recipe.model.path, settings.init_from))
     # A run that was killed before its first checkpoint can be resumed as well: it begins anew.
     holds_run = any((output / name).exists() for name in (RECIPE, "checkpoints"))
-    if settings.resume and not holds_run:
+    if settings.resume is True and not holds_run:
         raise FileNotFoundError(f"nothing to resume in {output}: it holds no run")
-    names = listed(output) if is_remote(output) else output.exists() and [*output.iterdir()]
-    if not settings.resume and names and names != [CLAIM]:
+    resumes = settings.resume and holds_run
+    if is_remote(output):
+        names = {name.partition("/")[0] for name in listed(output)}
+    else:
+        names = {path.name for path in output.iterdir()} if output.exists() else set()
+    # Logs may be there before, of processes that could not begin the run.
+    if not resumes and names - {LOGS, CLAIM}:
         advice = ", or go on there with --train.resume true" if holds_run else ""
         raise FileExistsError(f"{output} is not empty: give another train.output{advice}")
-    if settings.resume:
+    if resumes:
         for name in ("adapter", "adapter-best"):
             refuse_existing(output / name, overwrite=True)
     if not is_remote(output) and not output.exists():  # a bucket has taken the claim already

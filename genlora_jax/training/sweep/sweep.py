@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from genlora_jax.adapter import Adapter
-from genlora_jax.adapter_files import save_adapter
+from genlora_jax.adapter_files import write_adapter
 from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
@@ -73,27 +73,27 @@ def sweep(recipe: SweepRecipe) -> int | None:
     def make_adapter(cfg: AdapterConfig, seed: int) -> Adapter:
         return initial_adapter(cfg, seed, source, run.base)
 
-    with Interruption() as interruption:
-        result = run_sweep(
-            program,
-            run.base.params,
-            members,
-            iter(run.objective.train_batches(run.examples, recipe.data)),
-            run.held_out,
-            eval_every=recipe.train.eval_every,
-            steps_per_call=recipe.steps_per_call,
-            make_adapter=make_adapter,
-            report=print_progress,
-            stop=lambda _: interruption.signal is not None,
-        )
-    best = result.ranking[0]
-    _refuse_diverged(result, run.base.params)
-    with new_directory(output) as directory:
+    with new_directory(output) as directory:  # from now on, so that no other command takes it
+        with Interruption() as interruption:
+            result = run_sweep(
+                program,
+                run.base.params,
+                members,
+                iter(run.objective.train_batches(run.examples, recipe.data)),
+                run.held_out,
+                eval_every=recipe.train.eval_every,
+                steps_per_call=recipe.steps_per_call,
+                make_adapter=make_adapter,
+                report=print_progress,
+                stop=lambda _: interruption.signal is not None,
+            )
+        best = result.ranking[0]
+        _refuse_diverged(result, run.base.params)
         write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
         adapter = result.adapter(best)
         if first_not_finite(adapter) is None:
-            save_adapter(directory / "best", adapter.config, adapter, model=run.base.model)
+            write_adapter(directory / "best", run.settings_of(adapter), adapter)
     print_results(result)
     refuse_not_finite(adapter, f"{output / 'best'} is not written")
     print(f"best adapter: {output / 'best'}")
