@@ -44,7 +44,7 @@ def refuse_existing(
             "another output, or move away what is there"
         )
     refuse_unwritable(path)
-    if _being_written(path):
+    if not is_remote(path) and _being_written(path):
         raise FileExistsError(
             f"{path} is being written by another command: wait for its end, or choose another "
             "output"

@@ -20,7 +20,7 @@ from genlora_jax.training.checkpoint_reading import SUMS, read_metadata
 from genlora_jax.training.checkpoint_storage import open_checkpointer
 from genlora_jax.training.metrics import read_records
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 SEED = int(os.environ.get("SEED", "0"))
 STEPS = 8 + 4 * KILLS
 DONE = "commit_success.txt"  # Orbax's marker
@@ -115,7 +115,8 @@ def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
         url, newest, arguments, kill = f"{store.url}/runs/1", 0, [], 0
         while True:
             life = launch(here, url, *arguments, **store.environment(proxy.endpoint))
-            if kill < kills and killed_at_request(life, proxy, rng.randint(1, 500)):
+            moment = rng.randint(1, min(500, 25 * STEPS))
+            if kill < kills and killed_at_request(life, proxy, moment):
                 kill += 1
             elif life.wait():
                 message = life.stderr.read()
