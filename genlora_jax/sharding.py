@@ -147,7 +147,7 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
             "shards: choose another data.batch_size or mesh"
         )
     held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (part,) in held for row in range(rows)[part]})
+    return sorted({row for part in held if part for row in range(rows)[part[0]]})
 
 
 def place_batch(
@@ -172,7 +172,7 @@ def place_batch(
             return _place(value, where)
         shape = (whole, *value.shape[1:])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> Any:
             part = range(whole)[index[0]]
             first = held.index(part.start)  # those of a shard follow one another
             return value[first : first + len(part)]

@@ -171,7 +171,7 @@ def train(
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
         with pace.step(step):
-            batch = batches.take(pending and pending["loss"])
+            batch = batches.take(None if pending is None else pending["loss"])
             state, metrics = train_step(state, params, batch)
             # Reading the metrics of the step before does not keep the device waiting.
             if pending is not None:
