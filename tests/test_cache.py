@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import fsspec
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genlora_jax import cli
 from genlora_jax.data import cache as cache_module
-from genlora_jax.data import cache_writing, files, lazy, workers
+from genlora_jax.data import cache_writing, files, lazy, open_source, streaming, workers
 from genlora_jax.data.cache import CacheSource, find_cache
 from genlora_jax.data.cache_writing import write_cache
 from genlora_jax.data.config import DataConfig, MixedSource
 from genlora_jax.data.encode import load_examples
 from genlora_jax.data.examples import examples_fingerprint
-from genlora_jax.data.lazy import LazySource
+from genlora_jax.data.lazy import LazySource, LineFile
 from genlora_jax.data.open_source import load_source
 from genlora_jax.data.tokens import Text, tokenized
 from genlora_jax.settings import dump, parse
@@ -200,7 +201,7 @@ def test_trained_tokens_are_those_that_overlap_a_span(tokenizer, kind, texts, cu
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate", "split"])
 def test_a_cache_has_the_examples_and_the_report_of_memory(tmp_path, tokenizer, here, overlong):
-    one = write(tmp_path / "one.jsonl", [*ROWS * 7, "{", *ROWS, "", '{"a": 1}'])
+    one = write(tmp_path / "one.jsonl", [*ROWS * 15, "{", *ROWS, "", '{"a": 1}'])
     two = tmp_path / "two.json"
     two.write_text(json.dumps(ROWS[:2]))
     cfg = DataConfig(
@@ -331,7 +332,7 @@ def test_a_large_file_is_read_as_it_is_in_memory(tmp_path, tokenizer, here, monk
         train=[file, other], length=48, overlong="split", bad_rows="skip", bad_rows_limit=0.1
     )
     expected, report = load_examples(cfg.train, tokenizer, cfg)
-    monkeypatch.setattr(lazy, "LARGE", 10)
+    monkeypatch.setattr(open_source, "LARGE", 10)
     source, read = load_source(cfg.train, tokenizer, cfg)
     assert isinstance(source, LazySource)
     assert "genlora tokenize" in str(read)
@@ -344,14 +345,52 @@ def test_a_large_file_is_read_as_it_is_in_memory(tmp_path, tokenizer, here, monk
 
 
 def test_a_bad_row_of_a_large_file_names_its_line(tmp_path, tokenizer, here, monkeypatch):
-    file = write(tmp_path / "rows.jsonl", ["", *ROWS * 5, "{"])
+    path = tmp_path / "rows.jsonl"
+    file = write(path, ["", *ROWS * 5, "{"])
     monkeypatch.setattr(lazy, "SAMPLE", 1)
-    source = LazySource([file], tokenizer, DataConfig(train=file))
+    source = LazySource([LineFile(path)], [file], tokenizer, DataConfig(train=file))
     with pytest.raises(ValueError, match=r"rows\.jsonl:32: not JSON"):
         source.read([3, 30])
     cfg = DataConfig(train=file, bad_rows="skip")
     with pytest.raises(ValueError, match=r"1 of 32 rows are bad, more than data\.bad_rows_limit"):
-        LazySource([file], tokenizer, cfg).read(range(31))
+        LazySource([LineFile(path)], [file], tokenizer, cfg).read(range(31))
+
+
+# Data sets of the hub, as they come.
+
+
+def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
+    rows = [{"prompt": f"{i} pies?", "completion": f" {i}"} for i in range(100)]
+    walks = []
+
+    def load(name, split, *, streaming):
+        assert (name, split, streaming) == ("someone/pies", "test", True)
+        data = datasets.Dataset.from_list(rows).to_iterable_dataset()
+        info = datasets.DatasetInfo(splits={"test": datasets.SplitInfo("test", num_examples=100)})
+        walks.append(data)
+        return datasets.IterableDataset(data._ex_iterable, info, datasets.Split.TEST)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(streaming, "WINDOW", 10)
+    monkeypatch.setattr(streaming, "KEPT", 30)
+    monkeypatch.setattr(lazy, "SAMPLE", 5)
+    name = "someone/pies:test"
+    cfg = DataConfig(train=name, streaming=True)
+    source, report = load_source(name, tokenizer, cfg)
+    assert [(part.rows, part.window) for part in source.parts] == [(100, 10)]
+    assert "100 are read as the run goes, shuffled within windows of 10" in str(report)
+    expected, _ = workers.Encoder(tokenizer, cfg)([(str(i), row) for i, row in enumerate(rows)])
+    order = np.concatenate([np.random.default_rng(i).permutation(10) + 10 * i for i in range(10)])
+    # An epoch's end beside the next one's begin.
+    for row in [*order[:90].tolist(), 95, 3, 99, 5, 98]:
+        same(source.read([row])[0], expected[row])
+    assert len(walks) == 2
+    same(flat(source.read([60])), expected[60])
+    with pytest.raises(ValueError, match=r"data\.streaming: rows\.jsonl is no data set"):
+        load_source("rows.jsonl", tokenizer, cfg)
+    rows.pop()
+    with pytest.raises(ValueError, match="ends after 99 rows, fewer than stated"):
+        load_source(name, tokenizer, cfg)[0].read([99])
 
 
 # Processes.

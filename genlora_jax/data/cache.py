@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from genlora_jax.data.config import DataConfig, MixedSource, paths_and_weights
 from genlora_jax.data.examples import Example, split_examples
-from genlora_jax.data.rows import HUB_ID, SUFFIX
+from genlora_jax.data.rows import is_hub_id
 from genlora_jax.data.sources import source_parts
 from genlora_jax.storage import is_remote, storage_path
 
@@ -185,7 +184,7 @@ def rows_digest(names: Sequence[str]) -> str | None:
     """
     digests = []
     for name in names:
-        if HUB_ID.fullmatch(name) and not SUFFIX.search(name) and not Path(name).exists():
+        if is_hub_id(name):
             digests.append(name)
             continue
         files, place = file_system(name), name.partition(":")[0] if not is_remote(name) else name

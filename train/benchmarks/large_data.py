@@ -31,7 +31,7 @@ from genlora_jax.data.cache import INDEX, LENGTHS, CacheSource, shard_name
 from genlora_jax.data.cache_writing import write_cache
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import load_examples
-from genlora_jax.data.lazy import LazySource
+from genlora_jax.data.lazy import LazySource, LineFile
 from train.benchmarks.measuring import GIB, RESULTS, write_result
 
 RATED, LIBRARY, SMALL, MANY = 400_000, 40_000, 1_000, 10_000_000  # rows
@@ -137,7 +137,9 @@ def read(kind: str, place: str, folder: Path) -> dict[str, Any]:
     tokenizer, began = read_tokenizer(folder), time.perf_counter()
     is_cache = kind == "cache"
     source: Any = (
-        CacheSource(place) if is_cache else LazySource([place], tokenizer, DataConfig(train=place))
+        CacheSource(place)
+        if is_cache
+        else LazySource([LineFile(Path(place))], [place], tokenizer, DataConfig(train=place))
     )
     opened = time.perf_counter() - began
     rng = np.random.default_rng(0)
