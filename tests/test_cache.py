@@ -366,7 +366,7 @@ def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
     def load(name, split, *, streaming):
         assert (name, split, streaming) == ("someone/pies", "test", True)
         data = datasets.Dataset.from_list(rows).to_iterable_dataset()
-        info = datasets.DatasetInfo(splits={"test": datasets.SplitInfo("test", num_examples=100)})
+        info = datasets.DatasetInfo(splits={"test": {"name": "test", "num_examples": 100}})
         walks.append(data)
         return datasets.IterableDataset(data._ex_iterable, info, datasets.Split.TEST)
 
