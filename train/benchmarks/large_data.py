@@ -1,7 +1,7 @@
 """Data of any size: how fast it is tokenised and read at random, and the memory that this takes.
 
     python -m train.benchmarks.large_data --text novels.txt --folder large-data --make
-    python -m train.benchmarks.large_data --text novels.txt --folder large-data
+    python -m train.benchmarks.large_data --folder large-data [--only tokenising]
 
 With `--make` it writes the files alone: rows of prompt and completion cut out of a text, some 1,000
 bytes each; those of the large file are the million of another one, ten times over. The tokenizer,
@@ -34,11 +34,12 @@ from genlora_jax.data.encode import load_examples
 from genlora_jax.data.lazy import LazySource, LineFile
 from train.benchmarks.measuring import GIB, RESULTS, write_result
 
-RATED, LIBRARY, SMALL, MANY = 400_000, 40_000, 1_000, 10_000_000  # rows
+RATED, LIBRARY, SMALL, MANY = 150_000, 20_000, 1_000, 10_000_000  # rows
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+RESULT = RESULTS / "large_data.json"
 GROUP, READS = 64, 300  # rows that are asked for at once, and how often
 
 
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text of 50 MB or more")
     parser.add_argument("--folder", type=Path, required=True, help="where files of 30 GB go")
     parser.add_argument("--make", action="store_true", help="write the files, and end")
+    parser.add_argument("--only", choices=("tokenising", "reading"), help="keep the other result")
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.read:
@@ -185,21 +187,29 @@ def main() -> None:
         return
     folder, tokenizer = given.folder, read_tokenizer(given.folder)
     cfg = DataConfig(train="-", cache=str(folder / "caches"), length=1024)
-    result: dict[str, Any] = {"tokenising": rates(folder, tokenizer, cfg)}
+    result = json.loads(RESULT.read_text()) if given.only and RESULT.exists() else {}
+    if given.only != "reading":
+        result["tokenising"] = rates(folder, tokenizer, cfg)
+    if given.only != "tokenising":
+        result |= reading(folder, tokenizer, cfg)
+    write_result(RESULT, result)
+    print(json.dumps(result, indent=1))
+
+
+def reading(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> dict[str, Any]:
+    """Time, rate and memory of reading a small file's rows and those of the large one."""
     small = write_cache(str(folder / "small.jsonl"), tokenizer, cfg)
     rated = write_cache(str(folder / "rated.jsonl"), tokenizer, cfg)
-    many = repeated(rated, folder / "many", MANY)
     places = {
-        "cache": (small, many),
+        "cache": (small, repeated(rated, folder / "many", MANY)),
         "lazy": (str(folder / "small.jsonl"), str(folder / "many.jsonl")),
     }
+    result = {}
     for kind, both in places.items():
         found = [in_process(kind, place, folder) for place in both]
         more = round(found[1]["peak_gib"] - found[0]["peak_gib"], 3)
         result[kind] = {"small": found[0], "many": found[1], "gib_more": more}
-        print(kind, json.dumps(result[kind], indent=1), flush=True)
-    write_result(RESULTS / "large_data.json", result)
-    print(json.dumps(result["tokenising"], indent=1))
+    return result
 
 
 if __name__ == "__main__":
