@@ -240,6 +240,7 @@ def test_ranges_of_a_bucket_are_asked_for_at_once(tmp_path, tokenizer, here, mon
     bucket.put(directory, "/cache", recursive=True)
     source.directory = "memory://cache"
     monkeypatch.setattr(cache_module, "is_remote", lambda _: True)
+    monkeypatch.setattr(cache_module, "file_system", lambda _: bucket)
     same(flat(source.read([5, 0, 20, 7])), expected)
 
 

@@ -139,8 +139,9 @@ class Encoder:
         tally.counts["examples"] += len(examples)
         tally.counts["rewritten"] += len(cut) > 1
         tally.forms[form.made_of] += 1
-        tally.unused |= dict.fromkeys(unused_fields(row, form))
+        tally.unused |= dict.fromkeys(unused_fields(row, form.used))
         if form.talk is not None:
+            tally.counts["mute"] += len(form.talk.mute)
             tally.counts["chats"] += len(examples)
             tally.ended = tally.ended or any(
                 np.isin(e["input_ids"][e["loss_mask"]], self._ends).any() for e in examples
