@@ -252,6 +252,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 RECIPES = {
     "finetune": "genlora_jax.training.finetune",
     "sweep": "genlora_jax.training.sweep.sweep",
+    "tokenize": "genlora_jax.training.tokenize",
     "evaluate": "genlora_jax.evaluation.run",
 }
 

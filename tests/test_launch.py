@@ -43,8 +43,9 @@ def run_script(name, *arguments, cwd, **environment):
 
 JOIN = """
 import os, jax
-# Set by JAX where no TPU is plugged in: it would not ask the cloud.
-os.environ.pop("TPU_SKIP_MDS_QUERY", None)
+if "TPU_WORKER_ID" not in os.environ:
+    # Set by JAX where no TPU is plugged in, and by GKE: it would not ask for the host's metadata.
+    del os.environ["TPU_SKIP_MDS_QUERY"]
 from genlora_jax.training import processes
 processes.join()
 print(processes.gather_values([jax.process_index(), jax.process_count()]).tolist())

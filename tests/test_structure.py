@@ -59,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "adapter_files": {
         *("adapter", "atomic_files", "methods", "sharding", "storage", "targets", "validation"),
     },
-    "data": {"storage", "validation"},
+    "data": {"atomic_files", "storage", "validation"},
     "settings": {"methods", "storage", "validation"},
     "hf": {
         *(

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,12 @@ def rows_or_errors(source: str) -> Iterator[tuple[str, Row | ValueError]]:
         FileNotFoundError: If there is no such source.
         ValueError: If the source cannot be read at all, or not beyond a place.
     """
-    for place, row in _source_rows(source):
+    return checked(_source_rows(source))
+
+
+def checked(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row | ValueError]]:
+    """Rows as they are read, without fields that are missing; a row of another kind is an error."""
+    for place, row in rows:
         if isinstance(row, dict):
             yield place, {name: value for name, value in row.items() if not _missing(value)}
         elif isinstance(row, ValueError):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,6 @@ from genlora_jax import sharding
 from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.tensorfile import transpose, transposes_on_host, window
-from genlora_jax.mesh import AXES
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
@@ -181,10 +181,12 @@ def _read(
     if where is None:
         return jax.device_put(read((slice(None),) * len(shape)))
     if where.mesh.size > 1 or shape != leaf.shape:  # else no copy is needed on the device
-        # All devices share the file's rows, so that each is read once in all. From there the
-        # devices send them to where they belong, faster than any disk.
-        divides = shape[axis] % where.mesh.size == 0
-        where = NamedSharding(where.mesh, P(*(None,) * axis, AXES) if divides else P())
+        # All devices share the file's rows, so that each is read once in all, or as few times as
+        # the number of rows allows. From there the devices send them to where they belong, faster
+        # than any disk.
+        parts = math.gcd(shape[axis], where.mesh.size)
+        shares = Mesh(where.mesh.devices.reshape(-1, parts), ("copies", "rows"))
+        where = NamedSharding(shares, P(*(None,) * axis, "rows"))
     return jax.make_array_from_callback(shape, where, read)
 
 

@@ -48,13 +48,16 @@ def keep_log(place: str, heading: str) -> None:
         os.close(into)
         os.close(end)
 
-    @atexit.register
-    def finish() -> None:
-        for stream, before in zip((sys.stdout, sys.stderr), shown, strict=True):
-            stream.flush()
-            os.dup2(before, stream.fileno())
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            copier.wait(WAIT_SECONDS)
+    atexit.register(_finish, copier, shown)
+
+
+def _finish(copier: "subprocess.Popen[bytes]", shown: list[int]) -> None:
+    """Ends the copying, and waits until all is copied: a cluster may end the copier right after."""
+    for stream, before in zip((sys.stdout, sys.stderr), shown, strict=True):
+        stream.flush()
+        os.dup2(before, stream.fileno())
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        copier.wait(WAIT_SECONDS)
 
 
 class _File:

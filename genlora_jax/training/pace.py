@@ -122,7 +122,7 @@ class Pace:
         self._host, self._steps = 0.0, 0
         found = processes.gather_values(list(mine.values()))
         names = processes.host_names()
-        record = {}
+        record: dict[str, float] = {}
         for kind, seconds in zip(mine, found.T, strict=True):
             slowest, median = int(seconds.argmax()), float(np.median(seconds))
             most = float(seconds[slowest])

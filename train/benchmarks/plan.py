@@ -51,10 +51,12 @@ PROGRAMS = (
 
 def main() -> None:
     table = Table("recipe", "topology", "mesh", "arguments", "temporaries", "sum, estimated")
-    where = provenance()
+    origin = provenance()
     chosen = [int(number) for number in sys.argv[1:]] or list(range(len(PROGRAMS)))
     stored = json.loads(RESULT.read_text())["programs"] if sys.argv[1:] else []
-    results = dict(enumerate(stored))
+    named = [[name, list(changed), where, vars(mesh)] for name, changed, where, mesh in PROGRAMS]
+    fields = ("recipe", "changed", "topology", "mesh")
+    results = {named.index([found[field] for field in fields]): found for found in stored}
     for number in chosen:
         name, changed, topology_name, mesh = PROGRAMS[number]
         recipe = parse(Recipe, ["--config", str(RECIPES / name), *changed])
@@ -70,10 +72,11 @@ def main() -> None:
             "estimate": dataclasses.asdict(guess) | {"mesh": None},
             "compiled": dataclasses.asdict(found),
             "seconds_to_compile": round(time.perf_counter() - began, 1),
+            "commit": origin["commit"],
         }
         # After each: this machine may not have the memory to compile a later one.
         programs = [results[number] for number in sorted(results)]
-        write_result(RESULT, {"programs": programs}, where)
+        write_result(RESULT, {"programs": programs}, origin)
         table.add_row(
             " ".join([name, *changed]),
             topology_name,

@@ -3,8 +3,8 @@
     JAX_PLATFORMS=cpu python -m train.benchmarks.startup
 
 Computed, not run: from the shapes of the recipes, by the rule of `genlora_jax.hf.load`. The rows of
-a tensor are divided among all chips where their number allows it, and else each process reads them
-all. The rates are assumptions; a start takes at least the longest of the three times.
+a tensor are divided among all chips, or among as many as their number allows. The rates are
+assumptions; a start takes at least the longest of the three times.
 """
 
 import math
@@ -36,20 +36,17 @@ ASSUMED = {
 def read_by_a_pod(shapes: Any, hosts: int) -> dict[str, float]:
     """Bytes and requests of a start: those of one host, and of all."""
     chips, flat = hosts * CHIPS_PER_HOST, flatten_dict(shapes)
-    whole = divided = requests = 0
+    of_host, in_all, requests = 0.0, 0, 0
     for tensor in tensors(shapes):
         shape = tensor.shape_in_file(flat[tensor.path].shape)
-        size = BYTES * math.prod(shape)
-        if shape[0] % chips:
-            whole += size  # and one request
-        else:
-            divided += size
-        requests += 1 if shape[0] % chips else CHIPS_PER_HOST
+        size, parts = BYTES * math.prod(shape), math.gcd(shape[0], chips)
+        of_host += size * min(CHIPS_PER_HOST / parts, 1)
+        in_all += size * chips // parts
+        requests += min(CHIPS_PER_HOST, parts)
     return {
-        "bytes_of_a_host": whole + divided / hosts,
-        "bytes_in_all": whole * hosts + divided,
+        "bytes_of_a_host": of_host,
+        "bytes_in_all": in_all,
         "requests_in_all": requests * hosts,
-        "bytes_read_by_every_host": whole,
     }
 
 

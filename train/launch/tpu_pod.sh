@@ -36,7 +36,7 @@ set_up() {
 run() {
   on_all 'cd genlora_jax && sudo systemd-run --quiet --wait --collect --unit genlora --uid "$USER" \
     --working-directory "$PWD" --setenv HOME="$HOME" --property TimeoutStopSec=90 \
-    .venv/bin/genlora finetune --train.distributed true --train.resume auto '"$arguments"
+    "$PWD"/.venv/bin/genlora finetune --train.distributed true --train.resume auto '"$arguments"
 }
 
 arguments=$(printf '%q ' "$@")
