@@ -20,9 +20,9 @@ from genlora_jax.training.checkpoint_reading import SUMS, read_metadata
 from genlora_jax.training.checkpoint_storage import open_checkpointer
 from genlora_jax.training.metrics import read_records
 
-KILLS = int(os.environ.get("KILLS", "1"))
+KILLS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("SEED", "0"))
-STEPS = 8 + 4 * KILLS
+STEPS = 4 + 4 * KILLS
 DONE = "commit_success.txt"  # Orbax's marker
 
 
@@ -76,7 +76,10 @@ def compare(here, url):
 def compare_exports(here, url):
     """What is made of a run in a bucket, and written to one, is what this machine makes of it."""
     exports = {"merge": ["--base", str(here / "base")], "export-peft": []}
-    for place, run in ((str(here / "exports"), str(here / "alone")), (f"{url}-exports", url)):
+    places = {str(here / "exports"): str(here / "alone"), f"{url}-exports": url}
+    for place, run in places.items():
+        if os.path.exists(place):  # of the other server's test
+            continue
         for command, arguments in exports.items():
             paths = ["--adapter", run, "--out", f"{place}/{command}"]
             main([command, *arguments, *paths, "--overwrite"])
@@ -122,7 +125,7 @@ def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
     # The emulator of GCS forgets an upload that it has completed, and knows no second attempt.
     start, faults, kills = {
         "s3": (s3_server, Faults(slow=0.05, unavailable=0.03, cut=0.04, delay=0.1), KILLS),
-        "gs": (gcs_server, Faults(), max(KILLS // 4, 1)),
+        "gs": (gcs_server, Faults(), KILLS // 4),
     }[kind]
     with start() as store, faulty_proxy(store, faults, seed=SEED) as proxy:
         store.reach(monkeypatch)
