@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared notebooks docs foreign harness tpu launch slurm soak clean
+.PHONY: quickstart test check shared notebooks docs foreign harness tpu storage launch slurm soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -83,6 +83,10 @@ tpu: $(VENV)/ready $(TPU)/ready
 $(TPU)/ready: $(VENV)/ready constraints.txt
 	$(BIN)/pip install --quiet --no-deps --target $(TPU) $$(grep '^libtpu==' constraints.txt)
 	touch $@
+
+# Buckets of an S3 server and of an emulator of GCS, which the tests start; KILLS=50 is the long form.
+storage: $(VENV)/ready
+	$(BIN)/python -m pytest tests/external/storage_*.py
 
 # The class for lm-eval under lm-eval itself, in an environment of its own.
 HARNESS := .venv-harness

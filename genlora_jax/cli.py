@@ -25,14 +25,13 @@ from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import is_peft, load_onto, read_modules
-from genlora_jax.hf.peft_tensors import listed
 from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge import merge as merge_factors
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
-from genlora_jax.training.find_adapter import find_adapter
-from genlora_jax.validation import require_int
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
+from genlora_jax.validation import listed, require_int
 
 
 def merge(
@@ -41,7 +40,7 @@ def merge(
     """Merges an adapter into its base and writes a Hugging Face checkpoint.
 
     Args:
-        base: The base: local directory or hub id.
+        base: The base: directory, here or at `gs://` or `s3://`, or hub id.
         adapter: The adapter's directory, ours or a PEFT LoRA adapter's.
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
@@ -51,6 +50,7 @@ def merge(
     # Before minutes of loading, not after.
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
+    remark_on_base(adapter, source)
     changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     base_dtype = checkpoint_dtype(source)
     out_dtype = parse_dtype(dtype or base_dtype)
@@ -189,7 +189,7 @@ def generate(
     """Continues a prompt with a base, a merged model, or a base and an adapter.
 
     Args:
-        model: Local directory or hub id.
+        model: Directory, here or at `gs://` or `s3://`, or hub id.
         prompt: The text to continue.
         adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
         chat: The prompt is a user's message, for the tokenizer's chat template.
@@ -201,7 +201,9 @@ def generate(
     """
     check_sampling(max_new_tokens, temperature, top_p)
     require_int("seed", seed, 0)
-    adapter = adapter and find_adapter(adapter)
+    if adapter:
+        adapter = find_adapter(adapter)
+        remark_on_base(adapter, locate(model))
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)

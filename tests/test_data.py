@@ -313,7 +313,7 @@ def test_a_conversation_without_the_assistant_is_left_out(load, tokenizer):
 def test_overlong_rows_are_dropped(load):
     examples, report = load([PROBLEM, {"text": LONG}], length=16, overlong="drop")
     assert (len(examples), report.overlong, report.without_completion) == (1, 1, 0)
-    assert "1 rows longer than data.length" in str(report)
+    assert "1 rows longer than data.length, left out" in str(report)
 
 
 def test_overlong_rows_are_truncated(load):

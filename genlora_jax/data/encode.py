@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Example = dict[str, np.ndarray]  # "input_ids": int32 [n], "loss_mask": bool [n]
 # What reading or a tokenizer raises over a row.
 ROW_ERRORS = (ValueError, TypeError, KeyError, RecursionError)
+# What becomes of rows that are too long, by `data.overlong`.
+FATES = {"drop": "left out", "truncate": "cut off there", "split": "split", "error": ""}
 # Tokenising takes some 300 bytes a character at worst: a text this long two gigabytes.
 LONGEST_TEXT = 8_000_000
 
@@ -66,8 +68,9 @@ def encode(
             bad.add(place, error)
             continue
         forms[form.made_of] += 1
-        idle |= dict.fromkeys(unused_fields(row, form))
+        idle |= dict.fromkeys(unused_fields(row, form.used))
         counts["rewritten"] += len(cut) > 1
+        counts["mute"] += len(form.talk.mute) if form.talk is not None else 0
         for pieces, overlong in cut:
             counts["overlong"] += overlong
             # The first token has no context.
@@ -84,10 +87,12 @@ def encode(
         tokens=sum(len(e["input_ids"]) for e in examples),
         trained_tokens=sum(int(e["loss_mask"][1:].sum()) for e in examples),
         overlong=counts["overlong"],
+        overlong_are=FATES[cfg.overlong],
         without_completion=counts["without_completion"],
         first_without=first_without,
         endless=bool(talks) and _never_trained_to_end(talks, tokenizer),
         rewritten=counts["rewritten"],
+        mute=counts["mute"],
         forms=forms,
         unused=list(idle),
         bad=bad.count,

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from genlora_jax.storage import is_remote
 from genlora_jax.validation import LFS_POINTER
 
 Rows = Iterator[tuple[str, Any]]
@@ -58,7 +59,7 @@ def file_rows(path: Path) -> Rows:
         with _open(path, codec) as stream:
             yield from reader(path, stream)
     except OSError as error:
-        if codec is None:
+        if codec is None or _of_bucket(path, error):
             raise
         raise ValueError(f"{path}: damaged {codec} data: {error}: fetch it again") from error
 
@@ -66,7 +67,8 @@ def file_rows(path: Path) -> Rows:
 def _open(path: Path, codec: str | None) -> BinaryIO:
     if codec is None:
         return path.open("rb")
-    return io.BufferedReader(_pyarrow(path).CompressedInputStream(str(path), codec))
+    source = path.open("rb") if is_remote(path) else str(path)
+    return io.BufferedReader(_pyarrow(path).CompressedInputStream(source, codec))
 
 
 def _pyarrow(path: Path) -> Any:
@@ -210,19 +212,30 @@ def _csv_rows(path: Path, stream: BinaryIO) -> Rows:
 def _parquet_rows(path: Path) -> Rows:
     pyarrow = _pyarrow(path)
     number, twice = 0, None
+    remote: Any = path
+    source = remote.at_random() if is_remote(path) else path
+    # What of a bucket is needed is asked for at once, in large pieces.
+    options = {"page_checksum_verification": True, "pre_buffer": is_remote(path)}
     try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with pyarrow.parquet.ParquetFile(source, **options) as file:
             twice = _twice(file.schema_arrow.names)
             for batch in () if twice else file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if _of_bucket(path, error):
+            raise
         raise ValueError(
             f"{path}: row {number + 1} or after it: no parquet, or damaged: {error}"
         ) from error
     if twice is not None:
         raise ValueError(f"{path}: two columns are named {twice!r}: rename one")
+
+
+def _of_bucket(path: Path, error: Exception) -> bool:
+    """Whether an error is that of a bucket, which names the URL, and not of what a file holds."""
+    return is_remote(path) and isinstance(error, OSError) and str(path) in str(error)
 
 
 def without_nulls(value: Any) -> Any:

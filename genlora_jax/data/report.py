@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from genlora_jax.data.config import DataConfig
-from genlora_jax.data.forms import listed
+from genlora_jax.data.forms import names_of
 
 SHOWN = 10  # bad rows
 
@@ -20,10 +20,12 @@ class Report:
         tokens: Their tokens.
         trained_tokens: How many of those are predicted.
         overlong: Rows longer than the limit.
+        overlong_are: What became of them, in words.
         without_completion: Examples left out because nothing of them is trained.
         first_without: The first of them, and why.
         endless: Whether no turn of a conversation is trained with a token that ends it.
         rewritten: Conversations that took several examples; see `chat_passages`.
+        mute: Turns of the assistant's that say nothing, and are not trained.
         forms: Which fields made prompt and completion, and in how many rows.
         unused: Fields that hold something and of which nothing was made.
         bad: Bad rows that were left out.
@@ -40,6 +42,8 @@ class Report:
     first_without: str = ""
     endless: bool = False
     rewritten: int = 0
+    mute: int = 0
+    overlong_are: str = ""
     forms: Counter[str] = field(default_factory=Counter)
     unused: Sequence[str] = ()
     bad: int = 0
@@ -57,7 +61,7 @@ class Report:
         if counts:
             text += f"\n  trained on: {'; '.join(counts)}"
         if self.unused:
-            text += f"\n  not used: {listed(self.unused)}"
+            text += f"\n  not used: {names_of(self.unused)}"
         if self.endless:
             text += (
                 "\n  no trained turn has a special token that ends it: answers will not end. "
@@ -76,7 +80,7 @@ class Report:
             f"{self.trained_tokens:,} of them trained"
         )
         if self.overlong:
-            text += f"; {self.overlong:,} rows longer than data.length"
+            text += f"; {self.overlong:,} rows longer than data.length, {self.overlong_are}"
         if self.without_completion:
             text += f"; {self.without_completion:,} rows with nothing to train on, left out"
             text += f" (the first, {self.first_without})"
@@ -85,6 +89,8 @@ class Report:
                 f"; {self.rewritten:,} conversations in several examples, as the chat template "
                 "shows earlier turns otherwise"
             )
+        if self.mute:
+            text += f"; {self.mute:,} turns of the assistant's say nothing, and are not trained"
         return text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows, without_nulls
+from genlora_jax.storage import is_remote, storage_path
 
 Row = dict[str, Any]
 
@@ -53,12 +54,14 @@ def _missing(value: Any) -> bool:
 
 
 def _source_rows(source: str) -> Iterator[tuple[str, Any]]:
-    path = Path(source)
+    path = storage_path(source)
     if path.is_file():
         if file_kind(path.name) is None:
             raise ValueError(f"{source}: a file of another kind than {FILES}: convert or rename it")
         return file_rows(path)
     name = source.partition(":")[0]
+    if is_remote(source):
+        raise FileNotFoundError(f"no such data file: {source}: check the bucket and the path")
     is_id = HUB_ID.fullmatch(source) and not SUFFIX.search(name)
     if not is_id and not Path(name).is_dir():
         raise FileNotFoundError(f"no such data file: {source}")

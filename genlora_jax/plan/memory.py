@@ -119,8 +119,8 @@ def _packed_bytes(step: Step) -> int:
 
 def _score_bytes(step: Step) -> int:
     """Bytes of attention's scores in float32, their softmax, and their gradient in float32."""
-    suits = step.chip.tpu or step.width < FLOAT32  # cuDNN's takes half precision
-    if not keeps_scores(choose(step.recipe.model.attention, _platform(step), suits=suits)):
+    supported = step.chip.tpu or step.width < FLOAT32  # cuDNN's takes half precision
+    if not keeps_scores(choose(step.recipe.model.attention, _platform(step), supported=supported)):
         return 0
     heads = step.rows * step.config.num_attention_heads // step.mesh.tensor
     return heads * step.recipe.data.length**2 * (FLOAT32 + step.width + FLOAT32)

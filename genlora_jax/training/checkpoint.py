@@ -7,8 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -19,8 +18,13 @@ from genlora_jax.adapter_files import spec_to_json
 from genlora_jax.atomic_files import disk_full
 from genlora_jax.methods import config_from_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote
 from genlora_jax.training.checkpoint_reading import (
+    ADAPTER,
+    BASE,
+    DATA,
     DIGEST,
+    ORIGIN,
     SETTINGS,
     SHAPES,
     STATE,
@@ -29,11 +33,15 @@ from genlora_jax.training.checkpoint_reading import (
     load_arrays,
     read_metadata,
 )
+from genlora_jax.training.checkpoint_storage import (
+    naming_bucket,
+    open_checkpointer,
+    unreachable,
+)
 from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
 
-DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"  # of the metadata
 ROOM = 2**20  # bytes of disk that a checkpoint takes at most beside its arrays
 
 
@@ -50,16 +58,18 @@ class Checkpoints:
         keep_every: Keep also those of steps that this divides.
         base_config: Digest of the base's config; see `adapter_files.config_fingerprint`.
         origin: Fingerprints of the content of what a recipe names, by its field: `data.train`.
+        before_save: Called before each save; raises if nothing may be written any more.
     """
 
     def __init__(
         self,
-        directory: Path,
+        directory: Any,
         *,
         keep: int = 2,
         keep_every: int | None = None,
         base_config: str | None = None,
         origin: Mapping[str, str] | None = None,
+        before_save: Callable[[], object] = dict,
     ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -70,23 +80,29 @@ class Checkpoints:
         kept = [policies.LatestN(keep), best]
         if keep_every is not None:
             kept.append(policies.EveryNSteps(keep_every))
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
-        )
+        with naming_bucket(directory):
+            self._checkpointer = open_checkpointer(
+                directory,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            )
         self._base_config = base_config
         self._origin = dict(origin or {})
+        self._before_save = before_save
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         # Each of Orbax's threads logs, with a traceback, what is raised here as well; some late.
+        self._log_level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+            logging.getLogger("absl").setLevel(self._log_level)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
@@ -125,6 +141,7 @@ class Checkpoints:
             ORIGIN: self._origin,
             SUMS: checksums(leaves),
         }
+        self._before_save()
         with self._reporting_full_disk():
             self._check_room(leaves)
             self._checkpointer.save_checkpointables_async(
@@ -143,6 +160,8 @@ class Checkpoints:
 
     def _check_room(self, leaves: Mapping[str, Any]) -> None:
         """Raises OSError if the disk cannot take a checkpoint, which would end in many errors."""
+        if is_remote(self._checkpointer.directory):
+            return
         size = sum(leaf.nbytes for leaf in leaves.values())
         if shutil.disk_usage(self._checkpointer.directory).free < 1.01 * size + ROOM:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -150,7 +169,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reporting_full_disk(self) -> Iterator[None]:
         try:
-            yield
+            with naming_bucket(self._checkpointer.directory):
+                yield
         except Exception as error:
             if full := disk_full(error):
                 raise OSError(
@@ -178,6 +198,9 @@ class Checkpoints:
             except _MisfitError:
                 raise
             except Exception as error:  # whatever Orbax makes of a damaged file
+                if unreachable(self._checkpointer.directory, error):  # nothing is lost yet
+                    with naming_bucket(self._checkpointer.directory):
+                        raise
                 self._damaged.add(step)
                 print(
                     f"checkpoint {step} cannot be read ({type(error).__name__}: "

@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 
-from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.adapter_files import config_fingerprint, save_adapter
+from genlora_jax.adapter import count_parameters, generate_factors
+from genlora_jax.adapter_files import config_fingerprint, write_adapter
 from genlora_jax.settings import run_command
 from genlora_jax.sharding import place_batch, state_shardings
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.divergence import check_finite, refuse_not_finite
@@ -65,10 +66,12 @@ def finetune(recipe: Recipe) -> int | None:
     state = init_state(adapter, make_optimizer(recipe.optim, run.steps), settings.seed)
     state = jax.device_put(state, state_shardings(mesh, state))
 
-    if primary:  # last of all preparations, so that one that fails leaves no directory
+    # Last of all preparations, so that one that fails leaves no directory.
+    if primary and not is_remote(settings.output):
         Path(settings.output).mkdir(parents=True, exist_ok=True)
-    with claim(recipe):
-        return run_in_output(recipe, run, state, source or "the initial adapter", print_line)
+    with claim(recipe) as held:
+        source = source or "the initial adapter"
+        return run_in_output(recipe, run, state, source, print_line, held or dict)
 
 
 def run_in_output(
@@ -77,6 +80,7 @@ def run_in_output(
     state: TrainState,
     source: str,
     print_line: Callable[[object], None],
+    before_save: Callable[[], object],
 ) -> int | None:
     """Trains in the run's directory, from its newest checkpoint if the recipe resumes.
 
@@ -86,17 +90,20 @@ def run_in_output(
         state: The state before the first step.
         source: Where the state's adapter comes from, in words.
         print_line: Prints a line, in the process that prints.
+        before_save: Raises if the directory is no longer this run's.
 
     Returns:
         The signal that ended the run early, or None.
     """
-    settings, output, primary = recipe.train, Path(recipe.train.output), processes.is_primary()
+    settings, primary = recipe.train, processes.is_primary()
+    output = storage_path(settings.output)
     checkpoints = Checkpoints(
         output / "checkpoints",
         keep=settings.keep,
         keep_every=settings.keep_every,
         base_config=config_fingerprint(run.base.model),
         origin=run.origin,
+        before_save=before_save,
     )
     with checkpoints, processes.stop_signals() as stop_signal:
         batches = iter(run.objective.train_batches(run.examples, recipe.data))
@@ -121,7 +128,7 @@ def run_in_output(
         ) as log:
             state, signal = train(recipe, run, state, batches, checkpoints, stop_signal, log)
     if signal is None:
-        save(output / "adapter", state.adapter, run.base.model)
+        save(output / "adapter", state, run)
         print_line(f"adapter: {output / 'adapter'}")
     return signal
 
@@ -147,7 +154,7 @@ def train(
     eval_step = make_eval_step(model, options, **settings)
     place = functools.partial(place_batch, run.mesh)
     held_out = [place(batch) for batch in run.held_out]
-    output, start = Path(recipe.train.output), int(state.step)
+    output, start = storage_path(recipe.train.output), int(state.step)
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
     schedule = learning_rate_schedule(recipe.optim, steps)
@@ -179,7 +186,8 @@ def train(
             log.print_line(f"step {step}: eval loss {loss:.4f}")
             if loss < best:
                 best = loss
-                save(output / "adapter-best", state.adapter, model)
+                save(output / "adapter-best", state, run)
+        log.flush()
         checkpoints.save(state, batches, loss)
         recorder.clock = time.monotonic()  # the next step's time has none of this
         if signal is not None and step < steps:
@@ -252,18 +260,18 @@ def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Ca
     return call
 
 
-def best_eval_loss(output: Path, step: int) -> float:
+def best_eval_loss(output: Any, step: int) -> float:
     """The lowest evaluation loss that a run recorded up to a step; infinity if none."""
     losses = [record.get("eval_loss", math.inf) for record in read_records(output, step)]
     return min(losses, default=math.inf)
 
 
-def save(path: Path, adapter: Adapter, model: Any) -> None:
+def save(path: Any, state: TrainState, run: Run) -> None:
     """Writes the adapter, of which each process may hold a shard; it must be finite."""
-    refuse_not_finite(adapter, f"{path} is not written")
-    adapter = processes.gather_to_primary(adapter)
+    refuse_not_finite(state.adapter, f"{path} is not written")
+    adapter, step = processes.gather_to_primary(state.adapter), int(state.step)
     if processes.is_primary():
-        save_adapter(path, adapter.config, adapter, model=model, overwrite=True)
+        write_adapter(path, run.settings_of(adapter) | {"step": step}, adapter, overwrite=True)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -63,6 +63,16 @@ def broadcast_from_primary(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
+def text_of_primary(find: Callable[[], str]) -> str:
+    """What the primary finds, at most 64 bytes, in all processes; all must call it together."""
+    if jax.process_count() == 1:
+        return find()
+    text = (find() if is_primary() else "").encode().ljust(64)
+    return (
+        bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))).decode().rstrip()
+    )
+
+
 def gather_values(values: list[float]) -> np.ndarray:
     """Each process's values, to float32, in a row of its own; all must call it together."""
     return np.atleast_2d(multihost_utils.process_allgather(np.array(values, np.float32)))

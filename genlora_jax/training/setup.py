@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from genlora_jax.adapter import Adapter, init_adapter
-from genlora_jax.adapter_files import load_adapter, load_config
+from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_config, spec_to_json
 from genlora_jax.compression import lora_from_factors
 from genlora_jax.data.encode import Example
 from genlora_jax.factors import by_module
@@ -19,9 +19,11 @@ from genlora_jax.hf.peft_import import import_peft, is_peft
 from genlora_jax.mesh import batch_shards, make_mesh
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training.checkpoint import adapter_difference
-from genlora_jax.training.find_adapter import find_adapter
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.objectives import Objective, find_objective
+from genlora_jax.training.processes import text_of_primary
 from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
@@ -52,6 +54,11 @@ class Run:
     options: StepOptions
     origin: dict[str, str]
 
+    def settings_of(self, adapter: Adapter) -> dict[str, Any]:
+        """What is written with an adapter that the run trained; `remark_on_base` reads it."""
+        settings = spec_to_json(adapter.spec, config_fingerprint(self.base.model))
+        return settings | {"base": settings["base"] | {"tensors": self.origin["model.path"]}}
+
 
 def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = print) -> Run:
     """Reads a recipe's data, and then loads its base, so that bad data is refused early.
@@ -67,19 +74,19 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
             the recipe's.
     """
     objective = find_objective(recipe.train.objective)
-    found = find_base(recipe.model)
+    source, tokenizer = find_base(recipe.model)
 
-    origin = {"model.path": checkpoint_digest(found[0])}
+    origin = {"model.path": _base_digest(source)}
 
     def load(field: str, sources: Any) -> list[Example]:
-        examples, report = objective.load(sources, found[1], recipe.data)
+        examples, report = objective.load(sources, tokenizer, recipe.data)
         print_line(report)
         origin[field] = examples_fingerprint(examples)
         return examples
 
     examples = load("data.train", recipe.data.train)
     for number, example in enumerate(examples[: recipe.show], 1):
-        print_line(shown(number, example, found[1]))
+        print_line(shown(number, example, tokenizer))
     most, held_out = [objective.max_segments(examples, recipe.data)], []
     if recipe.data.eval:
         held_out_examples = load("data.eval", recipe.data.eval)
@@ -89,12 +96,25 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     if steps is None:
         batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
         steps = sum(1 for _ in batches)
-    base = load_base(recipe.model, found, mesh)
+    base = load_base(recipe.model, (source, tokenizer), mesh)
     print_line(f"attention: {base.attention}")
+    longest = max(len(example["input_ids"]) for example in examples)
+    if longest > (positions := base.model.config.max_position_embeddings):
+        print_line(
+            f"note: the longest example has {longest:,} tokens, but the model was made for "
+            f"{positions:,} positions (max_position_embeddings): it knows none beyond them"
+        )
     known = [count for count in most if count is not None]
     bound = max(known) if len(known) == len(most) else None
     options = replace(recipe.step_options, max_segments=bound)
     return Run(mesh, base, objective, examples, held_out, steps, options, origin)
+
+
+def _base_digest(directory: Path) -> str:
+    """`checkpoint_digest`; of a bucket one process alone asks for the thousand pieces it takes."""
+    if not is_remote(directory):
+        return checkpoint_digest(directory)
+    return text_of_primary(lambda: checkpoint_digest(directory))
 
 
 def recipe_mesh(recipe: Recipe) -> Mesh:
@@ -127,7 +147,7 @@ def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
         return None
     if jax.process_count() == 1:  # several would write the adapter of a checkpoint at once
         source = find_adapter(source)
-    elif (Path(source) / "checkpoints").is_dir():
+    elif (storage_path(source) / "checkpoints").is_dir():
         raise ValueError(
             f"train.init_from: {source} is a run: several processes need its adapter's directory"
         )
@@ -161,6 +181,7 @@ def initial_adapter(
     key, params = jax.random.key(seed), base.params
     if source is None:
         return init_adapter(cfg, key, params, mesh=mesh)
+    remark_on_base(source, base.source)
     if not is_peft(source):
         _, adapter = load_adapter(source, params, model=base.model, mesh=mesh)
         return adapter.with_config(cfg)  # its dropout may be another

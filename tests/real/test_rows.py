@@ -100,7 +100,7 @@ def test_fields_make_prompt_and_completion(load, tokenizer, row, prompt, complet
     (example,), report = load([row])
     assert halves(tokenizer, example) == (f"<s>{prompt}", f"{completion}</s>")
     kept = {name: value for name, value in row.items() if value is not None and value == value}
-    assert match._problem("here", kept).prompt == prompt  # evaluation asks as training does
+    assert match._problem("here", kept)[0].prompt == prompt  # evaluation asks as training does
     assert report.bad == 0
 
 

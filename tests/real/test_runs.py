@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import random
@@ -24,6 +25,7 @@ from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax import atomic_files
+from genlora_jax.adapter_files import spec_to_json, write_adapter
 from genlora_jax.atomic_files import locked, new_directory, recover, refuse_existing, write_whole
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import locate
@@ -34,7 +36,7 @@ from genlora_jax.training import processes, setup
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.checksums import checksums
 from genlora_jax.training.divergence import check_finite
-from genlora_jax.training.find_adapter import find_adapter
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.output import claimed
@@ -173,6 +175,21 @@ def test_recovery_leaves_alone_what_another_process_is_writing(tmp_path):
     assert listing(tmp_path / "out") == {"result.txt": b"whole"}
 
 
+def test_two_commands_do_not_write_one_output(tmp_path):
+    with new_directory(tmp_path / "out") as first:
+        (first / "result.txt").write_text("first")
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="being written by another command"):
+                refuse_existing(tmp_path / "out", overwrite=overwrite)
+    assert listing(tmp_path) == {"out/result.txt": b"first"}
+    with (
+        pytest.raises(FileExistsError, match="made by something else meanwhile"),
+        new_directory(tmp_path / "other"),
+    ):
+        (tmp_path / "other").mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
+
+
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
     write(tmp_path / "out", "old")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -305,6 +322,19 @@ def test_a_state_that_is_not_finite_is_not_saved(state, tmp_path, bad):
         assert checkpoints.latest() == 3
 
 
+def test_a_save_that_failed_leaves_nothing_open(state, tmp_path, monkeypatch):
+    level = logging.getLogger("absl").level
+    checkpoints, closed = Checkpoints(tmp_path / "run"), []
+    inner = checkpoints._checkpointer
+    close = inner.close
+    monkeypatch.setattr(inner, "wait", lambda: (_ for _ in ()).throw(OSError("a broken disk")))
+    monkeypatch.setattr(inner, "close", lambda: closed.append(close()))
+    with pytest.raises(OSError, match="a broken disk"), checkpoints:
+        pass
+    assert closed == [None]
+    assert logging.getLogger("absl").level == level
+
+
 def test_a_full_disk_stops_a_checkpoint_before_it_begins(state, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -385,6 +415,20 @@ def test_the_best_adapter_that_a_run_has_is_found(state, tmp_path, capsys):
         assert f"adapter: {run / name}, " in capsys.readouterr().out
     for path in (run / "adapter", tmp_path / "missing"):
         assert find_adapter(str(path)) == str(path)
+
+    # The run went on after its end, and was stopped: what it ended with then is not the newest.
+    settings = spec_to_json(state.adapter.spec, None)
+    for step, taken, said in (
+        (6, "adapter", "run's end"),
+        (5, "adapter-best", "of step 5, and"),
+    ):
+        write_adapter(run / "adapter", settings | {"step": step}, state.adapter, overwrite=True)
+        assert find_adapter(str(run)) == str(run / taken)
+        assert said in capsys.readouterr().out
+    assert find_adapter(str(run / "adapter")) == str(run / "adapter")
+    assert f"to take the newest, give {run}" in capsys.readouterr().out
+    shutil.rmtree(run / "adapter-best")
+    assert find_adapter(str(run)) == found
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*--train\.resume true"):
         find_adapter(str(tmp_path / "empty"))
@@ -578,10 +622,10 @@ POINTS = {
     "first step": (script.Recorder, "record", 1, False),
     "first save": (Checkpoints, "save", 1, False),
     "first save under way": (Checkpoints, "save", 1, True),
-    "best adapter, first": (script, "save_adapter", 1, False),
+    "best adapter, first": (script, "write_adapter", 1, False),
     "best adapter, replaced": (Path, "rename", 3, True),
     "last save": (Checkpoints, "save", 2, True),
-    "last adapter": (script, "save_adapter", 3, False),
+    "last adapter": (script, "write_adapter", 3, False),
 }
 
 
@@ -637,6 +681,30 @@ def test_a_run_with_other_data_or_another_base_does_not_go_on(workshop, alone, r
         assert listing(here / "alone") == before
 
 
+def test_an_adapter_on_other_weights_of_the_same_shapes_is_remarked_on(workshop, alone, tmp_path):
+    base, adapter = workshop / "base", alone / "adapter"
+    assert json.loads((adapter / "adapter.json").read_text())["step"] == 4
+    taken = tmp_path / "stopped"
+    shutil.copytree(alone / "checkpoints", taken / "checkpoints")
+    for found in (adapter, alone / "adapter-best", Path(find_adapter(str(taken)))):
+        remark_on_base(str(found), base)  # a warning would be an error
+        with pytest.warns(UserWarning, match="was trained on other weights than those of"):
+            remark_on_base(str(found), write_base(tmp_path / f"other-{found.name}", seed=1))
+
+
+def test_examples_longer_than_the_models_positions_are_remarked_on(workshop, tmp_path):
+    rows, said = tmp_path / "rows.jsonl", []
+    rows.write_text(json.dumps({"text": "plums and " * 40}))  # tiny_base: 64 positions
+    given = ["--config", workshop / "recipe.yaml", "--data.train", rows, "--data.length", 256]
+    recipe = parse(Recipe, [str(argument) for argument in given])
+    run = setup.prepare(recipe, make_mesh(recipe.mesh), said.append)
+    longest = len(run.examples[0]["input_ids"])
+    assert longest > 64
+    (note,) = (line for line in said if str(line).startswith("note: "))
+    assert f"the longest example has {longest} tokens" in note
+    assert "64 positions" in note
+
+
 def write_base_again(base):
     shutil.rmtree(base)
     write_base(base, seed=1)
@@ -667,6 +735,9 @@ def test_an_output_in_the_base_is_refused(workshop, run):
         (b"optim: 2\n", "optim"),
         (b"train: {b1: {}}\n", "train.b1 is empty"),
         (b"train: [\n", "no YAML"),
+        (b"eval: rows.jsonl\n", r"recipe\.yaml: no field is 'eval'; there are adapter, data"),
+        (b"optim: {b1: 0.5}\ndata: {}\noptim: {b1: 0.9}\n", "line 3: optim is there twice"),
+        (b"optim:\n  b1: 0.5\n  b1: 0.9\n", "line 3: b1 is there twice"),
     ],
 )
 def test_a_recipe_that_is_none_is_named(content, message, tmp_path):
