@@ -55,7 +55,7 @@ def finetune(recipe: Recipe) -> int | None:
         processes.join(settings.heartbeat)
     primary = processes.is_primary()
     print_line = print if primary else lambda _: None
-    claim = claimed if primary else contextlib.nullcontext
+    claim: Any = claimed if primary else lambda _: contextlib.nullcontext(dict)  # no check
     with claim(recipe):  # checked now, before minutes of loading, and again when it is made
         source = check_start(recipe.adapter, settings.init_from)
     processes.keep_logs(settings.output)
@@ -71,7 +71,7 @@ def finetune(recipe: Recipe) -> int | None:
         Path(settings.output).mkdir(parents=True, exist_ok=True)
     with claim(recipe) as held:
         source = source or "the initial adapter"
-        return run_in_output(recipe, run, state, source, print_line, held or dict)
+        return run_in_output(recipe, run, state, source, print_line, held)
 
 
 def run_in_output(
