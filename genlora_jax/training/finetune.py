@@ -56,11 +56,7 @@ def finetune(recipe: Recipe) -> int | None:
         processes.join(settings.heartbeat)
     primary = processes.is_primary()
     print_line = print if primary else lambda _: None
-<<<<<<< HEAD
-    claim = claimed if primary else lambda _: contextlib.nullcontext(dict)
-=======
     claim: Any = claimed if primary else lambda _: contextlib.nullcontext(dict)  # no check
->>>>>>> launch
     with claim(recipe):  # checked now, before minutes of loading, and again when it is made
         source = check_start(recipe.adapter, settings.init_from)
     processes.keep_logs(settings.output)
