@@ -34,7 +34,9 @@ def refuse_existing(
     recover(path)
     refuse_inside(path, inputs)
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+        raise FileExistsError(
+            f"{path} exists: choose another output or pass overwrite (--overwrite in a command)"
+        )
     if path.exists() and (foreign := _foreign_file(path)):
         raise FileExistsError(
             f"{path} is not overwritten, as nothing says that genlora wrote {foreign}: choose "
