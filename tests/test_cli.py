@@ -323,7 +323,8 @@ def test_a_message_is_asked_in_the_chat_template(shop, genlora, tmp_path):
 
 def test_an_answer_of_nothing_is_said(shop, genlora, monkeypatch):
     monkeypatch.setattr("genlora_jax.cli.answers", lambda *args, **options: [[""]])
-    status, said, err = genlora("generate", shop / "float32", PROMPT, "--dtype", "float32")
+    options = ["--max_new_tokens", 6, "--dtype", "float32"]
+    status, said, err = genlora("generate", shop / "float32", PROMPT, *options)
     assert (status, said.strip(), err) == (0, PROMPT, "note: the model ended at once\n")
 
 
