@@ -223,6 +223,8 @@ def generate(
         seed=seed,
     )
     print(answer if chat else f"{prompt}{answer}")
+    if not answer:
+        print("note: the model ended at once", file=sys.stderr)
 
 
 def plan(config: str, topology: str, compile: bool = True) -> None:
