@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from genlora_jax.adapter import Adapter, init_adapter
@@ -98,8 +97,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     steps = run_length(recipe, objective.train_batches(source, recipe.data), print_line)
     base = load_base(recipe.model, (directory, tokenizer), mesh)
     print_line(f"attention: {base.attention}")
-    lengths = [recipe.data.length] if source.lengths is None else source.lengths
-    longest = int(np.max(lengths))
+    longest = 0 if source.lengths is None else int(source.lengths.max())  # 0: nobody knows
     if longest > (positions := base.model.config.max_position_embeddings):
         print_line(
             f"note: the longest example has {longest:,} tokens, but the model was made for "
