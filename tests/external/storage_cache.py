@@ -40,9 +40,8 @@ def test_a_cache_in_a_bucket_has_the_examples_of_its_rows(tmp_path, monkeypatch,
             np.testing.assert_array_equal(found["input_ids"], expected[row]["input_ids"])
             np.testing.assert_array_equal(found["loss_mask"], expected[row]["loss_mask"])
         assert write_cache(url, tokenizer, cfg) == directory
+        bucket.rm(url)
+        assert find_cache(url, tokenizer, cfg).fingerprint == source.fingerprint
         bucket.rm(f"{directory}/{WRITTEN}")  # as it is until the upload is complete
         with pytest.raises(FileNotFoundError, match="run genlora tokenize"):
             find_cache(url, tokenizer, cfg)
-        write_cache(url, tokenizer, cfg)
-        bucket.rm(url)
-        assert find_cache(url, tokenizer, cfg).fingerprint == source.fingerprint
