@@ -13,13 +13,14 @@ import safetensors
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save_file
 
 from genlora_jax.adapter import Adapter, AdapterSpec, adapter_shapes, adapter_spec, base_fingerprint
 from genlora_jax.atomic_files import new_directory
 from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.sharding import place_state
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.targets import KernelLocation, Target
 from genlora_jax.validation import refuse_pointer
 
@@ -90,7 +91,7 @@ def load_adapter(
     """Reads what `save_adapter` wrote.
 
     Args:
-        path: The adapter's directory.
+        path: The adapter's directory, here or at `gs://` or `s3://`.
         params: The base for which it is loaded, scanned or unrolled. It is checked against the
             adapter's fingerprint. Without it the adapter fits a base whose layers are stored like
             those of the base that it was made for.
@@ -106,7 +107,7 @@ def load_adapter(
         ValueError: If a file is damaged, the adapter was made for another base, or a number in it
             is not finite.
     """
-    path = Path(path)
+    path = storage_path(path)
     spec, base_config = _read_settings(path)
     if params is not None:
         if base_fingerprint(params) != spec.fingerprint:
@@ -123,7 +124,8 @@ def load_adapter(
             f"{path} was made for another base: shapes agree, but not the rest of config.json"
         )
     try:
-        arrays = load_file(path / TENSORS)
+        remote = is_remote(path)
+        arrays = load((path / TENSORS).read_bytes()) if remote else load_file(path / TENSORS)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
     _check_arrays(path / TENSORS, arrays, adapter_shapes(spec))
@@ -140,7 +142,7 @@ def load_config(path: str | Path) -> AdapterConfig:
         FileNotFoundError: If a file is missing.
         ValueError: If the settings are damaged.
     """
-    return _read_settings(Path(path))[0].config
+    return _read_settings(storage_path(path))[0].config
 
 
 def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:

@@ -40,7 +40,7 @@ def merge(
     """Merges an adapter into its base and writes a Hugging Face checkpoint.
 
     Args:
-        base: The base: local directory or hub id.
+        base: The base: directory, here or at `gs://` or `s3://`, or hub id.
         adapter: The adapter's directory, ours or a PEFT LoRA adapter's.
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
@@ -189,7 +189,7 @@ def generate(
     """Continues a prompt with a base, a merged model, or a base and an adapter.
 
     Args:
-        model: Local directory or hub id.
+        model: Directory, here or at `gs://` or `s3://`, or hub id.
         prompt: The text to continue.
         adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
         chat: The prompt is a user's message, for the tokenizer's chat template.
@@ -254,6 +254,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 RECIPES = {
     "finetune": "genlora_jax.training.finetune",
     "sweep": "genlora_jax.training.sweep.sweep",
+    "tokenize": "genlora_jax.training.tokenize",
     "evaluate": "genlora_jax.evaluation.run",
 }
 

@@ -19,6 +19,7 @@ import jsonargparse
 import yaml
 
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.validation import listed
 
 T = TypeVar("T")
@@ -147,7 +148,7 @@ def dump(settings: Any) -> str:
         if dataclasses.is_dataclass(value):
             fields = dataclasses.fields(value)
             return {field.name: plain(getattr(value, field.name)) for field in fields}
-        return value
+        return [plain(each) for each in value] if isinstance(value, list) else value
 
     parser = _parser(type(settings))
     return str(parser.dump(parser.parse_object(plain(settings)), skip_unset=False))
@@ -198,10 +199,12 @@ def _check_recipes(args: Sequence[str], known: Collection[str]) -> None:
     for i, argument in enumerate(args):
         name, _, value = argument.partition("=")
         file = value or "".join(args[i + 1 : i + 2])
-        if name != "--config" or not os.path.isfile(file):
+        if name != "--config" or not (is_remote(file) or os.path.isfile(file)):
             continue
+        if is_remote(file):  # the parser reads it once more
+            jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)
         try:
-            recipe = load_bounded_yaml(Path(file).read_text(encoding="utf-8"))
+            recipe = load_bounded_yaml(storage_path(file).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 ({error.reason}): save it as UTF-8") from None
         except (yaml.YAMLError, OverflowError, ValueError) as error:

@@ -73,11 +73,15 @@ def listed(names: Collection[str], most: int = 3) -> str:
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
-def refuse_pointer(file: Path) -> None:
-    """Raises ValueError if a file is what Git LFS leaves in the place of one it has not got."""
+def refuse_pointer(file: Path, *, named: Path | None = None) -> None:
+    """Raises ValueError if a file is what Git LFS leaves in the place of one it has not got.
+
+    `named` is what the error calls it, if `file` is a copy.
+    """
+    named = named or file
     with file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(
-                f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
-                f"{file.parent}"
+                f"{named} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+                f"{named.parent}"
             )

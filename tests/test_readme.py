@@ -135,7 +135,7 @@ def test_settings_of_a_page_are_valid(page, checkout):
     for number, text in enumerate(blocks("yaml", page.read_text())):
         file = checkout / f"{number}.yaml"
         file.write_text(text)
-        if text.startswith("model") and "data:\n" in text:
+        if text.startswith("model") and re.search(r"^train:", text, re.M):
             assert parse(Recipe, ["--config", str(file)])
         elif text.startswith("model"):
             assert parse(Evaluation, ["--config", str(file)])

@@ -23,7 +23,10 @@ ARROWS: dict[str, set[str]] = {
     "validation": set(),
     "patterns": set(),
     "seeded_random": set(),
-    "storage": set(),
+    "threads": set(),
+    "remote_path": {"threads"},
+    "storage": {"remote_path"},
+    "bucket_directories": {"remote_path", "storage"},
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
     "base": set(),
@@ -52,12 +55,12 @@ ARROWS: dict[str, set[str]] = {
     # Models know no adapters.
     "models": {"mesh"},
     # Files.
-    "atomic_files": set(),
+    "atomic_files": {"bucket_directories", "storage"},
     "adapter_files": {
-        *("adapter", "atomic_files", "methods", "sharding", "targets", "validation"),
+        *("adapter", "atomic_files", "methods", "sharding", "storage", "targets", "validation"),
     },
-    "data": {"validation"},
-    "settings": {"methods", "validation"},
+    "data": {"atomic_files", "storage", "validation"},
+    "settings": {"methods", "storage", "validation"},
     "hf": {
         *(
             "adapter",
@@ -70,6 +73,8 @@ ARROWS: dict[str, set[str]] = {
             "models",
             "patterns",
             "sharding",
+            "storage",
+            "threads",
             "validation",
         ),
     },
@@ -86,7 +91,8 @@ ARROWS: dict[str, set[str]] = {
             "atomic_files",
             "hf",
         ),
-        *("inject", "mesh", "methods", "settings", "sharding"),
+        *("inject", "mesh", "methods", "settings", "sharding", "storage"),
+        *("bucket_directories", "remote_path"),
     },
     "evaluation": {
         *("data", "atomic_files", "generation", "hf", "inject", "mesh", "models", "settings"),

@@ -3,11 +3,12 @@
 import importlib.util
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from genlora_jax.data.files import COMPRESSED, READERS, file_kind, file_rows, without_nulls
+from genlora_jax.storage import is_remote, storage_path
 
 Row = dict[str, Any]
 
@@ -39,7 +40,12 @@ def rows_or_errors(source: str) -> Iterator[tuple[str, Row | ValueError]]:
         FileNotFoundError: If there is no such source.
         ValueError: If the source cannot be read at all, or not beyond a place.
     """
-    for place, row in _source_rows(source):
+    return checked(_source_rows(source))
+
+
+def checked(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row | ValueError]]:
+    """Rows as they are read, without fields that are missing; a row of another kind is an error."""
+    for place, row in rows:
         if isinstance(row, dict):
             yield place, {name: value for name, value in row.items() if not _missing(value)}
         elif isinstance(row, ValueError):
@@ -53,12 +59,14 @@ def _missing(value: Any) -> bool:
 
 
 def _source_rows(source: str) -> Iterator[tuple[str, Any]]:
-    path = Path(source)
+    path = storage_path(source)
     if path.is_file():
         if file_kind(path.name) is None:
             raise ValueError(f"{source}: a file of another kind than {FILES}: convert or rename it")
         return file_rows(path)
     name = source.partition(":")[0]
+    if is_remote(source):
+        raise FileNotFoundError(f"no such data file: {source}: check the bucket and the path")
     is_id = HUB_ID.fullmatch(source) and not SUFFIX.search(name)
     if not is_id and not Path(name).is_dir():
         raise FileNotFoundError(f"no such data file: {source}")

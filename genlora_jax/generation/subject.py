@@ -126,7 +126,7 @@ def load_subject(
     """Loads what is to be evaluated onto one device.
 
     Args:
-        path: A base or a merged model: local directory or hub id.
+        path: A base or a merged model: directory, here or in a bucket, or hub id.
         adapter: An adapter's directory, one of `save_adapter` or of PEFT.
         batch_size: Rows of a batch.
         **options: Fields of `ModelConfig`.

@@ -23,7 +23,7 @@ class ModelConfig:
     """The base, and how it is computed.
 
     Attributes:
-        path: Local directory or hub id.
+        path: Directory, here or at `gs://` or `s3://`, or hub id.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the base's parameters.
         revision: Branch, tag or commit on the hub.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 from genlora_jax import sharding
 from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
-from genlora_jax.hf.tensorfile import in_threads, transpose, transposes_on_host
-from genlora_jax.mesh import AXES
+from genlora_jax.hf.tensorfile import transpose, transposes_on_host, window
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
+from genlora_jax.threads import in_threads
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -41,7 +42,7 @@ def load_llama(
     """Loads a LLaMA.
 
     Args:
-        path: Local directory in Hugging Face's layout, or a hub id.
+        path: Directory in Hugging Face's layout, here or at `gs://` or `s3://`, or a hub id.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
         revision: Branch, tag or commit on the hub.
@@ -150,12 +151,14 @@ def _read_leaves(
     def read(tensor: Tensor) -> jax.Array:
         return _read(checkpoint, tensor, shapes[tensor.path], on_host)
 
-    for tensor, value in zip(order, in_threads(read, order), strict=True):
+    values = in_threads(read, order, window(checkpoint.directory))
+    for tensor, value in zip(order, values, strict=True):
         path, transposed = tensor.path, tensor.transposed and not on_host
         if not on_host and not _fits(value, shapes[path].dtype):  # free where memory is fast
             checkpoint.refuse_unfit(tensor.name, checkpoint.read(tensor.name), shapes[path].dtype)
         leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
         leaves[path].block_until_ready()  # or tensors would pile up before the device
+    checkpoint.refuse_changed()
     return leaves
 
 
@@ -178,10 +181,12 @@ def _read(
     if where is None:
         return jax.device_put(read((slice(None),) * len(shape)))
     if where.mesh.size > 1 or shape != leaf.shape:  # else no copy is needed on the device
-        # All devices share the file's rows, so that each is read once in all. From there the
-        # devices send them to where they belong, faster than any disk.
-        divides = shape[axis] % where.mesh.size == 0
-        where = NamedSharding(where.mesh, P(*(None,) * axis, AXES) if divides else P())
+        # All devices share the file's rows, so that each is read once in all, or as few times as
+        # the number of rows allows. From there the devices send them to where they belong, faster
+        # than any disk.
+        parts = math.gcd(shape[axis], where.mesh.size)
+        shares = Mesh(where.mesh.devices.reshape(-1, parts), ("copies", "rows"))
+        where = NamedSharding(shares, P(*(None,) * axis, "rows"))
     return jax.make_array_from_callback(shape, where, read)
 
 

@@ -3,11 +3,13 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 from genlora_jax.adapter_files import SETTINGS as OURS
 from genlora_jax.adapter_files import write_adapter
 from genlora_jax.atomic_files import recover
 from genlora_jax.hf.peft_import import is_peft
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training.provenance import checkpoint_digest
 
 # In the order in which they are taken; `best` is that of a sweep.
@@ -32,14 +34,17 @@ def find_adapter(path: str) -> str:
         FileNotFoundError: If it is a run that has no adapter yet.
         OSError: If the adapter of a checkpoint cannot be written beside it.
     """
-    run, checkpoints = Path(path), Path(path) / "checkpoints"
-    recover(run)
+    run = storage_path(path)
+    checkpoints = run / "checkpoints"
+    if not is_remote(run):  # where only writers may
+        recover(run)
     if not run.is_dir() or (run / OURS).exists() or is_peft(run):
         if run.name == "adapter" and (said := _outdated(run)):
             print(f"note: {said}; to take the newest, give {run.parent}")
         return path
     for name, reason in NAMES.items():
-        recover(run / name)
+        if not is_remote(run):
+            recover(run / name)
         if not (run / name / OURS).is_file():
             continue
         if name == "adapter" and (said := _outdated(run / name)):
@@ -69,7 +74,7 @@ def find_adapter(path: str) -> str:
 def remark_on_base(adapter: str, source: Path) -> None:
     """Warns if an adapter was trained on other weights than those of a base of the same shapes."""
     try:
-        trained = json.loads((Path(adapter) / OURS).read_text())["base"].get("tensors")
+        trained = json.loads((storage_path(adapter) / OURS).read_text())["base"].get("tensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # PEFT's, which names its base; or damaged, which is said when it is loaded
     if trained and trained != checkpoint_digest(source):
@@ -80,7 +85,7 @@ def remark_on_base(adapter: str, source: Path) -> None:
         )
 
 
-def _outdated(adapter: Path) -> str | None:
+def _outdated(adapter: Any) -> str | None:
     """How far a run has gone on after it wrote its `adapter`, in words; None if it has not."""
     try:
         step = int(json.loads((adapter / OURS).read_text())["step"])

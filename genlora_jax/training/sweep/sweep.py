@@ -13,7 +13,6 @@ results and leave. A second signal ends at once and writes nothing.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import run_command
+from genlora_jax.storage import storage_path
 from genlora_jax.training.divergence import advice, refuse_not_finite
 from genlora_jax.training.output import RECIPE, write_recipe
 from genlora_jax.training.processes import Interruption
@@ -79,7 +79,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
                 program,
                 run.base.params,
                 members,
-                iter(run.objective.train_batches(run.examples, recipe.data)),
+                iter(run.objective.train_batches(run.source, recipe.data)),
                 run.held_out,
                 eval_every=recipe.train.eval_every,
                 steps_per_call=recipe.steps_per_call,
@@ -103,9 +103,9 @@ def sweep(recipe: SweepRecipe) -> int | None:
     return interruption.signal
 
 
-def _new_output(recipe: SweepRecipe) -> Path:
+def _new_output(recipe: SweepRecipe) -> Any:
     """The directory to make; raises OSError if it is there or cannot be made."""
-    output, inputs = Path(recipe.train.output), (recipe.model.path, recipe.train.init_from)
+    output, inputs = storage_path(recipe.train.output), (recipe.model.path, recipe.train.init_from)
     if output.exists():  # the other check's advice is a flag that a sweep has not got
         raise FileExistsError(f"{output} exists: choose another train.output")
     refuse_existing(output, overwrite=False, inputs=inputs)
