@@ -19,7 +19,7 @@ from genlora_jax.factors import HIRA, by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.generation.answers import answers
 from genlora_jax.generation.decoding import check_sampling
-from genlora_jax.generation.subject import Prompt, load_subject
+from genlora_jax.generation.subject import load_subject
 from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
@@ -207,8 +207,7 @@ def generate(
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)
-    message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    ids = subject.encode_prompt(message)
+    ids = subject.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
     if len(ids) + max_new_tokens > subject.positions:
         raise ValueError(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
