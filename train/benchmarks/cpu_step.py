@@ -3,11 +3,12 @@
     python -m train.benchmarks.cpu_step --model SmolLM2-135M --text grimm.txt --rows 4 --length 128
 
 Every arm is a process of its own, and all arms are run `--rounds` times, one after another. Ours
-are `genlora finetune` on the text, packed, with a recipe that says no more than model, data, adapter
-and length. The first round's compilations are kept, so that later rounds are a second start.
+are `genlora finetune` on the text, packed, with a recipe that names model, data, adapter and length
+alone. The first round's compilations are kept, so that later rounds are a second start.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -66,7 +66,7 @@ def run_peft(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         command += [f"--{name}", str(getattr(options, name))]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     ends = [float(line.split()[1]) for line in out.splitlines() if line.startswith("step ")]
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     return {"first_step_s": ends[0] - began, "step_s": statistics.median(seconds)}
 
 
