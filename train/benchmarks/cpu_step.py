@@ -25,14 +25,13 @@ from rich.table import Table
 from train.benchmarks.measuring import RESULTS, write_result
 
 PEFT = "PEFT, LoRA r=8"
-METHOD = "genlora_jax.methods.{}"
 ADAPTERS = {
     "LoRA r=8": {
-        "class_path": METHOD.format("LoRAConfig"),
+        "class_path": "genlora_jax.LoRAConfig",
         "init_args": {"rank": 8, "alpha": 16.0},
     },
     "GenLoRA r=10 g=16": {
-        "class_path": METHOD.format("GenLoRAConfig"),
+        "class_path": "genlora_jax.GenLoRAConfig",
         "init_args": {"rank": 10, "alpha": 20.0, "group_size": 16},
     },
 }
