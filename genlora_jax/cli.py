@@ -184,7 +184,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
 ) -> None:
     """Continues a prompt with a base, a merged model, or a base and an adapter.
 
@@ -197,7 +197,7 @@ def generate(
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         seed: Seed of the sampling.
-        dtype: Of parameters and computation.
+        dtype: Of parameters and computation; by default float32 on CPUs, else bfloat16.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     require_int("seed", seed, 0)
