@@ -68,7 +68,6 @@ ARROWS: dict[str, set[str]] = {
             "data",
             "factors",
             "atomic_files",
-            "mesh",
             "methods",
             "models",
             "patterns",

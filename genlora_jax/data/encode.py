@@ -128,7 +128,7 @@ class Encoder:
         examples: list[Example] = []
         for pieces, overlong in cut:
             # The first token has no context.
-            counts = [np.count_nonzero(piece["loss_mask"][1:]) for piece in pieces]
+            counts = [int(np.count_nonzero(piece["loss_mask"][1:])) for piece in pieces]
             trained = [*itertools.compress(pieces, counts)]
             if without := len(pieces) - len(trained):
                 tally.add_without(without, place, _why_untrained(form, overlong))
@@ -194,7 +194,8 @@ def encode(
     Raises:
         ValueError: If a row is bad and not to be skipped, too many are, or none is left.
     """
-    encoder, examples, tally = Encoder(tokenizer, cfg), [], Tally()
+    encoder, tally = Encoder(tokenizer, cfg), Tally()
+    examples: list[Example] = []
     for batch in batches_of_rows(rows):
         found, counted = encoder(batch)
         examples += itertools.chain.from_iterable(found)

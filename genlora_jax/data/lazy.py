@@ -33,7 +33,9 @@ PROCESSES = 4  # which tokenise faster than the devices of a host train
 class Table(Protocol):
     """Rows by their numbers, as they are stored."""
 
-    window: int | None  # see `sources.Part`
+    @property
+    def window(self) -> int | None:
+        """See `sources.Part`."""
 
     def __len__(self) -> int:
         """How many there are."""

@@ -48,7 +48,8 @@ class Stream:
                 able = [_Walk(self.name, hugging_face_data(self.name, streaming=True))]
                 self._walks = [able[0], *self._walks][:2]
             walk = max(able, key=lambda walk: walk.passed)
-            self._walks.sort(key=lambda other, walk=walk: other is not walk)  # the last may go
+            # The last of them may go.
+            self._walks = [walk, *(other for other in self._walks if other is not walk)]
             found[row] = walk.row(row)
         return [found[row] for row in rows]
 
