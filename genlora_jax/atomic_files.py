@@ -37,14 +37,16 @@ def refuse_existing(
     refuse_inside(path, inputs)
     exists = bool(listed(path)) if is_remote(path) else path.exists()
     if exists and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+        raise FileExistsError(
+            f"{path} exists: choose another output or pass overwrite (--overwrite in a command)"
+        )
     if exists and (foreign := _foreign_file(path)):
         raise FileExistsError(
             f"{path} is not overwritten, as nothing says that genlora wrote {foreign}: choose "
             "another output, or move away what is there"
         )
     refuse_unwritable(path)
-    if _being_written(path):
+    if not is_remote(path) and _being_written(path):
         raise FileExistsError(
             f"{path} is being written by another command: wait for its end, or choose another "
             "output"

@@ -19,7 +19,7 @@ from genlora_jax.factors import HIRA, by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.generation.answers import answers
 from genlora_jax.generation.decoding import check_sampling
-from genlora_jax.generation.subject import Prompt, load_subject
+from genlora_jax.generation.subject import load_subject
 from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
@@ -184,7 +184,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
 ) -> None:
     """Continues a prompt with a base, a merged model, or a base and an adapter.
 
@@ -197,7 +197,7 @@ def generate(
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         seed: Seed of the sampling.
-        dtype: Of parameters and computation.
+        dtype: Of parameters and computation; by default float32 on CPUs, else bfloat16.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     require_int("seed", seed, 0)
@@ -207,8 +207,7 @@ def generate(
     subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)
-    message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    ids = subject.encode_prompt(message)
+    ids = subject.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
     if len(ids) + max_new_tokens > subject.positions:
         raise ValueError(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
@@ -223,6 +222,8 @@ def generate(
         seed=seed,
     )
     print(answer if chat else f"{prompt}{answer}")
+    if not answer:
+        print("note: the model ended at once", file=sys.stderr)
 
 
 def plan(config: str, topology: str, compile: bool = True) -> None:
@@ -252,6 +253,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 RECIPES = {
     "finetune": "genlora_jax.training.finetune",
     "sweep": "genlora_jax.training.sweep.sweep",
+    "tokenize": "genlora_jax.training.tokenize",
     "evaluate": "genlora_jax.evaluation.run",
 }
 

@@ -7,7 +7,6 @@ they raise at last becomes one message that names the URL.
 import contextlib
 import fnmatch
 import io
-import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -32,9 +31,13 @@ ENDPOINT = {"gs": "STORAGE_EMULATOR_HOST", "s3": "AWS_ENDPOINT_URL"}
 # Parts of the names of classes of errors that the file systems' libraries have.
 NO_CREDENTIALS = ("Credential", "TokenRetrieval", "SSO", "ProfileNotFound", "GoogleAuth", "Refresh")
 NO_ANSWER = ("Connect", "Timeout", "HTTPClientError", "ClientError", "ProxyError")
+BAD_REQUEST = ("Bad Request", "Bucket is requester pays")  # how a ValueError of gcsfs begins
 # What other processes write is seen: a listing is never older than the question.
 for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+# They would print errors that are raised as well; whoever set logging up sees them still.
+for _package, _ in PACKAGES.values():
+    logging.getLogger(_package).addHandler(logging.NullHandler())
 
 
 class RemoteError(OSError):
@@ -208,8 +211,6 @@ def file_system(url: str | os.PathLike[str]) -> Any:
     """
     protocol = os.fspath(url).partition("://")[0]
     package, extra = PACKAGES[protocol]
-    # It would print errors that are raised as well; whoever set logging up sees them still.
-    logging.getLogger(package).addHandler(logging.NullHandler())
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:
@@ -227,16 +228,17 @@ def naming(url: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (RemoteError, ValueError):
-        raise
     except Exception as error:  # the libraries' errors have no common base class
+        others = isinstance(error, ValueError) and not str(error).startswith(BAD_REQUEST)
+        if others or isinstance(error, RemoteError):
+            raise
         raise _named(os.fspath(url), error) from error
 
 
 def _named(url: str, error: Exception) -> OSError:
     protocol = url.partition("://")[0]
     said = " ".join(str(error).split())[:200] or type(error).__name__
-    names = [kind.__name__ for kind in itertools.chain(type(error).__mro__)]
+    names = [kind.__name__ for kind in type(error).__mro__]
     code = str(getattr(error, "code", ""))
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url}: no such bucket or file: check the URL ({said})")

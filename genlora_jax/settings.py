@@ -148,7 +148,7 @@ def dump(settings: Any) -> str:
         if dataclasses.is_dataclass(value):
             fields = dataclasses.fields(value)
             return {field.name: plain(getattr(value, field.name)) for field in fields}
-        return value
+        return [plain(each) for each in value] if isinstance(value, list) else value
 
     parser = _parser(type(settings))
     return str(parser.dump(parser.parse_object(plain(settings)), skip_unset=False))

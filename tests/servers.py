@@ -43,6 +43,7 @@ class ObjectStore:
                 "TENSORSTORE_GCS_HTTP_URL": endpoint,
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",  # TensorStore
                 "NO_GCE_CHECK": "true",  # no search for the account of a machine of Google's
+                "FSSPEC_GCS_TOKEN": "anon",  # gcsfs would search, and log that it found nothing
                 # Without a look at the kind of bucket, which asks Google itself.
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             }

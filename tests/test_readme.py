@@ -26,7 +26,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 DOCS = [page for page in PAGES if page.parent == ROOT / "docs"]
 STUDY = ROOT / "train" / "benchmarks"
 FINDINGS = STUDY / "results" / "frontier" / "findings.md"
-SETTINGS = {"finetune": Recipe, "sweep": SweepRecipe, "evaluate": Evaluation}
+SETTINGS = {
+    "finetune": Recipe,
+    "sweep": SweepRecipe,
+    "tokenize": Recipe,
+    "evaluate": Evaluation,
+}
 
 
 def blocks(language, text=TEXT):

@@ -297,3 +297,12 @@ def test_shapes_that_a_mesh_does_not_divide_are_named(torch_twin):
 def test_rows_that_a_mesh_does_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"12 rows cannot .* mesh\.data x mesh\.fsdp = 8"):
         sharding.place_batch(make_mesh(MeshConfig()), batch_of(rows=12))
+
+
+def test_local_rows_are_placed_as_the_whole_batch_is():
+    mesh, batch = make_mesh(MeshConfig(data=2, fsdp=2, tensor=-1)), batch_of(rows=8)
+    assert sharding.local_rows(mesh, 8) == list(range(8))  # of one process
+    whole = sharding.place_batch(mesh, batch)
+    for name, value in sharding.place_batch(mesh, batch, rows=8).items():
+        np.testing.assert_array_equal(value, whole[name])
+        assert value.sharding == whole[name].sharding

@@ -59,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "adapter_files": {
         *("adapter", "atomic_files", "methods", "sharding", "storage", "targets", "validation"),
     },
-    "data": {"storage", "validation"},
+    "data": {"atomic_files", "remote_path", "storage", "validation"},
     "settings": {"methods", "storage", "validation"},
     "hf": {
         *(
@@ -68,7 +68,6 @@ ARROWS: dict[str, set[str]] = {
             "data",
             "factors",
             "atomic_files",
-            "mesh",
             "methods",
             "models",
             "patterns",

@@ -60,7 +60,7 @@ def locate(
     directory = storage_path(path)
     if directory.is_dir():
         refuse_pointers(directory)
-        return directory  # type: ignore[no-any-return]
+        return directory
     if is_remote(path):
         raise FileNotFoundError(f"{path}: no such directory: check the bucket and the path")
     from huggingface_hub import snapshot_download
@@ -162,7 +162,7 @@ class Checkpoint:
 
     def refuse_changed(self) -> None:
         """Raises OSError if a file in a bucket is another than when its header was read."""
-        remote = {file.file: file.version for file in self._where.values() if file.version}
+        remote: dict[Any, str] = {f.file: f.version for f in self._where.values() if f.version}
         for _ in in_threads(
             lambda file: file[0].refuse_changed(file[1]), remote.items(), REMOTE_WINDOW
         ):

@@ -76,6 +76,11 @@ class Step:
         return self.shapes.config
 
     @property
+    def platform(self) -> str:
+        """What JAX calls the chips."""
+        return "tpu" if self.chip.tpu else "gpu"
+
+    @property
     def rows(self) -> int:
         """Rows of a micro-batch in one shard of the batch."""
         shards = self.mesh.data * self.mesh.fsdp * self.recipe.train.accumulate
@@ -89,7 +94,7 @@ class Step:
     @property
     def width(self) -> int:
         """Bytes of a value in the dtype of the computation."""
-        return jnp.dtype(self.recipe.model.dtype).itemsize
+        return jnp.dtype(self.recipe.model.dtypes(self.platform)[0]).itemsize
 
     @property
     def passes(self) -> int:

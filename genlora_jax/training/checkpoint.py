@@ -8,9 +8,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
-import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
@@ -43,6 +42,16 @@ from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
 
 ROOM = 2**20  # bytes of disk that a checkpoint takes at most beside its arrays
+
+
+class Data(Protocol):
+    """Batches whose place in the data can be saved."""
+
+    def get_state(self) -> Any:
+        """The place, as JSON takes it; the same in all processes, which call this together."""
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a place; raises ValueError if it is of other data, an older version, or both."""
 
 
 class Checkpoints:
@@ -115,9 +124,7 @@ class Checkpoints:
         losses = [dict(found.metrics or {}).get("eval_loss", math.inf) for found in saved]
         return min(losses, default=math.inf)
 
-    def save(
-        self, state: TrainState, data: grain.DatasetIterator, eval_loss: float | None = None
-    ) -> None:
+    def save(self, state: TrainState, data: Data, eval_loss: float | None = None) -> None:
         """Saves the state and the place in the data, in the background.
 
         A save waits for the one before, and the end of the `with` block waits for the last.
@@ -133,7 +140,6 @@ class Checkpoints:
         leaves = named_leaves(state)
         if name := first_not_finite(leaves):
             raise FloatingPointError(f"{name} is not finite after step {step}, and is not saved")
-        # The place in the data is the same in all processes, so that any number of them can resume.
         metadata = {
             SHAPES: _shapes(state),
             DATA: data.get_state(),
@@ -179,12 +185,12 @@ class Checkpoints:
                 ) from error
             raise
 
-    def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def restore(self, state: TrainState, data: Data) -> TrainState:
         """The newest checkpoint: returns its state, and sets `data` to its place.
 
         Args:
             state: A state of the same shapes, which is returned if there is no checkpoint yet.
-            data: The iterator of the same data set, which is moved.
+            data: The batches of the same data, which go to its place.
 
         Raises:
             ValueError: If the checkpoint is of another adapter, base or data, or none can be read.
@@ -214,7 +220,7 @@ class Checkpoints:
             )
         return state
 
-    def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def _restore(self, step: int, state: TrainState, data: Data) -> TrainState:
         # Checked before Orbax would find out, halfway and with background tasks running.
         place = f"{self._checkpointer.directory}: checkpoint {step}"
         saved = read_metadata(self._checkpointer, step)
@@ -242,11 +248,14 @@ class Checkpoints:
                     f"{place} was trained with another content of {field}. Resume with what it "
                     "was, or start a new run from its adapter, with train.init_from"
                 )
+        try:
+            data.set_state(saved[DATA])
+        except ValueError as error:
+            raise _MisfitError(f"{place} {error}") from error
         leaves = named_leaves(state)
         if numbered:
             leaves = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values())}
         loaded = load_arrays(self._checkpointer, step, leaves, saved)
-        data.set_state(saved[DATA])
         return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in leaves])
 
 

@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,18 @@ import jax
 from genlora_jax.adapter import count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, write_adapter
 from genlora_jax.settings import run_command
-from genlora_jax.sharding import place_batch, state_shardings
+from genlora_jax.sharding import local_rows, place_batch, state_shardings
 from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.divergence import check_finite, refuse_not_finite
+from genlora_jax.training.feed import Feed
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import claimed, keep_recipe
 from genlora_jax.training.pace import Pace
 from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.recorder import Recorder, read
 from genlora_jax.training.setup import Run, check_start, initial_adapter, prepare, recipe_mesh
 from genlora_jax.training.step import (
     TrainState,
@@ -105,8 +106,7 @@ def run_in_output(
         origin=run.origin,
         before_save=before_save,
     )
-    with checkpoints, processes.stop_signals() as stop_signal:
-        batches = iter(run.objective.train_batches(run.examples, recipe.data))
+    with checkpoints, feed(recipe, run) as batches, processes.stop_signals() as stop_signal:
         if settings.resume:
             state = checkpoints.restore(state, batches)
             none = checkpoints.latest() is None
@@ -133,11 +133,19 @@ def run_in_output(
     return signal
 
 
+def feed(recipe: Recipe, run: Run) -> Feed:
+    """The batches of a run, of which a process makes the rows that its devices hold."""
+    rows = recipe.data.batch_size
+    slots = local_rows(run.mesh, rows)
+    batches = run.objective.train_batches(run.source, recipe.data, slots=slots)
+    return Feed(batches, functools.partial(place_batch, run.mesh, rows=rows))
+
+
 def train(
     recipe: Recipe,
     run: Run,
     state: TrainState,
-    batches: Iterator[Any],
+    batches: Feed,
     checkpoints: Checkpoints,
     stop_signal: Callable[[int], int | None],
     log: MetricsLog,
@@ -152,19 +160,19 @@ def train(
     optimizer, options = make_optimizer(recipe.optim, steps), run.options
     train_step = make_train_step(model, recipe.adapter, optimizer, options, **settings)
     eval_step = make_eval_step(model, options, **settings)
-    place = functools.partial(place_batch, run.mesh)
-    held_out = [place(batch) for batch in run.held_out]
+    held_out = [place_batch(run.mesh, batch) for batch in run.held_out]
     output, start = storage_path(recipe.train.output), int(state.step)
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
     schedule = learning_rate_schedule(recipe.optim, steps)
     pace = Pace(log)
-    recorder = Recorder(schedule, checkpoints, log, params, pace.on_device(read))
+    recorder = Recorder(schedule, checkpoints, log, params, pace.on_device(read), batches)
     train_step = pace.on_device(announced(train_step, log.print_line))
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
         with pace.step(step):
-            state, metrics = train_step(state, params, place(next(batches)))
+            batch = batches.take(None if pending is None else pending["loss"])
+            state, metrics = train_step(state, params, batch)
             # Reading the metrics of the step before does not keep the device waiting.
             if pending is not None:
                 recorder.record(step - 1, pending)
@@ -189,7 +197,7 @@ def train(
                 save(output / "adapter-best", state, run)
         log.flush()
         checkpoints.save(state, batches, loss)
-        recorder.clock = time.monotonic()  # the next step's time has none of this
+        recorder.restart()  # the next step's time has none of this
         if signal is not None and step < steps:
             checkpoints.wait()
             log.print_line(
@@ -198,49 +206,6 @@ def train(
             )
             return state, signal
     return state, None
-
-
-@dataclass
-class Recorder:
-    """Waits for the metrics of steps, checks and writes them.
-
-    Attributes:
-        schedule: Learning rate by step.
-        checkpoints: Where a run can go back to.
-        log: Where metrics go.
-        params: The base's parameters.
-        read: Metrics as numbers, when the device has them.
-        clock: When the last step was recorded.
-    """
-
-    schedule: Callable[[int], Any]
-    checkpoints: Checkpoints
-    log: MetricsLog
-    params: Any
-    read: Callable[[dict[str, jax.Array]], dict[str, float]]
-    clock: float = dataclasses.field(default_factory=time.monotonic)
-
-    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Writes a step's metrics.
-
-        Raises:
-            FloatingPointError: If they are not finite.
-        """
-        values = self.read(metrics)
-        before, self.clock = self.clock, time.monotonic()
-        values["tokens_per_second"] = values["tokens"] / (self.clock - before)
-        values["learning_rate"] = float(self.schedule(step - 1))
-        check_finite(step, values, self.params, self.checkpoints.latest())
-        del values["adapter_finite"]
-        self.log.write(step, values)
-        self.log.advance(
-            step, loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
-        )
-
-
-def read(metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """Metrics as numbers; waits for them."""
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Callable[..., Any]:

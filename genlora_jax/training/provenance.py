@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,16 +44,6 @@ def digest(file: str | Path) -> str | None:
         return None
     with storage_path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def examples_fingerprint(examples: Iterable[Mapping[str, np.ndarray]]) -> str:
-    """A digest of encoded examples and their order."""
-    found = hashlib.sha256()
-    for example in examples:
-        for name, value in sorted(example.items()):
-            found.update(f"{name} {value.dtype} {value.shape} ".encode())
-            found.update(np.ascontiguousarray(value).data)
-    return found.hexdigest()[:16]
 
 
 def checkpoint_digest(directory: Path) -> str:

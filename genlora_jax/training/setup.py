@@ -1,5 +1,6 @@
 """What finetune and sweep begin with: mesh, data, base and adapter."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from jax.sharding import Mesh
 from genlora_jax.adapter import Adapter, init_adapter
 from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_config, spec_to_json
 from genlora_jax.compression import lora_from_factors
-from genlora_jax.data.encode import Example
+from genlora_jax.data.packing import Batch
+from genlora_jax.data.sources import Source
 from genlora_jax.factors import by_module
 from genlora_jax.hf.base_model import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
@@ -24,7 +26,7 @@ from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.objectives import Objective, find_objective
 from genlora_jax.training.processes import text_of_primary
-from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
+from genlora_jax.training.provenance import checkpoint_digest
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
 from genlora_jax.training.step_options import StepOptions
@@ -38,7 +40,7 @@ class Run:
         mesh: The devices; of size 1 on one device.
         base: The frozen base, sharded over them.
         objective: What the run is trained for.
-        examples: The encoded rows of `data.train`.
+        source: The rows of `data.train`.
         held_out: Batches of `data.eval`, on the host; empty if there is none.
         steps: Length of the run.
         options: How a step computes its batch.
@@ -48,8 +50,8 @@ class Run:
     mesh: Mesh
     base: Base
     objective: Objective
-    examples: list[Example]
-    held_out: list[dict[str, np.ndarray]]
+    source: Source
+    held_out: list[Batch]
     steps: int
     options: StepOptions
     origin: dict[str, str]
@@ -74,31 +76,30 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
             the recipe's.
     """
     objective = find_objective(recipe.train.objective)
-    source, tokenizer = find_base(recipe.model)
+    directory, tokenizer = find_base(recipe.model)
 
-    origin = {"model.path": _base_digest(source)}
+    origin = {"model.path": _base_digest(directory)}
 
-    def load(field: str, sources: Any) -> list[Example]:
-        examples, report = objective.load(sources, tokenizer, recipe.data)
+    def load(field: str, paths: Any) -> Source:
+        source, report = objective.load(paths, tokenizer, recipe.data)
         print_line(report)
-        origin[field] = examples_fingerprint(examples)
-        return examples
+        origin[field] = source.fingerprint
+        return source
 
-    examples = load("data.train", recipe.data.train)
-    for number, example in enumerate(examples[: recipe.show], 1):
+    source = load("data.train", recipe.data.train)
+    first = itertools.chain(*source.read(range(min(recipe.show, len(source)))))
+    for number, example in enumerate(first, 1):
         print_line(shown(number, example, tokenizer))
-    most, held_out = [objective.max_segments(examples, recipe.data)], []
+    most, held_out = [objective.max_segments(source, recipe.data)], []
     if recipe.data.eval:
-        held_out_examples = load("data.eval", recipe.data.eval)
-        held_out = objective.eval_batches(held_out_examples, recipe.data)
-        most.append(objective.max_segments(held_out_examples, recipe.data))
-    steps = recipe.train.steps
-    if steps is None:
-        batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
-        steps = sum(1 for _ in batches)
-    base = load_base(recipe.model, (source, tokenizer), mesh)
+        held_out_source = load("data.eval", recipe.data.eval)
+        held_out = objective.eval_batches(held_out_source, recipe.data)
+        most.append(objective.max_segments(held_out_source, recipe.data))
+    steps = run_length(recipe, objective.train_batches(source, recipe.data), print_line)
+    base = load_base(recipe.model, (directory, tokenizer), mesh)
     print_line(f"attention: {base.attention}")
-    longest = max(len(example["input_ids"]) for example in examples)
+    lengths = [recipe.data.length] if source.lengths is None else source.lengths
+    longest = int(np.max(lengths))
     if longest > (positions := base.model.config.max_position_embeddings):
         print_line(
             f"note: the longest example has {longest:,} tokens, but the model was made for "
@@ -107,7 +108,26 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     known = [count for count in most if count is not None]
     bound = max(known) if len(known) == len(most) else None
     options = replace(recipe.step_options, max_segments=bound)
-    return Run(mesh, base, objective, examples, held_out, steps, options, origin)
+    return Run(mesh, base, objective, source, held_out, steps, options, origin)
+
+
+def run_length(recipe: Recipe, batches: Any, print_line: Callable[[object], None]) -> int:
+    """The steps of a recipe's run; prints how well its batches are packed.
+
+    Where lengths are not known the steps of `train.epochs` are estimated: the schedule and all
+    processes need their number at the start, and the rows go on into a next epoch.
+    """
+    steps, epochs = recipe.train.steps, recipe.train.epochs
+    plan = batches.plan(epochs, exact=steps is None)
+    batches.close()
+    line = f"packing: {plan.padding:.1%} of a batch's tokens are padding"
+    if steps is None and not plan.exact:
+        line += (
+            f"; {plan.steps:,} steps for train.epochs = {epochs}, estimated from a sample: "
+            "genlora tokenize counts them"
+        )
+    print_line(line)
+    return plan.steps if steps is None else steps
 
 
 def _base_digest(directory: Path) -> str:

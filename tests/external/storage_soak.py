@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from finetune_process import start_finetune
-from servers import Faults, faulty_proxy, gcs_server, s3_server
+from servers import BUCKET, Faults, faulty_proxy, gcs_server, s3_server
 from soak import RESUME, files, rng, workshop
 
 from genlora_jax.cli import main
@@ -22,7 +22,7 @@ from genlora_jax.training.metrics import read_records
 
 KILLS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("SEED", "0"))
-STEPS = 8 + 4 * KILLS
+STEPS = 4 + 4 * KILLS
 DONE = "commit_success.txt"  # Orbax's marker
 
 
@@ -76,7 +76,10 @@ def compare(here, url):
 def compare_exports(here, url):
     """What is made of a run in a bucket, and written to one, is what this machine makes of it."""
     exports = {"merge": ["--base", str(here / "base")], "export-peft": []}
-    for place, run in ((str(here / "exports"), str(here / "alone")), (f"{url}-exports", url)):
+    places = {str(here / "exports"): str(here / "alone"), f"{url}-exports": url}
+    for place, run in places.items():
+        if os.path.exists(place):  # of the other server's test
+            continue
         for command, arguments in exports.items():
             paths = ["--adapter", run, "--out", f"{place}/{command}"]
             main([command, *arguments, *paths, "--overwrite"])
@@ -103,19 +106,35 @@ def killed_at_request(process, proxy, requests):
     return True
 
 
+def refused_at_request(process, proxy, requests):
+    """Refuses all that a process asks for from a request on, which must end it with one line."""
+    proxy.faults.passed = requests
+    status, refused = process.wait(), proxy.faults.passed < 0
+    proxy.faults.passed = None
+    if refused:
+        message = process.stderr.read()
+        assert status == 1, message
+        assert message.startswith("error: "), message
+        assert f"//{BUCKET}/runs/1" in message, message
+        assert message.count("\n") == 1, message
+    return refused
+
+
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
     # The emulator of GCS forgets an upload that it has completed, and knows no second attempt.
     start, faults, kills = {
         "s3": (s3_server, Faults(slow=0.05, unavailable=0.03, cut=0.04, delay=0.1), KILLS),
-        "gs": (gcs_server, Faults(), max(KILLS // 4, 1)),
+        "gs": (gcs_server, Faults(), KILLS // 4),
     }[kind]
     with start() as store, faulty_proxy(store, faults, seed=SEED) as proxy:
         store.reach(monkeypatch)
         url, newest, arguments, kill = f"{store.url}/runs/1", 0, [], 0
         while True:
             life = launch(here, url, *arguments, **store.environment(proxy.endpoint))
-            if kill < kills and killed_at_request(life, proxy, rng.randint(1, 500)):
+            moment = rng.randint(1, min(500, 25 * STEPS))
+            end = refused_at_request if kill % 4 == 3 else killed_at_request
+            if kill < kills and end(life, proxy, moment):
                 kill += 1
             elif life.wait():
                 message = life.stderr.read()

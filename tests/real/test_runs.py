@@ -14,19 +14,19 @@ import sys
 import time
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_base import write_base
-from tiny_models import random_llama
+from tiny_models import Numbers, random_llama
 
 import genlora_jax as gl
 from genlora_jax import atomic_files
 from genlora_jax.adapter_files import spec_to_json, write_adapter
 from genlora_jax.atomic_files import locked, new_directory, recover, refuse_existing, write_whole
+from genlora_jax.data.examples import examples_fingerprint
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import locate
 from genlora_jax.mesh import make_mesh
@@ -40,7 +40,7 @@ from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.output import claimed
-from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
+from genlora_jax.training.provenance import checkpoint_digest
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import init_state
 
@@ -182,6 +182,8 @@ def test_two_commands_do_not_write_one_output(tmp_path):
             with pytest.raises(FileExistsError, match="being written by another command"):
                 refuse_existing(tmp_path / "out", overwrite=overwrite)
     assert listing(tmp_path) == {"out/result.txt": b"first"}
+    with pytest.raises(FileExistsError, match=r"out exists: .*--overwrite in a command"):
+        refuse_existing(tmp_path / "out", overwrite=False)
     with (
         pytest.raises(FileExistsError, match="made by something else meanwhile"),
         new_directory(tmp_path / "other"),
@@ -218,13 +220,6 @@ def state():
     return init_state(adapter, make_optimizer(OptimConfig(), 10))
 
 
-def numbers(taken=0):
-    data = iter(grain.MapDataset.range(100).to_iter_dataset())
-    for _ in range(taken):
-        next(data)
-    return data
-
-
 def at(state, step):
     """The state of some step, each with numbers of its own."""
     trainable = jax.tree.map(lambda x: x + step, state.adapter.trainable)
@@ -236,7 +231,7 @@ def at(state, step):
 def save(directory, state, *steps, **options):
     with Checkpoints(directory, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(at(state, step), numbers(step))
+            checkpoints.save(at(state, step), Numbers(step))
 
 
 def assert_is(restored, expected):
@@ -257,7 +252,7 @@ def test_a_flipped_bit_is_never_taken_for_data(state, tmp_path):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
-        data = numbers()
+        data = Numbers()
         with Checkpoints(tmp_path / "run") as checkpoints:
             restored = checkpoints.restore(state, data)
         step = int(restored.step)
@@ -283,7 +278,7 @@ def test_a_damaged_array_is_named(state, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(checkpoint_reading, "checksums", once)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        assert int(checkpoints.restore(state, numbers()).step) == 3
+        assert int(checkpoints.restore(state, Numbers()).step) == 3
     err = capsys.readouterr().err
     assert f"array {next(iter(calls[0]))} of {tmp_path / 'run' / '6'} is damaged" in err
     assert err.count("\n") == 1
@@ -315,9 +310,9 @@ def test_a_checksum_does_not_depend_on_the_sharding():
 def test_a_state_that_is_not_finite_is_not_saved(state, tmp_path, bad):
     opt_state = jax.tree.map(lambda x: x.at[...].set(bad) if x.ndim else x, state.opt_state)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(at(state, 3), numbers())
+        checkpoints.save(at(state, 3), Numbers())
         with pytest.raises(FloatingPointError, match=r"opt_state\.\S+ is not finite after step 6"):
-            checkpoints.save(dataclasses.replace(at(state, 6), opt_state=opt_state), numbers())
+            checkpoints.save(dataclasses.replace(at(state, 6), opt_state=opt_state), Numbers())
         checkpoints.wait()
         assert checkpoints.latest() == 3
 
@@ -342,7 +337,7 @@ def test_a_full_disk_stops_a_checkpoint_before_it_begins(state, tmp_path, monkey
         Checkpoints(tmp_path / "run") as checkpoints,
         pytest.raises(OSError, match=r"No space left .*run.*go on with --train\.resume true"),
     ):
-        checkpoints.save(at(state, 3), numbers())
+        checkpoints.save(at(state, 3), Numbers())
     assert not [name for name in os.listdir(tmp_path / "run") if "3" in name]
 
 
@@ -356,11 +351,11 @@ def test_a_resume_with_other_content_is_refused(state, tmp_path, field):
         Checkpoints(tmp_path / "run", origin=ORIGIN | {field: "other"}) as checkpoints,
         pytest.raises(ValueError, match=f"checkpoint 3 was trained with another .*{field}"),
     ):
-        checkpoints.restore(state, numbers())
+        checkpoints.restore(state, Numbers())
     fewer = {name: value for name, value in ORIGIN.items() if name != "data.eval"}
     for origin in (ORIGIN, fewer, None):
         with Checkpoints(tmp_path / "run", origin=origin) as checkpoints:
-            assert int(checkpoints.restore(state, numbers()).step) == 3
+            assert int(checkpoints.restore(state, Numbers()).step) == 3
 
 
 def test_the_fingerprint_of_a_base_is_that_of_its_tensors(tmp_path):

@@ -11,6 +11,7 @@ from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import encode
 from genlora_jax.data.packing import eval_batches
 from genlora_jax.data.rows import read_rows
+from genlora_jax.data.sources import MemorySource
 from genlora_jax.evaluation.tasks.task import Result, TaskConfig
 from genlora_jax.generation.subject import Subject
 from genlora_jax.training.step import evaluate, make_eval_step
@@ -55,7 +56,7 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
     source = rows[0][0].rpartition(":")[0] if rows else "perplexity"
     examples, report = encode(iter(rows), subject.tokenizer, shape, source)
     print(report)
-    batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]
+    batches = [jax.device_put(b) for b in eval_batches(MemorySource(examples), shape)]
     loss = evaluate(make_eval_step(subject.model), subject.params, subject.factors, batches)
     if not math.isfinite(loss):
         raise no_result("losses")

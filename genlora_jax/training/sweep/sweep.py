@@ -79,7 +79,7 @@ def sweep(recipe: SweepRecipe) -> int | None:
                 program,
                 run.base.params,
                 members,
-                iter(run.objective.train_batches(run.examples, recipe.data)),
+                iter(run.objective.train_batches(run.source, recipe.data)),
                 run.held_out,
                 eval_every=recipe.train.eval_every,
                 steps_per_call=recipe.steps_per_call,
