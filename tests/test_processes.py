@@ -186,12 +186,12 @@ from genlora_jax.training import finetune, pace
 pace.EVERY, pace.SHORTEST = 20, 1.0
 place, calls = finetune.place_batch, 0
 
-def hindered(*args):
+def hindered(*args, **named):
     global calls
     calls += 1
     if os.environ["JAX_PROCESS_ID"] == "1":
         time.sleep(4.0 if calls == 23 else 0.03)
-    return place(*args)
+    return place(*args, **named)
 
 finetune.place_batch = hindered
 if __name__ == "__main__":
