@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,18 @@ from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import load_adapter
 from genlora_jax.analysis import count_above, effective_rank, parameters_by_target
 from genlora_jax.atomic_files import refuse_existing
+from genlora_jax.base.quantise import BaseDtype
 from genlora_jax.factors import HIRA, by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.generation.answers import answers
 from genlora_jax.generation.decoding import check_sampling
 from genlora_jax.generation.subject import Prompt, load_subject
-from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
-from genlora_jax.hf.export import export_hf
-from genlora_jax.hf.load import load_llama, parse_dtype
+from genlora_jax.hf.checkpoint import locate
 from genlora_jax.hf.peft_export import export_peft
-from genlora_jax.hf.peft_import import is_peft, load_onto, read_modules
+from genlora_jax.hf.peft_import import is_peft, read_modules
 from genlora_jax.hf.peft_tensors import listed
 from genlora_jax.hf.tokenizer import changed_generation_config
-from genlora_jax.merge import merge as merge_factors
+from genlora_jax.merge_files import Onto, merge_files
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
@@ -36,7 +36,13 @@ from genlora_jax.validation import require_int
 
 
 def merge(
-    base: str, adapter: str, out: str, dtype: str | None = None, overwrite: bool = False
+    base: str,
+    adapter: str,
+    out: str,
+    dtype: str | None = None,
+    base_dtype: BaseDtype | None = None,
+    onto: Onto = "dequantised",
+    overwrite: bool = False,
 ) -> None:
     """Merges an adapter into its base and writes a Hugging Face checkpoint.
 
@@ -45,6 +51,8 @@ def merge(
         adapter: The adapter's directory, ours or a PEFT LoRA adapter's.
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
+        base_dtype: How the base was quantised in training; by default what the adapter says.
+        onto: The dequantised kernels, as trained on; or the base's own, and how logits then differ.
         overwrite: Replace an existing directory.
     """
     adapter = find_adapter(adapter)
@@ -52,16 +60,10 @@ def merge(
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
     changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
-    base_dtype = checkpoint_dtype(source)
-    out_dtype = parse_dtype(dtype or base_dtype)
-    # No narrower than base or output, so that the merged kernel is rounded once.
-    with jax.numpy_dtype_promotion("standard"):
-        merge_dtype = jnp.promote_types(base_dtype, out_dtype)
-    model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
-    model, params, factors = load_onto(adapter, model, params, base)
-    merged = merge_factors(params, factors, donate=True)
-    export_hf(out, merged, base=source, adapter=adapter, dtype=out_dtype, overwrite=overwrite)
-    print(f"merged model: {out} ({out_dtype})")
+    written = merge_files(
+        source, adapter, out, dtype=dtype, base_dtype=base_dtype, onto=onto, overwrite=overwrite
+    )
+    print(f"merged model: {written}")
 
 
 def export_peft_adapter(
@@ -185,6 +187,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str = "bfloat16",
+    base_dtype: BaseDtype | None = None,
 ) -> None:
     """Continues a prompt with a base, a merged model, or a base and an adapter.
 
@@ -198,11 +201,13 @@ def generate(
         top_p: Sample from the most likely tokens of this total probability.
         seed: Seed of the sampling.
         dtype: Of parameters and computation.
+        base_dtype: How kernels are stored; by default as the checkpoint has them.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     require_int("seed", seed, 0)
     adapter = adapter and find_adapter(adapter)
-    subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "base_dtype": base_dtype}
+    subject = load_subject(model, adapter, batch_size=1, **options)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)
     message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt

@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "storage": set(),
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
-    "base": set(),
+    "base": {"targets", "validation"},
     "factors": set(),
     "targets": {"patterns", "validation"},
     "methods": {
@@ -39,8 +39,8 @@ ARROWS: dict[str, set[str]] = {
         "targets",
     },
     "mesh": set(),
-    "sharding": {"factors", "mesh", "targets"},
-    "adapter": {"methods", "sharding", "targets"},
+    "sharding": {"base", "factors", "mesh", "targets"},
+    "adapter": {"base", "methods", "sharding", "targets"},
     # What is done with factors.
     "inject": {"base", "factors"},
     "merge_gpu": set(),
@@ -50,11 +50,11 @@ ARROWS: dict[str, set[str]] = {
     "compression": {"adapter", "analysis", "deltas", "factors", "merge", "methods", "targets"},
     "deltas": {"adapter", "analysis", "targets"},
     # Models know no adapters.
-    "models": {"mesh"},
+    "models": {"base", "mesh"},
     # Files.
     "atomic_files": set(),
     "adapter_files": {
-        *("adapter", "atomic_files", "methods", "sharding", "targets", "validation"),
+        *("adapter", "atomic_files", "base", "methods", "sharding", "targets", "validation"),
     },
     "data": {"validation"},
     "settings": {"methods"},
@@ -62,6 +62,7 @@ ARROWS: dict[str, set[str]] = {
         *(
             "adapter",
             "adapter_files",
+            "base",
             "data",
             "factors",
             "atomic_files",
@@ -73,12 +74,14 @@ ARROWS: dict[str, set[str]] = {
             "validation",
         ),
     },
+    "merge_files": {"adapter_files", "base", "hf", "inject", "merge", "models"},
     # What runs.
     "generation": {"data", "hf", "inject", "mesh", "models", "validation"},
     "training": {
         *(
             "adapter",
             "adapter_files",
+            "base",
             "validation",
             "compression",
             "data",
@@ -99,7 +102,17 @@ ABOVE_ALL = {"cli", "__init__"}
 ONLY_FOR = {
     "flax": {
         *("adapter", "adapter_files", "combine", "compression", "factors", "generation", "hf"),
-        *("analysis", "inject", "merge", "models", "plan", "sharding", "targets", "training"),
+        *(
+            "analysis",
+            "base",
+            "inject",
+            "merge",
+            "models",
+            "plan",
+            "sharding",
+            "targets",
+            "training",
+        ),
         *("evaluation", "cli"),
     },
     "optax": {"compression", "training", "plan"},

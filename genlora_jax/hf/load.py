@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax import sharding
+from genlora_jax.base.kernel import store_kernel
+from genlora_jax.base.quantise import BaseDtype, Quantisation, quantise
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.tensorfile import in_threads, transpose, transposes_on_host
@@ -37,6 +40,9 @@ def load_llama(
     remat: Remat = "none",
     attention: Attention = "auto",
     mesh: Mesh | None = None,
+    base_dtype: BaseDtype | None = None,
+    unquantised: Sequence[str] = ("lm_head",),
+    int4_group: int = 64,
 ) -> tuple[LlamaForCausalLM, Any]:
     """Loads a LLaMA.
 
@@ -51,6 +57,11 @@ def load_llama(
         attention: See `LlamaForCausalLM`.
         mesh: Devices that shard the parameters as `genlora_jax.sharding` says. Each process reads
             its shard of every tensor; none ever holds the whole model.
+        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised as they are
+            read, to `int8`, `nf4` or `int4`. Embeddings, norms and biases never are. None: as the
+            checkpoint has them.
+        unquantised: Patterns of modules, as of `targets`, whose kernels are not quantised either.
+        int4_group: Inputs that share a scale in `int4`: 64 or 128.
 
     Returns:
         The model and its parameters. Memory holds a handful of tensors beside them at a time.
@@ -69,8 +80,9 @@ def load_llama(
         )
     config = _with_own_head(checkpoint, config)
     dtype, param_dtype = parse_dtype(dtype), parse_dtype(param_dtype)
+    quantisation = Quantisation(base_dtype or "bf16", tuple(unquantised), int4_group)
     model = LlamaForCausalLM(config, dtype, param_dtype, scan, remat, attention, mesh)
-    shapes = parameter_shapes(model)
+    shapes = quantised_shapes(parameter_shapes(model), quantisation)
     if mesh is not None:
         shapes = sharded_shapes(mesh, shapes)
     order = list(tensors(shapes))
@@ -129,6 +141,11 @@ def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:
         )
 
 
+def quantised_shapes(shapes: Mapping[str, Any], quantisation: Quantisation) -> Any:
+    """The shapes of parameters whose kernels are quantised."""
+    return jax.eval_shape(lambda params: quantise(params, quantisation), shapes)
+
+
 def sharded_shapes(mesh: Mesh, shapes: Mapping[str, Any]) -> Any:
     """The shapes of parameters, each with its sharding.
 
@@ -155,13 +172,17 @@ def _read_leaves(
         if not on_host and not _fits(value, shapes[path].dtype):  # free where memory is fast
             checkpoint.refuse_unfit(tensor.name, checkpoint.read(tensor.name), shapes[path].dtype)
         leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
-        leaves[path].block_until_ready()  # or tensors would pile up before the device
+        jax.block_until_ready(leaves[path])  # or tensors would pile up before the device
     return leaves
 
 
-def _read(
-    checkpoint: Checkpoint, tensor: Tensor, leaf: jax.ShapeDtypeStruct, on_host: bool
-) -> jax.Array:
+def _where(leaf: Any) -> Any:
+    """The shardings of a leaf's shape, or of its parts'; None without a mesh."""
+    first = jax.tree.leaves(leaf)[0]
+    return first.sharding and jax.tree.map(lambda part: part.sharding, leaf)
+
+
+def _read(checkpoint: Checkpoint, tensor: Tensor, leaf: Any, on_host: bool) -> jax.Array:
     """One tensor on the devices; `on_host` says whether the host checks and transposes it."""
     transposed = tensor.transposed and on_host
     stored = tensor.shape_in_file(leaf.shape)
@@ -174,10 +195,12 @@ def _read(
             checkpoint.refuse_unfit(tensor.name, rows, leaf.dtype)
         return transpose(rows) if transposed else rows
 
-    where: Any = leaf.sharding
+    where: Any = jax.tree.leaves(leaf)[0].sharding
     if where is None:
         return jax.device_put(read((slice(None),) * len(shape)))
-    if where.mesh.size > 1 or shape != leaf.shape:  # else no copy is needed on the device
+    if (
+        where.mesh.size > 1 or shape != leaf.shape or isinstance(leaf, StoredKernel)
+    ):  # else no copy is needed on the device
         # All devices share the file's rows, so that each is read once in all. From there the
         # devices send them to where they belong, faster than any disk.
         divides = shape[axis] % where.mesh.size == 0
@@ -185,17 +208,18 @@ def _read(
     return jax.make_array_from_callback(shape, where, read)
 
 
-def _fill(
-    filled: jax.Array | None, value: jax.Array, index: int | None, leaf: Any, transposed: bool
-) -> jax.Array:
+def _fill(filled: Any, value: jax.Array, index: int | None, leaf: Any, transposed: bool) -> Any:
     """A leaf with one more tensor in it; `filled` is None before the first, and is donated."""
-    dtype, where = leaf.dtype, leaf.sharding
+    where = _where(leaf)
     if index is not None:
         if filled is None:
-            filled = jnp.zeros(leaf.shape, dtype, device=where)
+            filled = jax.tree.map(
+                lambda part: jnp.zeros(part.shape, part.dtype, device=part.sharding), leaf
+            )
         return _place(filled, value, index, transposed, where)
-    if transposed or value.dtype != dtype or (where is not None and value.sharding != where):
-        return _convert(value, dtype, transposed, where)
+    moved = where is not None and value.sharding != where
+    if transposed or moved or isinstance(leaf, StoredKernel) or value.dtype != leaf.dtype:
+        return _convert(value, leaf, transposed, where)
     return value
 
 
@@ -204,16 +228,16 @@ def _fits(value: jax.Array, dtype: Any) -> jax.Array:
     return jnp.isfinite(value.astype(dtype)).all()
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "transposed", "where"))
-def _convert(value: jax.Array, dtype: Any, transposed: bool, where: Any) -> jax.Array:
-    value = (value.T if transposed else value).astype(dtype)
-    return sharding.constrain(value, where)
+@functools.partial(jax.jit, static_argnames=("form", "transposed", "where"))
+def _convert(value: jax.Array, form: Any, transposed: bool, where: Any) -> Any:
+    value = value.T if transposed else value
+    return sharding.constrain(store_kernel(value, form), where)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "where"), donate_argnums=0)
-def _place(
-    leaf: jax.Array, value: jax.Array, index: int, transposed: bool, where: Any
-) -> jax.Array:
-    value = (value.T if transposed else value).astype(leaf.dtype)
-    updated = jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0)
+def _place(leaf: Any, value: jax.Array, index: int, transposed: bool, where: Any) -> Any:
+    value = store_kernel(value.T if transposed else value, leaf)
+    updated = jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0), leaf, value
+    )
     return sharding.constrain(updated, where)
