@@ -16,10 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from genlora_jax import sharding
 from genlora_jax.base.kernel import store_kernel
+from genlora_jax.base.nf4 import NF4
 from genlora_jax.base.quantise import BaseDtype, Quantisation, quantise
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
+from genlora_jax.hf.ready_made import ReadyMade, open_checkpoint
 from genlora_jax.hf.tensorfile import in_threads, transpose, transposes_on_host
 from genlora_jax.mesh import AXES
 from genlora_jax.models.attention import Attention
@@ -72,7 +74,7 @@ def load_llama(
             of another shape, or the mesh does not divide one.
     """
     directory = locate(path, revision=revision, token=token)
-    config, checkpoint = model_config(directory), Checkpoint(directory)
+    config, checkpoint = model_config(directory), open_checkpoint(directory)
     if config.num_hidden_layers > (count := len(checkpoint.names())):
         raise ValueError(
             f"{directory / CONFIG}: num_hidden_layers is {config.num_hidden_layers}, of a model "
@@ -82,7 +84,12 @@ def load_llama(
     dtype, param_dtype = parse_dtype(dtype), parse_dtype(param_dtype)
     quantisation = Quantisation(base_dtype or "bf16", tuple(unquantised), int4_group)
     model = LlamaForCausalLM(config, dtype, param_dtype, scan, remat, attention, mesh)
-    shapes = quantised_shapes(parameter_shapes(model), quantisation)
+    shapes = parameter_shapes(model)
+    if base_dtype is None and isinstance(checkpoint, ReadyMade):
+        quantisation = checkpoint.quantisation(tensors(shapes))
+    shapes = quantised_shapes(shapes, quantisation)
+    if isinstance(checkpoint, ReadyMade):
+        shapes = checkpoint.shapes(shapes)
     if mesh is not None:
         shapes = sharded_shapes(mesh, shapes)
     order = list(tensors(shapes))
@@ -164,16 +171,39 @@ def _read_leaves(
     on_host = transposes_on_host()
     leaves: dict[tuple[str, ...], jax.Array] = {}
 
-    def read(tensor: Tensor) -> jax.Array:
-        return _read(checkpoint, tensor, shapes[tensor.path], on_host)
+    def read(tensor: Tensor) -> Any:
+        leaf = shapes[tensor.path]
+        if isinstance(leaf, NF4) and isinstance(checkpoint, ReadyMade):
+            if checkpoint.has_nf4(tensor.name):
+                return _on_devices(checkpoint.nf4(tensor.name, leaf.dtype), leaf)
+        return _read(checkpoint, tensor, leaf, on_host)
 
-    for tensor, value in zip(order, in_threads(read, order), strict=True):
-        path, transposed = tensor.path, tensor.transposed and not on_host
-        if not on_host and not _fits(value, shapes[path].dtype):  # free where memory is fast
+    # With these bounds, memory holds little more than the largest tensor beside the leaves.
+    sizes = {tensor: checkpoint.size_of(tensor.name) for tensor in order}
+    values = in_threads(read, order, sizes.__getitem__, max(sizes.values()))
+    for tensor in order:
+        value, path = next(values), tensor.path
+        stored = isinstance(value, StoredKernel)
+        transposed = tensor.transposed and not on_host and not stored
+        # Free where memory is fast.
+        if not on_host and not stored and not _fits(value, shapes[path].dtype):
             checkpoint.refuse_unfit(tensor.name, checkpoint.read(tensor.name), shapes[path].dtype)
         leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
+        del value
         jax.block_until_ready(leaves[path])  # or tensors would pile up before the device
     return leaves
+
+
+def _on_devices(value: Any, leaf: Any) -> Any:
+    """Parts that every process has read, on all devices."""
+    where = jax.tree.leaves(leaf)[0].sharding
+    if where is None:
+        return jax.tree.map(jnp.asarray, value)
+    whole = NamedSharding(where.mesh, P())
+    return jax.tree.map(
+        lambda part: jax.make_array_from_callback(part.shape, whole, lambda index: part[index]),
+        value,
+    )
 
 
 def _where(leaf: Any) -> Any:
@@ -229,14 +259,16 @@ def _fits(value: jax.Array, dtype: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("form", "transposed", "where"))
-def _convert(value: jax.Array, form: Any, transposed: bool, where: Any) -> Any:
-    value = value.T if transposed else value
-    return sharding.constrain(store_kernel(value, form), where)
+def _convert(value: Any, form: Any, transposed: bool, where: Any) -> Any:
+    if not isinstance(value, StoredKernel):
+        value = store_kernel(value.T if transposed else value, form)
+    return sharding.constrain(value, where)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "where"), donate_argnums=0)
-def _place(leaf: Any, value: jax.Array, index: int, transposed: bool, where: Any) -> Any:
-    value = store_kernel(value.T if transposed else value, leaf)
+def _place(leaf: Any, value: Any, index: int, transposed: bool, where: Any) -> Any:
+    if not isinstance(value, StoredKernel):
+        value = store_kernel(value.T if transposed else value, leaf)
     updated = jax.tree.map(
         lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0), leaf, value
     )

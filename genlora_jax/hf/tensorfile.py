@@ -31,6 +31,12 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 NAMES = {kind: name for name, kind in DTYPES.items()}
+# Those of quantised checkpoints.
+QUANTISED = DTYPES | {
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+}
 # Tensors in flight: enough to keep the disk busy, few enough to cost no memory to speak of.
 WINDOW = 2
 BLOCK = 1 << 16  # numbers looked at a time, so that they stay in the cache
@@ -72,18 +78,20 @@ class TensorFile:
             if name != "__metadata__"
         }
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice = slice(None), kinds: Mapping[str, np.dtype] = DTYPES
+    ) -> np.ndarray:
         """A tensor, or some of its rows (positions on its first axis); other bytes are not read.
 
         Raises:
-            ValueError: If its dtype is none of `DTYPES`, or the file ends too early.
+            ValueError: If its dtype is none of `kinds`, or the file ends too early.
         """
         entry = self.entries[name]
-        if entry.kind not in DTYPES:
+        if entry.kind not in kinds:
             raise ValueError(
                 f"{self.file}: tensor {name} is of dtype {entry.kind}; {', '.join(DTYPES)} are read"
             )
-        kind, shape, skip = DTYPES[entry.kind], entry.shape, 0
+        kind, shape, skip = kinds[entry.kind], entry.shape, 0
         if shape:
             first, last, _ = rows.indices(shape[0])
             skip = first * kind.itemsize * int(np.prod(shape[1:]))
@@ -180,14 +188,30 @@ def transpose(value: np.ndarray) -> np.ndarray:
     return result
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map(function, items)`, in order, in threads a few ahead; `items` is drawn as needed."""
+def in_threads(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    size: Callable[[T], int] = lambda _: 0,
+    most: int = 0,
+) -> Iterator[R]:
+    """`map(function, items)`, in order, in threads a few ahead; `items` is drawn as needed.
+
+    Results of more than `most` by `size` do not exist at once, but for a single one. The caller
+    must drop each before it asks for the next.
+    """
     pending: collections.deque[Any] = collections.deque()
+    sizes: collections.deque[int] = collections.deque()
     with ThreadPoolExecutor(WINDOW) as pool:
         for item in items:
+            needed = size(item)
+            while pending and sum(sizes) + needed > most:
+                yield pending.popleft().result()
+                sizes.popleft()
             pending.append(pool.submit(function, item))
+            sizes.append(needed)
             del item
             if len(pending) == WINDOW:
                 yield pending.popleft().result()
+                sizes.popleft()
         while pending:
             yield pending.popleft().result()

@@ -1,0 +1,289 @@
+"""A base whose kernels are quantised: values, loading, training, merging, meshes, checkpoints."""
+
+import dataclasses
+import json
+
+import bitsandbytes.functional as bnb
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+from tiny_base import write_base
+from tiny_models import perturb, random_llama
+
+import genlora_jax as gl
+from genlora_jax import cli
+from genlora_jax.base.int4 import Int4
+from genlora_jax.base.int8 import Int8
+from genlora_jax.base.kernel import read_kernel
+from genlora_jax.base.nf4 import NF4, SCALES
+from genlora_jax.base.quantise import Quantisation, quantisation_of, quantise
+from genlora_jax.base.stored import StoredKernel, block_absmax
+from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.sharding import check_params, named, param_specs
+
+FORMS = ("int8", "nf4", "int4")
+LORA = gl.LoRAConfig(rank=2)
+# 64 divides these, as it does all real models' sizes.
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 32}
+
+
+def is_stored(leaf):
+    return isinstance(leaf, StoredKernel)
+
+
+def dequantised(params):
+    """The base that a quantised one stands for, in float32 arrays."""
+    return jax.tree.map(lambda x: read_kernel(x, jnp.float32), params, is_leaf=is_stored)
+
+
+def quantised_llama(form, **changes):
+    model, params = random_llama(**changes)
+    return model, quantise(params, Quantisation(form))
+
+
+def largest(tree):
+    return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+def weight(d_out, d_in, dtype):
+    """A weight `[d_out, d_in]` in PyTorch, and the kernel that it is."""
+    torch.manual_seed(d_in)
+    made = (torch.randn(d_out, d_in) * 0.05).to(dtype)
+    kind = jnp.bfloat16 if dtype == torch.bfloat16 else jnp.float32
+    return made, jnp.asarray(made.float().numpy().T).astype(kind)
+
+
+# Values.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_has_the_values_of_bitsandbytes(dtype):
+    made, kernel = weight(96, 192, dtype)
+    packed, state = bnb.quantize_4bit(made, quant_type="nf4")
+    expected = bnb.dequantize_4bit(packed, state).float().numpy().T
+    plain = dataclasses.replace(
+        NF4.of(kernel, kernel.dtype), absmax=block_absmax(kernel, 64)[1], nested=None, offset=None
+    )
+    got = np.asarray(jax.jit(lambda k: k.astype(k.dtype))(plain), np.float32)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_double_quantisation_has_the_values_of_bitsandbytes():
+    assert np.array_equal(SCALES, bnb.create_dynamic_map().numpy())
+    made, kernel = weight(128, 576, torch.float32)
+    ours = jax.jit(lambda k: NF4.of(k, k.dtype))(kernel)
+    packed, state = bnb.quantize_4bit(made, quant_type="nf4")
+    offset = torch.tensor(float(ours.offset))  # a mean of float32, in whatever order
+    assert abs(float(state.absmax.mean()) - float(offset)) <= np.spacing(np.float32(offset))
+    # In float64 bitsandbytes compares with every level; in float32 on CPUs it looks codes up in a
+    # coarse table, unlike on GPUs.
+    codes, nested = bnb.quantize_blockwise((state.absmax - offset).double(), blocksize=256)
+    np.testing.assert_array_equal(np.asarray(ours.absmax).T.reshape(-1), codes.numpy())
+    np.testing.assert_array_equal(ours.nested, nested.absmax.numpy())
+    scales = bnb.dequantize_blockwise(codes, nested) + offset
+    expected = bnb.dequantize_4bit(packed, dataclass_state(state, scales)).numpy().T
+    np.testing.assert_array_equal(jax.jit(lambda k: k.astype(jnp.float32))(ours), expected)
+
+
+def dataclass_state(state, absmax):
+    state.absmax = absmax.float()
+    return state
+
+
+def test_int8_has_the_values_of_bitsandbytes():
+    made, kernel = weight(96, 192, torch.float32)
+    codes, absmax, _ = bnb.int8_vectorwise_quant(made)
+    ours = Int8.of(kernel, kernel.dtype)
+    np.testing.assert_array_equal(np.asarray(ours.codes).T, codes.numpy())
+    np.testing.assert_array_equal(ours.absmax, absmax.numpy())
+    expected = bnb.int8_vectorwise_dequant(codes, absmax).numpy().T
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("d_in", [128, 172])
+def test_int4_is_nearest_in_each_group(group, d_in):
+    kernel = np.random.default_rng(0).standard_normal((d_in, 12)).astype(np.float32)
+    got = np.asarray(Int4.of(jnp.asarray(kernel), jnp.float32, group).astype(jnp.float32))
+    for start in range(0, d_in, group):
+        part = kernel[start : start + group].astype(np.float64)
+        scale = (np.abs(part).max(0) / 7).astype(jnp.bfloat16).astype(np.float64)
+        expected = np.clip(np.round(part / scale), -7, 7) * scale
+        np.testing.assert_allclose(got[start : start + group], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kernel_of_zeros_and_one_of_odd_size_come_back(form):
+    assert not largest(Quantisation(form).kernel(jnp.zeros((100, 6))).dequantised())
+    kernel = jax.random.normal(jax.random.key(0), (2, 100, 6))
+    stack = Quantisation(form).kernel(kernel)
+    assert stack.shape == kernel.shape
+    assert stack.size == kernel.size
+    for i in range(2):  # a stack is its layers
+        alone = Quantisation(form).kernel(kernel[i]).dequantised()
+        np.testing.assert_array_equal(stack[i].dequantised(), alone)
+    assert float(jnp.abs(stack.dequantised() - kernel).mean()) < 0.15
+
+
+def test_a_setting_that_is_none_is_refused():
+    for wrong, message in (
+        ({"form": "nf5"}, "base_dtype must be one of"),
+        ({"form": "int4", "group": 32}, "int4_group must be one of"),
+        ({"form": "int8", "unquantised": (3,)}, "unquantised must be a list of patterns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Quantisation(**wrong)
+
+
+# The model, adapters and merging on it.
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_are_those_of_the_dequantised_base(form, scan):
+    model, params = quantised_llama(form, scan=scan)
+    ids = jnp.arange(24).reshape(2, 12)
+    expected = model.apply({"params": dequantised(params)}, ids)
+    np.testing.assert_allclose(model.apply({"params": params}, ids), expected, atol=1e-5)
+    assert quantisation_of(params) == Quantisation(form)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        LORA,
+        gl.DoRAConfig(rank=2, dropout=0.1),
+        gl.LoRAConfig(rank=2, hadamard=True),
+        gl.PiSSAConfig(rank=2),
+    ],
+    ids=["lora", "dora", "hira", "pissa"],
+)
+@pytest.mark.parametrize("scan", [True, False])
+def test_gradients_and_merges_are_those_on_the_dequantised_base(cfg, scan):
+    model, params = quantised_llama("nf4", scan=scan, remat="none" if scan else "dots")
+    plain, ids = dequantised(params), jnp.arange(12).reshape(1, 12)
+    adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
+
+    def loss(adapter, params):
+        factors = gl.generate_factors(cfg, adapter)
+        rngs = {"dropout": jax.random.key(1)}
+        logits = gl.apply(model, params, factors, ids, dropout=cfg.dropout, rngs=rngs)
+        return jnp.square(logits).mean()
+
+    gradients = [jax.jit(jax.grad(loss))(adapter, base) for base in (params, plain)]
+    for got, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    factors = gl.generate_factors(cfg, adapter)
+    merged, expected = gl.merge(params, factors), gl.merge(plain, factors)
+    for path, leaf in flatten_dict(expected).items():
+        np.testing.assert_allclose(flatten_dict(merged)[path], leaf, atol=1e-6)
+    assert not any(map(is_stored, jax.tree.leaves(merged["model"], is_leaf=is_stored)))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_no_dequantised_kernel_is_kept_for_the_backward_pass(scan):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
+    model, params = quantised_llama("int8", scan=scan, **sizes)
+    adapter = gl.init_adapter(LORA, jax.random.key(0), params)
+    ids = jnp.ones((1, 4), jnp.int32)
+
+    def loss(adapter, params):
+        return gl.apply(model, params, gl.generate_factors(LORA, adapter), ids).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(adapter, params).compile()
+    kernels = sum(4 * x.size for x in jax.tree.leaves(dequantised(params["model"]["layers"])))
+    assert compiled.memory_analysis().temp_size_in_bytes < kernels / 3
+
+
+def test_sharded_parts_are_cut_as_kernels_are():
+    model, params = quantised_llama("nf4", vocab_size=64, **WIDE)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    check_params(mesh, params)
+    specs = param_specs(params)["model"]["layers"]["mlp"]["down_proj"]["kernel"]
+    assert specs.codes == specs.absmax == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
+    assert specs.nested == jax.sharding.PartitionSpec(None, None)
+    ids = jnp.arange(48).reshape(4, 12)
+    expected = model.apply({"params": params}, ids)
+    placed = jax.device_put(params, named(mesh, param_specs(params)))
+    got = jax.jit(lambda p: model.clone(mesh=mesh).apply({"params": p}, ids))(placed)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"mesh.tensor=8 does not divide 3, .*down_proj.*absmax"):
+        check_params(make_mesh(MeshConfig(tensor=8)), {"model": params["model"]})
+
+
+# Files.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("quantised") / "base"
+    return write_base(path, num_hidden_layers=2, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_loading_quantises_what_is_read(base, form, scan):
+    options = {"dtype": jnp.float32, "param_dtype": jnp.float32, "scan": scan}
+    _, plain = gl.load_llama(base, **options)
+    _, params = gl.load_llama(base, **options, base_dtype=form, unquantised=["lm_head", "o_proj"])
+    expected = quantise(plain, Quantisation(form, ("lm_head", "o_proj")))
+    assert quantisation_of(params) == Quantisation(form, ("lm_head", "o_proj"))
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    for got, part in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), np.asarray(part, np.float32), rtol=1e-6
+        )
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    """An adapter that was trained, so to speak, on the base in NF4."""
+    model, params = gl.load_llama(base, base_dtype="nf4")
+    adapter = perturb(gl.init_adapter(LORA, jax.random.key(0), params))
+    gl.save_adapter(tmp_path / "adapter", LORA, adapter, model=model)
+    return tmp_path / "adapter", model, params, gl.generate_factors(LORA, adapter)
+
+
+def test_an_adapter_remembers_its_base_and_a_mismatch_is_said(base, trained):
+    path, model, params, _ = trained
+    settings = json.loads((path / "adapter.json").read_text())
+    assert settings["base"]["quantisation"]["form"] == "nf4"
+    gl.load_adapter(path, params, model=model)
+    other, plain = gl.load_llama(base)
+    with pytest.warns(UserWarning, match="trained on a base in nf4; this one is in full precision"):
+        gl.load_adapter(path, plain, model=other)
+
+
+def test_merging_is_onto_the_dequantised_base(base, trained, run_main, tmp_path):
+    path, _, params, factors = trained
+    status, out, _ = run_main(
+        cli.main, "merge", "--base", base, "--adapter", path, "--out", tmp_path / "merged"
+    )
+    assert status == 0, out
+    assert "onto the kernels dequantised from nf4" in out
+    _, merged = gl.load_llama(tmp_path / "merged", param_dtype=jnp.float32)
+    plain = jax.tree.map(lambda x: read_kernel(x, jnp.float32), params, is_leaf=is_stored)
+    expected = flatten_dict(gl.merge(plain, factors))
+    for leaf, value in flatten_dict(merged).items():
+        np.testing.assert_allclose(
+            value, expected[leaf], atol=2e-2 if leaf[-1] != "kernel" else 1e-6
+        )
+
+
+def test_merging_onto_the_original_says_how_logits_differ(base, trained, run_main, tmp_path):
+    path, _, _, factors = trained
+    arguments = ("merge", "--base", base, "--adapter", path, "--out", tmp_path / "merged")
+    status, _, err = run_main(cli.main, *arguments, "--onto", "original")
+    assert status == 0, err
+    assert "trained on kernels in nf4 and is merged onto the original ones" in err
+    assert "Logits of 64 random tokens differ by" in err
+    _, merged = gl.load_llama(tmp_path / "merged", param_dtype=jnp.float32)
+    _, plain = gl.load_llama(base, param_dtype=jnp.float32)
+    expected = flatten_dict(gl.merge(plain, factors))
+    for leaf, value in flatten_dict(merged).items():
+        np.testing.assert_allclose(value, expected[leaf], atol=1e-6)
