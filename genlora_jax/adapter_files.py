@@ -90,8 +90,9 @@ def load_adapter(
     Args:
         path: The adapter's directory.
         params: The base for which it is loaded, scanned or unrolled. It is checked against the
-            adapter's fingerprint, and a warning says if it is quantised otherwise. Without it the adapter fits a base whose layers are stored like
-            those of the base that it was made for.
+            adapter's fingerprint, and a warning says if it is quantised otherwise. Without it the
+            adapter fits a base whose layers are stored like those of the base that it was made
+            for.
         model: The base's model, to check its config as well.
         mesh: Devices over which the adapter is sharded, as in training on them; all processes
             read the file. By default it is on one device.

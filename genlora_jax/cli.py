@@ -26,7 +26,6 @@ from genlora_jax.hf.checkpoint import locate
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import is_peft, read_modules
 from genlora_jax.hf.peft_tensors import listed
-from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.merge_files import Onto, merge_files
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
@@ -59,7 +58,6 @@ def merge(
     # Before minutes of loading, not after.
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
-    changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     written = merge_files(
         source, adapter, out, dtype=dtype, base_dtype=base_dtype, onto=onto, overwrite=overwrite
     )
@@ -82,8 +80,9 @@ def export_peft_adapter(
     adapter = find_adapter(adapter)
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     cfg, loaded = load_adapter(adapter)
-    factors = generate_factors(cfg, loaded)
-    export_peft(out, cfg, factors, base=base or "", adapter=adapter, overwrite=overwrite)
+    form, factors = loaded.spec.quantisation, generate_factors(cfg, loaded)
+    names = {"base": base or "", "adapter": adapter}
+    export_peft(out, cfg, factors, **names, quantisation=form, overwrite=overwrite)
     print(f"PEFT adapter: {out}")
 
 

@@ -15,6 +15,7 @@ from genlora_jax.hf.checkpoint import checkpoint_dtype
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_import import is_peft, load_onto
+from genlora_jax.hf.tokenizer import changed_generation_config
 from genlora_jax.inject import apply
 from genlora_jax.merge import merge
 from genlora_jax.models.llama import LlamaForCausalLM
@@ -48,6 +49,7 @@ def merge_files(
     Returns:
         What was written, in words.
     """
+    changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     stored_dtype = checkpoint_dtype(source)
     out_dtype = parse_dtype(dtype or stored_dtype)
     # No narrower than base or output, so that the merged kernel is rounded once.

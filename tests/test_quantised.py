@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file, save_file
 from tiny_base import write_base
-from tiny_models import perturb, random_llama
+from tiny_models import TINY, perturb, random_llama, torch_logits
 
 import genlora_jax as gl
 from genlora_jax import cli
@@ -82,17 +80,18 @@ def test_double_quantisation_has_the_values_of_bitsandbytes():
     assert abs(float(state.absmax.mean()) - float(offset)) <= np.spacing(np.float32(offset))
     # In float64 bitsandbytes compares with every level; in float32 on CPUs it looks codes up in a
     # coarse table, unlike on GPUs.
-    codes, nested = bnb.quantize_blockwise((state.absmax - offset).double(), blocksize=256)
+    quantise_blockwise = torch.ops.bitsandbytes.quantize_blockwise.default
+    codes, nested = quantise_blockwise(
+        (state.absmax - offset).double(), bnb.create_dynamic_map(), 256
+    )
     np.testing.assert_array_equal(np.asarray(ours.absmax).T.reshape(-1), codes.numpy())
-    np.testing.assert_array_equal(ours.nested, nested.absmax.numpy())
-    scales = bnb.dequantize_blockwise(codes, nested) + offset
-    expected = bnb.dequantize_4bit(packed, dataclass_state(state, scales)).numpy().T
+    np.testing.assert_array_equal(ours.nested, nested.numpy())
+    levels = bnb.create_dynamic_map()
+    state.absmax = (
+        bnb.dequantize_blockwise(codes, absmax=nested, code=levels, blocksize=256) + offset
+    )
+    expected = bnb.dequantize_4bit(packed, state).numpy().T
     np.testing.assert_array_equal(jax.jit(lambda k: k.astype(jnp.float32))(ours), expected)
-
-
-def dataclass_state(state, absmax):
-    state.absmax = absmax.float()
-    return state
 
 
 def test_int8_has_the_values_of_bitsandbytes():
@@ -287,3 +286,160 @@ def test_merging_onto_the_original_says_how_logits_differ(base, trained, run_mai
     expected = flatten_dict(gl.merge(plain, factors))
     for leaf, value in flatten_dict(merged).items():
         np.testing.assert_allclose(value, expected[leaf], atol=1e-6)
+
+
+def test_a_peft_export_says_how_the_base_was_quantised(trained, run_main, tmp_path):
+    out = tmp_path / "peft"
+    arguments = ("--adapter", trained[0], "--out", out, "--base", "some/base")
+    status, _, err = run_main(cli.main, "export-peft", *arguments)
+    assert status == 0, err
+    card = (out / "README.md").read_text()
+    assert "base_model: some/base" in card
+    assert "quantised to nf4" in card
+
+
+def test_exported_as_it_is_a_quantised_base_is_its_dequantised_one(base, trained, tmp_path):
+    _, _, params, _ = trained
+    gl.export_hf(tmp_path / "out", params, base=base, dtype=jnp.float32)
+    _, read = gl.load_llama(tmp_path / "out", param_dtype=jnp.float32)
+    expected = flatten_dict(dequantised(params))
+    for path, leaf in flatten_dict(read).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+RECIPE = ("--train.steps", "2", "--train.save_every", "1", "--train.progress", "false")
+
+
+def test_a_run_resumes_on_the_same_form_alone_and_its_adapter_works(base, run_main, tmp_path):
+    from genlora_jax.training import finetune
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: {base}, dtype: float32, base_dtype: int8}}\n"
+        f"data: {{train: {tmp_path / 'rows.jsonl'}, length: 16, batch_size: 8}}\n"
+        f"mesh: {{data: 8, fsdp: 1}}\ntrain: {{output: {tmp_path / 'run'}}}\n"
+        "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
+    )
+    start = ("--config", tmp_path / "recipe.yaml", *RECIPE)
+    status, _, err = run_main(finetune.main, *start)
+    assert status == 0, err
+    more = (*start, "--train.steps", "3", "--train.resume", "true")
+    status, _, err = run_main(finetune.main, *more, "--model.base_dtype", "nf4")
+    assert status == 1
+    assert "was trained on a base in int8; the recipe's is in nf4" in err
+    status, out, err = run_main(finetune.main, *more)
+    assert status == 0, err
+    assert "resumed at step 2" in out
+    arguments = ("--model", base, "--adapter", tmp_path / "run" / "adapter", "--prompt", "one")
+    options = ("--max_new_tokens", "4", "--dtype", "float32", "--base_dtype", "int8")
+    status, _, err = run_main(cli.main, "generate", *arguments, *options)
+    assert status == 0, err
+    assert "trained on" not in err
+
+
+# Checkpoints that are quantised already.
+
+
+@pytest.fixture(scope="module")
+def ready_made(tmp_path_factory):
+    """A function that writes a model that transformers and bitsandbytes have quantised."""
+    root = tmp_path_factory.mktemp("ready")
+    torch.manual_seed(0)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    sizes = TINY | WIDE | ids | {"initializer_range": 0.2}
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.bfloat16)
+    plain.save_pretrained(root / "plain")
+
+    def make(**options):
+        settings = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            root / "plain", quantization_config=settings, device_map="cpu", dtype=torch.bfloat16
+        )
+        path = root / "-".join(["made", *map(str, options.values())])
+        model.save_pretrained(path)
+        return path, model
+
+    return make
+
+
+def peers_kernels(model):
+    """The kernels of a model of bitsandbytes, dequantised to float32, by our path."""
+    found = {}
+    for name, module in model.named_modules():
+        if state := getattr(getattr(module, "weight", None), "quant_state", None):
+            state.dtype = torch.float32
+            value = bnb.dequantize_4bit(module.weight.data, state)
+            found[(*name.split("."), "kernel")] = value.numpy().T
+    return found
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_checkpoint_of_bitsandbytes_is_read_to_the_bit(ready_made, double):
+    path, peer = ready_made(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    model, params = gl.load_llama(path, dtype=jnp.float32, scan=False)
+    assert quantisation_of(params) == Quantisation("nf4")
+    _, stacked = gl.load_llama(path)
+    _, floats = gl.load_llama(path, scan=False, param_dtype=jnp.float32, base_dtype="bf16")
+    expected = peers_kernels(peer)
+    assert len(expected) == 14
+    for name, value in expected.items():
+        read = jax.jit(lambda k: k.astype(jnp.float32))
+        leaf = flatten_dict(params)[name]
+        assert isinstance(leaf, NF4)
+        np.testing.assert_array_equal(read(leaf), value)
+        np.testing.assert_array_equal(flatten_dict(floats)[name], value)
+        whole = flatten_dict(stacked)[(*name[:2], *name[3:])]
+        np.testing.assert_array_equal(read(whole[int(name[2])]), value)
+    ids = np.arange(12).reshape(1, 12)
+    logits = model.apply({"params": params}, ids)
+    np.testing.assert_allclose(logits, torch_logits(peer.float(), ids), atol=2e-2)
+
+
+def test_fp8_is_read_as_it_is_scaled(tmp_path):
+    """Blocks, rows and whole tensors, as their formats document them."""
+    path = write_base(tmp_path / "base", hidden_size=32, intermediate_size=40, head_dim=8)
+    config = json.loads((path / "config.json").read_text())
+    arrays = load_file(path / "model.safetensors")
+    torch.manual_seed(0)
+    expected, tensors = {}, {}
+    for name, value in arrays.items():
+        if "proj" not in name:
+            tensors[name] = torch.tensor(value)
+            continue
+        codes = torch.tensor(value).to(torch.float8_e4m3fn)
+        down, across = value.shape
+        blocks = torch.rand(-(-down // 16), -(-across // 16)) + 0.5
+        scale = {"q_proj": torch.tensor(0.5), "k_proj": torch.rand(down, 1) + 0.5}
+        given = scale.get(name.split(".")[-2], blocks)
+        wide = given.repeat_interleave(16, 0).repeat_interleave(16, 1)[:down, :across]
+        wide = wide if given is blocks else given
+        expected[name] = (codes.float() * wide).numpy()
+        suffix = "weight_scale_inv" if given is blocks else "weight_scale"
+        tensors |= {name: codes, name.replace("weight", suffix): given}
+    save_torch(tensors, path / "model.safetensors")
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    _, params = gl.load_llama(path, scan=False, param_dtype=jnp.float32)
+    for name, value in expected.items():
+        leaf = flatten_dict(params)[(*name.split(".")[:-1], "kernel")]
+        np.testing.assert_array_equal(leaf, value.T)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method 'gptq', which is not read"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes in fp4"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "'pack-quantized'"),
+        ({"bits": 4}, "quant_method None"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path, settings, message):
+    path = write_base(tmp_path / "base")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(ValueError, match=message):
+        gl.load_llama(path)

@@ -95,7 +95,7 @@ ARROWS: dict[str, set[str]] = {
         *("data", "atomic_files", "generation", "hf", "inject", "mesh", "models", "settings"),
         *("training", "validation"),
     },
-    "plan": {"adapter", "factors", "hf", "mesh", "models", "sharding", "training"},
+    "plan": {"adapter", "base", "factors", "hf", "mesh", "models", "sharding", "training"},
 }
 ABOVE_ALL = {"cli", "__init__"}
 # Of other people's libraries: packages that only some parts may import.
