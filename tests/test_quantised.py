@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file
+from safetensors.torch import save_file as save_torch
 from tiny_base import write_base
 from tiny_models import TINY, perturb, random_llama, torch_logits
 

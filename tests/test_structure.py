@@ -71,6 +71,7 @@ ARROWS: dict[str, set[str]] = {
             "models",
             "patterns",
             "sharding",
+            "targets",
             "validation",
         ),
     },
