@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import bitsandbytes.functional as bnb
 import jax
@@ -25,7 +26,13 @@ from genlora_jax.base.nf4 import NF4, SCALES
 from genlora_jax.base.quantise import Quantisation, quantisation_of, quantise
 from genlora_jax.base.stored import StoredKernel, block_absmax
 from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.plan.chips import CHIPS
+from genlora_jax.plan.compiled import build
+from genlora_jax.plan.estimate import estimate
+from genlora_jax.settings import parse
 from genlora_jax.sharding import check_params, named, param_specs
+from genlora_jax.training import finetune
+from genlora_jax.training.recipe import Recipe
 
 FORMS = ("int8", "nf4", "int4")
 LORA = gl.LoRAConfig(rank=2)
@@ -314,8 +321,6 @@ RECIPE = ("--train.steps", "2", "--train.save_every", "1", "--train.progress", "
 
 
 def test_a_run_resumes_on_the_same_form_alone_and_its_adapter_works(base, run_main, tmp_path):
-    from genlora_jax.training import finetune
-
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{path: {base}, dtype: float32, base_dtype: int8}}\n"
@@ -446,3 +451,49 @@ def test_other_formats_are_refused_by_name(tmp_path, settings, message):
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(ValueError, match=message):
         gl.load_llama(path)
+
+
+# What it takes.
+
+SHAPE = {"vocab_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+PLANNED = {
+    "model": {
+        "path": "nowhere",
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "shape": SHAPE | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3},
+    },
+    "adapter": {"class_path": "genlora_jax.LoRAConfig", "init_args": {"rank": 2}},
+    "data": {"train": "nowhere.jsonl", "length": 12, "batch_size": 8},
+    "train": {"output": "nowhere", "steps": 10},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_plan_counts_the_parts_of_quantised_kernels(form, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(PLANNED))
+    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--model.base_dtype", form]
+    recipe, mesh = parse(Recipe, arguments), MeshConfig(data=2, fsdp=2, tensor=2)
+    program = build(recipe, make_mesh(mesh))
+    found = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((program.state, program.params, program.batch))
+    )
+    assert estimate(recipe, CHIPS["v5e"], mesh).arguments == pytest.approx(found, rel=0.02)
+
+
+def test_a_sweep_trains_several_adapters_over_one_quantised_base():
+    model, params = quantised_llama("int8")
+    stack = [gl.init_adapter(LORA, jax.random.key(seed), params) for seed in range(2)]
+    ids = jnp.arange(12).reshape(1, 12)
+
+    def loss(adapter, params):
+        logits = gl.apply(model, params, gl.generate_factors(LORA, perturb(adapter)), ids)
+        return jnp.square(logits).mean()
+
+    together = jax.vmap(jax.grad(loss), in_axes=(0, None))
+    got = jax.jit(together)(jax.tree.map(lambda *x: jnp.stack(x), *stack), params)
+    for i, adapter in enumerate(stack):
+        alone = jax.jit(jax.grad(loss))(adapter, params)
+        for one, other in zip(*map(jax.tree.leaves, (got, alone)), strict=True):
+            np.testing.assert_allclose(one[i], other, atol=1e-5)

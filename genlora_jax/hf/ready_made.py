@@ -22,6 +22,7 @@ from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, read_json
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.tensorfile import QUANTISED
 from genlora_jax.targets import split_layer
+from genlora_jax.validation import LARGEST_FLOAT, require, require_float, require_int
 
 STATE = ".quant_state.bitsandbytes__"
 # What lies beside a quantised weight, and what is said of activations and caches, which are not
@@ -64,6 +65,12 @@ def refuse_other_formats(file: Path, settings: Any) -> None:
             return
         found += f" of format {form!r}"
     elif method in ("fp8", "fbgemm_fp8"):
+        block = settings.get("weight_block_size") or [1, 1]
+        try:
+            for size in (block[0], block[1]):
+                require_int("weight_block_size", size, 1)
+        except (TypeError, IndexError, KeyError, ValueError) as error:
+            raise ValueError(f"{file}: weight_block_size {block!r:.40}: {error}") from None
         return
     raise ValueError(f"{file}: quantized by {found}, which is not read; take the original ({READ})")
 
@@ -73,7 +80,7 @@ class ReadyMade(Checkpoint):
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]):
         super().__init__(directory)
-        self._block: Any = settings.get("weight_block_size")
+        self._block = settings.get("weight_block_size") or (0, 0)
         self._states = {}
         for name in super().names():
             if f"{STATE}fp4" in name:
@@ -84,12 +91,19 @@ class ReadyMade(Checkpoint):
 
     def _nf4_state(self, name: str) -> dict[str, Any]:
         """What a weight's `quant_state` says, checked."""
+        weight = name.removesuffix(f"{STATE}nf4")
         try:
             state: dict[str, Any] = json.loads(self._stored(name).tobytes())
-            _ = state["blocksize"], state["shape"]
+            for size in (*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)):
+                require_int("a size", size, 1)
+            count = math.prod(state["shape"])
+            for tensor, expected in ((weight, 2), (f"{weight}.absmax", state["blocksize"])):
+                found = math.prod(self._where[tensor].entries[tensor].shape)
+                require(found == -(-count // expected), f"{tensor} has {found} values")
+            require_float("nested_offset", state.get("nested_offset", 0.0), -LARGEST_FLOAT)
+            require(len(state["shape"]) == 2, f"its shape is {state['shape']}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file(name)}: tensor {name} is damaged: {error}") from None
-        weight = name.removesuffix(f"{STATE}nf4")
         maps = {f"{weight}.quant_map": LEVELS}
         if state.get("nested_blocksize"):
             maps[f"{weight}.nested_quant_map"] = SCALES
@@ -141,7 +155,7 @@ class ReadyMade(Checkpoint):
         elif scale.size == scale.shape[0]:
             scale = scale.reshape(-1, 1)[first:last]
         else:
-            down, across = self._block or (0, 0)
+            down, across = self._block
             shape = self._where[name].entries[name].shape
             if not down or scale.shape != (-(-shape[0] // down), -(-shape[1] // across)):
                 raise ValueError(
