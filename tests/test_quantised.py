@@ -35,9 +35,10 @@ from genlora_jax.training import finetune
 from genlora_jax.training.recipe import Recipe
 
 FORMS = ("int8", "nf4", "int4")
+EACH = [("int8", True), ("nf4", False), ("int4", True)]  # form, and whether layers are scanned
 LORA = gl.LoRAConfig(rank=2)
 # 64 divides these, as it does all real models' sizes.
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 32}
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
 
 
 def is_stored(leaf):
@@ -152,8 +153,7 @@ def test_a_setting_that_is_none_is_refused():
 # The model, adapters and merging on it.
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "scan"), EACH)
 def test_logits_are_those_of_the_dequantised_base(form, scan):
     model, params = quantised_llama(form, scan=scan)
     ids = jnp.arange(24).reshape(2, 12)
@@ -163,16 +163,15 @@ def test_logits_are_those_of_the_dequantised_base(form, scan):
 
 
 @pytest.mark.parametrize(
-    "cfg",
+    ("cfg", "scan"),
     [
-        LORA,
-        gl.DoRAConfig(rank=2, dropout=0.1),
-        gl.LoRAConfig(rank=2, hadamard=True),
-        gl.PiSSAConfig(rank=2),
+        (LORA, False),
+        (gl.DoRAConfig(rank=2, dropout=0.1), True),
+        (gl.LoRAConfig(rank=2, hadamard=True), False),
+        (gl.PiSSAConfig(rank=2), True),
     ],
     ids=["lora", "dora", "hira", "pissa"],
 )
-@pytest.mark.parametrize("scan", [True, False])
 def test_gradients_and_merges_are_those_on_the_dequantised_base(cfg, scan):
     model, params = quantised_llama("nf4", scan=scan, remat="none" if scan else "dots")
     plain, ids = dequantised(params), jnp.arange(12).reshape(1, 12)
@@ -221,7 +220,7 @@ def test_sharded_parts_are_cut_as_kernels_are():
     placed = jax.device_put(params, named(mesh, param_specs(params)))
     got = jax.jit(lambda p: model.clone(mesh=mesh).apply({"params": p}, ids))(placed)
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    with pytest.raises(ValueError, match=r"mesh.tensor=8 does not divide 3, .*down_proj.*absmax"):
+    with pytest.raises(ValueError, match=r"mesh.tensor=8 does not divide 4, .*down_proj.*absmax"):
         check_params(make_mesh(MeshConfig(tensor=8)), {"model": params["model"]})
 
 
@@ -234,8 +233,7 @@ def base(tmp_path_factory):
     return write_base(path, num_hidden_layers=2, tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "scan"), EACH)
 def test_loading_quantises_what_is_read(base, form, scan):
     options = {"dtype": jnp.float32, "param_dtype": jnp.float32, "scan": scan}
     _, plain = gl.load_llama(base, **options)

@@ -149,14 +149,14 @@ class ReadyMade(Checkpoint):
         if not found:
             raise ValueError(f"{self.file(name)}: tensor {name} is FP8 and has no {name}{SCALE}")
         scale = self._stored(found[0]).astype(np.float32)
-        first, last, _ = rows.indices(self._where[name].entries[name].shape[0])
+        shape = self._where[name].entries[name].shape
+        first, last, _ = rows.indices(shape[0])
         if scale.size == 1:
             scale = scale.reshape(1, 1)
-        elif scale.size == scale.shape[0]:
+        elif scale.size == shape[0]:
             scale = scale.reshape(-1, 1)[first:last]
         else:
             down, across = self._block
-            shape = self._where[name].entries[name].shape
             if not down or scale.shape != (-(-shape[0] // down), -(-shape[1] // across)):
                 raise ValueError(
                     f"{self.file(name)}: tensor {found[0]} has shape {scale.shape}, which is not "
