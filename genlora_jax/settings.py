@@ -1,14 +1,16 @@
 """Command lines: typed settings from YAML and flags, errors in one line."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import io
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -17,6 +19,8 @@ import jsonargparse
 import yaml
 
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote, storage_path
+from genlora_jax.validation import listed
 
 T = TypeVar("T")
 OPTIONAL = re.compile(
@@ -40,13 +44,39 @@ MEMORY_ADVICE = (
 
 NODES, LEVELS = 100_000, 50  # the most in a recipe, an alias counted as what it stands for
 load_yaml = jsonargparse.get_loader("yaml")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_bounded_yaml(text: str) -> Any:
     """What YAML stands for; YAMLError if it is damaged, or `beyond_bounds`."""
-    if reason := beyond_bounds(text):
+    return copy.deepcopy(_loaded(text))
+
+
+@functools.lru_cache(maxsize=8)  # a recipe is checked, and then parsed
+def _loaded(text: str) -> Any:
+    if reason := beyond_bounds(text) or _named_twice(text):
         raise yaml.YAMLError(reason)
     return load_yaml(text)
+
+
+def _named_twice(text: str) -> str | None:
+    """Which field of a mapping is there twice, of which YAML would keep the last; or None."""
+    nodes, seen = [yaml.compose(text, Loader=LOADER)], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        names = set()
+        for name, value in node.value:
+            if name.value != "<<" and str(name.value) in names:
+                return f"line {name.start_mark.line + 1}: {str(name.value)[:40]} is there twice"
+            names.add(str(name.value))
+            nodes.append(value)
+    return None
 
 
 def beyond_bounds(text: str) -> str | None:
@@ -56,7 +86,7 @@ def beyond_bounds(text: str) -> str | None:
     """
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # of each: its anchor, its size so far
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=LOADER):
         size = 0
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))
@@ -118,7 +148,7 @@ def dump(settings: Any) -> str:
         if dataclasses.is_dataclass(value):
             fields = dataclasses.fields(value)
             return {field.name: plain(getattr(value, field.name)) for field in fields}
-        return value
+        return [plain(each) for each in value] if isinstance(value, list) else value
 
     parser = _parser(type(settings))
     return str(parser.dump(parser.parse_object(plain(settings)), skip_unset=False))
@@ -149,7 +179,9 @@ def parse_arguments(
     Raises:
         ValueError: In one line, instead of a page of usage.
     """
-    _check_recipes(args or ())
+    # A parser of subcommands has no fields of its own.
+    known = {action.dest.partition(".")[0] for action in parser._actions} - {"help", "print_config"}
+    _check_recipes(args or (), known - {"config"} if "config" in known else ())
     for argument in args or ():  # flags are YAML as well, which no loader of ours reads
         with contextlib.suppress(yaml.YAMLError):
             if reason := beyond_bounds(argument):
@@ -162,15 +194,17 @@ def parse_arguments(
         raise ValueError(f"a number of the settings is too large: {error}") from error
 
 
-def _check_recipes(args: Sequence[str]) -> None:
-    """ValueError, with the file, for a recipe that is no mapping of fields in UTF-8."""
+def _check_recipes(args: Sequence[str], known: Collection[str]) -> None:
+    """ValueError, with the file, for a recipe that is no mapping of known fields in UTF-8."""
     for i, argument in enumerate(args):
         name, _, value = argument.partition("=")
         file = value or "".join(args[i + 1 : i + 2])
-        if name != "--config" or not os.path.isfile(file):
+        if name != "--config" or not (is_remote(file) or os.path.isfile(file)):
             continue
+        if is_remote(file):  # the parser reads it once more
+            jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)
         try:
-            recipe = load_bounded_yaml(Path(file).read_text(encoding="utf-8"))
+            recipe = load_bounded_yaml(storage_path(file).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 ({error.reason}): save it as UTF-8") from None
         except (yaml.YAMLError, OverflowError, ValueError) as error:
@@ -178,6 +212,9 @@ def _check_recipes(args: Sequence[str]) -> None:
         if not isinstance(recipe, dict):
             raise ValueError(f"{file}: must hold the fields of a recipe, such as `model:`")
         for section, fields in recipe.items():
+            if known and section not in known:
+                name = str(section)[:40]
+                raise ValueError(f"{file}: no field is {name!r}; there are {listed(known, 20)}")
             for field, value in fields.items() if isinstance(fields, dict) else ():
                 if value == {} and field != "init_args":  # the parser would leave it out unread
                     raise ValueError(f"{file}: {section}.{field} is empty: give it a value")

@@ -152,24 +152,51 @@ def check_params(mesh: Mesh | AbstractMesh, params: Mapping[str, Any]) -> None:
                 )
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """A global batch as sharded arrays, of which each process places its rows.
-
-    Args:
-        mesh: The mesh.
-        batch: `[rows, ...]` arrays, the same in all processes.
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a batch's rows the devices of this process hold.
 
     Raises:
         ValueError: If the shards would not be of one size.
     """
-    rows, shards = len(next(iter(batch.values()))), batch_shards(mesh)
-    if rows % shards:
+    if rows % (shards := batch_shards(mesh)):
         raise ValueError(
             f"a batch of {rows} rows cannot be split evenly into mesh.data x mesh.fsdp = {shards} "
             "shards: choose another data.batch_size or mesh"
         )
+    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for part in held if part for row in range(rows)[part[0]]})
+
+
+def place_batch(
+    mesh: Mesh, batch: Mapping[str, Any], rows: int | None = None
+) -> dict[str, jax.Array]:
+    """A global batch as sharded arrays, of which each process places its rows.
+
+    Args:
+        mesh: The mesh.
+        batch: `[rows, ...]` arrays, the same in all processes; or `local_rows` of them.
+        rows: The number of rows of the whole batch, if these are the local ones.
+
+    Raises:
+        ValueError: If the shards would not be of one size.
+    """
+    whole = len(next(iter(batch.values()))) if rows is None else rows
+    held = local_rows(mesh, whole)
     where = NamedSharding(mesh, P(BATCH))
-    return {name: _place(np.asarray(value), where) for name, value in batch.items()}
+
+    def place(value: np.ndarray) -> jax.Array:
+        if rows is None:
+            return _place(value, where)
+        shape = (whole, *value.shape[1:])
+
+        def shard(index: Any) -> Any:
+            part = range(whole)[index[0]]
+            first = held.index(part.start)  # those of a shard follow one another
+            return value[first : first + len(part)]
+
+        return jax.make_array_from_callback(shape, where, shard)
+
+    return {name: place(np.asarray(value)) for name, value in batch.items()}
 
 
 def place_state(mesh: Mesh, state: Any) -> Any:

@@ -1,9 +1,12 @@
 """Paths, on this machine or in a bucket: `gs://` and `s3://` URLs beside local ones."""
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 REMOTE = ("gs://", "s3://")
+WRITTEN = ".genlora.json"  # lists the files of a directory that `atomic_files` made
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -11,8 +14,29 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(REMOTE)
 
 
-def storage_path(path: str | os.PathLike[str]) -> Any:
+def storage_path(path: str | os.PathLike[str]) -> Path:
     """A path with the methods of `pathlib.Path`, wherever it leads."""
-    from etils import epath  # only where something is read or written
+    if not is_remote(path):
+        return Path(path)
+    from genlora_jax.remote_path import RemotePath  # only where something is read or written
 
-    return epath.Path(path)
+    remote: Any = RemotePath(path)
+    return remote
+
+
+def copy_file(source: Any, target: Any) -> None:
+    """Copies a file's content, from wherever it is to wherever it is to be."""
+    if is_remote(source) or is_remote(target):
+        target.write_bytes(source.read_bytes())
+    else:
+        shutil.copyfile(source, target)
+
+
+def listed(url: str | os.PathLike[str]) -> list[str]:
+    """The names of all objects below a URL, from there on, in order."""
+    from genlora_jax.remote_path import file_system, naming
+
+    with naming(url):
+        found = file_system(url).find(os.fspath(url))
+    prefix = os.fspath(url).partition("://")[2].rstrip("/") + "/"
+    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))

@@ -59,11 +59,29 @@ def first_not_finite(tree: Any) -> str | None:
     return jax.tree_util.keystr(wrong[0], simple=True, separator=".") if wrong else None
 
 
-def refuse_pointer(file: Path) -> None:
-    """Raises ValueError if a file is what Git LFS leaves in the place of one it has not got."""
+def no_result(what: str) -> FloatingPointError:
+    """The error of a model that gives NaN or infinities, of which `what` says."""
+    return FloatingPointError(
+        f"the model's {what} are not finite: base or adapter had diverged, or values overflow in "
+        "the dtype of the computation (try float32)"
+    )
+
+
+def listed(names: Collection[str], most: int = 3) -> str:
+    """Names in words: the first few, and how many more there are."""
+    first, more = sorted(names)[:most], len(names) - most
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+
+
+def refuse_pointer(file: Path, *, named: Path | None = None) -> None:
+    """Raises ValueError if a file is what Git LFS leaves in the place of one it has not got.
+
+    `named` is what the error calls it, if `file` is a copy.
+    """
+    named = named or file
     with file.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(
-                f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
-                f"{file.parent}"
+                f"{named} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+                f"{named.parent}"
             )

@@ -7,14 +7,15 @@ import sys
 from tiny_base import REPOSITORY
 
 
-def start_finetune(recipe, *arguments, cache, **environment):
+def start_finetune(recipe, *arguments, cache, script="train/finetune.py", **environment):
     """Starts the script on a recipe; what it compiles goes to a cache that runs can share.
 
-    Its output is buffered as users have it.
+    `script` may be one that changes something and then does the same. Its output is buffered as
+    users have it.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
-        [sys.executable, "train/finetune.py", "--config", recipe, *arguments],
+        [sys.executable, script, "--config", recipe, *arguments],
         cwd=REPOSITORY,
         env=inherited
         | {

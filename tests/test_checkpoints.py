@@ -5,16 +5,16 @@ import json
 import shutil
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import random_llama
+from tiny_models import Numbers, random_llama
 
 import genlora_jax as gl
+from genlora_jax.data.batches import train_batches
 from genlora_jax.data.config import DataConfig
-from genlora_jax.data.packing import train_batches
+from genlora_jax.data.sources import MemorySource
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.recipe import TrainConfig
@@ -31,10 +31,6 @@ def state():
     return init_state(adapter, make_optimizer(OptimConfig(), 10))
 
 
-def numbers():
-    return iter(grain.MapDataset.range(100).to_iter_dataset())
-
-
 def at(state, step):
     """The state of some step, each with numbers of its own."""
     trainable = jax.tree.map(lambda x: x + step, state.adapter.trainable)
@@ -45,7 +41,7 @@ def at(state, step):
 @pytest.fixture
 def saved(state, tmp_path):
     """Checkpoints of steps 3, 6 and 9, the data as far on as the steps."""
-    data = numbers()
+    data = Numbers()
     with Checkpoints(tmp_path / "run", keep=3) as checkpoints:
         for step in (3, 6, 9):
             for _ in range(3):
@@ -64,7 +60,7 @@ def damage(directory, step):
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_says_so(saved, state, capsys):
     damage(saved, 9)
-    data = numbers()
+    data = Numbers()
     with Checkpoints(saved, keep=3) as checkpoints:
         restored = checkpoints.restore(state, data)
         assert "checkpoint 9 cannot be read" in capsys.readouterr().err
@@ -80,7 +76,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_says_so(sav
         assert int(checkpoints.restore(state, data).step) == 7
         checkpoints.save(at(state, 9), data)  # in place of the damaged one
     with Checkpoints(saved, keep=3) as checkpoints:
-        assert int(checkpoints.restore(state, numbers()).step) == 9
+        assert int(checkpoints.restore(state, Numbers()).step) == 9
 
 
 def test_nothing_that_can_be_read_is_an_error(saved, state, capsys):
@@ -90,7 +86,7 @@ def test_nothing_that_can_be_read_is_an_error(saved, state, capsys):
         Checkpoints(saved, keep=3) as checkpoints,
         pytest.raises(ValueError, match="no checkpoint in it can be read"),
     ):
-        checkpoints.restore(state, numbers())
+        checkpoints.restore(state, Numbers())
     assert capsys.readouterr().err.count("cannot be read") == 3
 
 
@@ -102,37 +98,37 @@ def test_a_checkpoint_of_other_settings_is_refused_by_field(state, tmp_path):
         return dataclasses.replace(state, adapter=adapter)
 
     with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(at(state, 3), numbers())
+        checkpoints.save(at(state, 3), Numbers())
         for changed, message in (
             ({"hadamard": True}, r"adapter\.hadamard False, and the recipe has True"),
             ({"alpha": 8.0}, r"adapter\.alpha 16\.0, and the recipe has 8\.0"),
         ):
             with pytest.raises(ValueError, match=message):
-                checkpoints.restore(with_settings(**changed), numbers())
+                checkpoints.restore(with_settings(**changed), Numbers())
         same = with_settings(dropout=0.5, layers=None)
-        assert int(checkpoints.restore(same, numbers()).step) == 3
+        assert int(checkpoints.restore(same, Numbers()).step) == 3
 
 
 def test_a_checkpoint_of_another_base_is_refused(state, tmp_path):
     with Checkpoints(tmp_path / "run", base_config="one") as checkpoints:
-        checkpoints.save(at(state, 3), numbers())
+        checkpoints.save(at(state, 3), Numbers())
     with (
         Checkpoints(tmp_path / "run", base_config="other") as checkpoints,
         pytest.raises(ValueError, match="checkpoint 3 was trained on another base: the config"),
     ):
-        checkpoints.restore(state, numbers())
+        checkpoints.restore(state, Numbers())
     spec = dataclasses.replace(state.adapter.spec, fingerprint="other")
     moved = dataclasses.replace(state, adapter=state.adapter.replace(spec=spec))
     with (
         Checkpoints(tmp_path / "run", base_config="one") as checkpoints,
         pytest.raises(ValueError, match="checkpoint 3 was trained on another base: the shapes"),
     ):
-        checkpoints.restore(moved, numbers())
+        checkpoints.restore(moved, Numbers())
 
 
 def test_a_checkpoint_s_leaves_bear_names(state, tmp_path):
     with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(at(state, 3), numbers())
+        checkpoints.save(at(state, 3), Numbers())
     stored = json.loads((tmp_path / "run" / "3" / "state" / "_METADATA").read_text())
     names = {
         ".".join(part["key"] for part in entry["key_metadata"])
@@ -148,27 +144,30 @@ def test_a_checkpoint_of_version_0_1_is_restored_bit_for_bit(tmp_path):
     cfg = gl.GenLoRAConfig(rank=4, alpha=8.0, group_size=4, targets=["q_proj", "down_proj"])
     adapter = gl.init_adapter(cfg, jax.random.key(0), random_llama()[1])
     state = init_state(adapter, make_optimizer(OptimConfig(), 10))
-    examples = [
-        {"input_ids": np.arange(1 + i, 6 + i, dtype=np.int32), "loss_mask": np.ones(5, bool)}
-        for i in range(8)
-    ]
-    data = iter(train_batches(examples, DataConfig(train="none", length=16, batch_size=2)))
     with Checkpoints(tmp_path / "run", base_config="any") as checkpoints:
-        restored = checkpoints.restore(state, data)
+        restored = checkpoints.restore(state, Numbers())
     with np.load(FIXTURES / "state.npz") as expected:
         leaves, _ = jax.tree.flatten_with_path(restored)
         assert len(leaves) + 1 == len(expected.files)
         for path, leaf in leaves:
             name = "/".join(str(key) for key in path)
             np.testing.assert_array_equal(leaf, expected[name])
-        np.testing.assert_array_equal(next(data)["input_ids"], expected["next_ids"])
     changed = adapter.with_config(dataclasses.replace(cfg, alpha=9.0))
     other = dataclasses.replace(state, adapter=changed)
     with (
         pytest.raises(ValueError, match=r"adapter\.alpha 8\.0, and the recipe has 9\.0"),
         Checkpoints(tmp_path / "run") as checkpoints,
     ):
-        checkpoints.restore(other, data)
+        checkpoints.restore(other, Numbers())
+    examples = [{"input_ids": np.ones(5, np.int32), "loss_mask": np.ones(5, bool)}] * 8
+    cfg = DataConfig(train="none", length=16, batch_size=2)
+    with (
+        pytest.raises(
+            ValueError, match=r"checkpoint 2 has its place in the data as an older .*ini"
+        ),
+        Checkpoints(tmp_path / "run") as checkpoints,
+    ):
+        checkpoints.restore(state, train_batches(MemorySource(examples), cfg))
 
 
 def test_a_checkpoint_holds_the_adapter_and_the_optimizer_and_little_else(saved, state):
@@ -182,7 +181,7 @@ def test_a_checkpoint_holds_the_adapter_and_the_optimizer_and_little_else(saved,
 def test_the_latest_and_those_of_every_so_many_steps_are_kept(state, tmp_path):
     with Checkpoints(tmp_path / "run", keep=1, keep_every=4) as checkpoints:
         for step in range(2, 16, 2):
-            checkpoints.save(at(state, step), numbers())
+            checkpoints.save(at(state, step), Numbers())
     left = {int(f.name) for f in (tmp_path / "run").iterdir() if f.name.isdecimal()}
     assert left == {4, 8, 12, 14}
 

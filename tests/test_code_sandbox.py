@@ -119,7 +119,7 @@ NUMBER = "class Number:\n    def __init__(self, value):\n        self.value = va
     ],
 )
 def test_an_answer_passes_if_the_tests_do(place, row, answer, passes):
-    exercise = code._exercise("here", row)
+    exercise, _ = code._exercise("here", row)
     assert place.run(code.trial(exercise, answer), seconds=AMPLE).passed == passes
 
 
@@ -127,7 +127,7 @@ def test_scores_are_the_share_of_answers_that_pass(monkeypatch):
     said = [["    return a + b\n", "    return a\n"], ["    return a\n"] * 2]
     monkeypatch.setattr(code, "ask", lambda *_: (said, 0))
     cfg = code.CodeConfig(data="x", allow_code=True, samples=2, k=[1, 2], temperature=1.0)
-    result = code.run(None, cfg, [code._exercise("here", HUMAN_EVAL)] * 2)
+    result = code.run(None, cfg, [code._exercise("here", HUMAN_EVAL)[0]] * 2)
     assert result.metrics == {"pass@1": 0.25, "pass@2": 0.5, "cut_prompts": 0, "not_run": 0}
     assert [row["passed"] for row in result.rows] == [[True, False], [False, False]]
     assert result.rows[1]["details"] == ["AssertionError: "] * 2
@@ -138,7 +138,7 @@ def test_a_sandbox_that_fails_is_told_from_a_program_that_does(monkeypatch, caps
     broken = sandbox.Sandbox("broken", ("/bin/sh", "-c", "echo out of order >&2"))
     monkeypatch.setattr(sandbox, "choose", lambda _: broken)
     cfg = code.CodeConfig(data="x", allow_code=True)
-    result = code.run(None, cfg, [code._exercise("here", HUMAN_EVAL)] * 2)
+    result = code.run(None, cfg, [code._exercise("here", HUMAN_EVAL)[0]] * 2)
     assert result.metrics == {"pass@1": 0.0, "cut_prompts": 0, "not_run": 2}
     said = "warning: 2 programs count as failed but were not run: out of order\n"
     assert capsys.readouterr().out == said

@@ -68,7 +68,7 @@ class Device:
     ],
 )
 def test_what_cudnn_takes(dtype, head_dim, capability, expected):
-    assert cudnn.suits(dtype, head_dim, Device(capability)) is expected
+    assert cudnn.supports(dtype, head_dim, Device(capability)) is expected
 
 
 def test_masks_of_odd_lengths_show_no_query_the_position_that_was_added(monkeypatch):

@@ -16,9 +16,11 @@ from tiny_models import perturb, random_llama
 from transformers import AutoTokenizer
 
 import genlora_jax as gl
+from genlora_jax.data.batches import train_batches
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import load_examples
-from genlora_jax.data.packing import eval_batches, max_segments, train_batches
+from genlora_jax.data.packing import eval_batches, max_segments
+from genlora_jax.data.sources import MemorySource
 from genlora_jax.evaluation.tasks import match
 from genlora_jax.training.losses import cross_entropy, next_token_targets
 from genlora_jax.training.step_options import StepOptions
@@ -173,7 +175,7 @@ def test_the_end_is_trained_even_if_padding_has_its_id(load, tokenizer, row):
     tokenizer.pad_token = tokenizer.eos_token
     examples, _ = load([row], batch_size=1)
     assert trained_text(tokenizer, examples[0]).endswith("</s>")
-    (batch,) = eval_batches(examples, DataConfig(train="-", length=64, batch_size=1))
+    (batch,) = eval_batches(MemorySource(examples), DataConfig(train="-", length=64, batch_size=1))
     targets, weights = next_token_targets(jax.tree.map(jnp.asarray, batch))
     assert int((targets == tokenizer.eos_token_id)[weights > 0].sum()) == 1
 
@@ -313,7 +315,7 @@ def test_a_conversation_without_the_assistant_is_left_out(load, tokenizer):
 def test_overlong_rows_are_dropped(load):
     examples, report = load([PROBLEM, {"text": LONG}], length=16, overlong="drop")
     assert (len(examples), report.overlong, report.without_completion) == (1, 1, 0)
-    assert "1 rows longer than data.length" in str(report)
+    assert "1 rows longer than data.length, left out" in str(report)
 
 
 def test_overlong_rows_are_truncated(load):
@@ -365,7 +367,7 @@ def test_the_config_names_the_field_at_fault(settings):
 def test_every_example_appears_once_an_epoch(pack, epochs):
     examples = random_examples(23, 16)
     cfg = DataConfig(train="-", length=16, batch_size=4, pack=pack)
-    batches = list(train_batches(examples, cfg, epochs=epochs))
+    batches = list(train_batches(MemorySource(examples), cfg, epochs=epochs))
     for batch in batches:
         assert {name: value.shape for name, value in batch.items()} == dict.fromkeys(
             ("input_ids", "loss_mask", "segment_ids", "positions"), (4, 16)
@@ -384,7 +386,9 @@ def test_packing_saves_rows_and_its_absence_gives_each_example_one():
     examples = random_examples(40, 8)
     cfg = DataConfig(train="-", length=16, batch_size=4)
     alone = DataConfig(train="-", length=16, batch_size=4, pack=False)
-    packed, single = (list(train_batches(examples, c, epochs=1)) for c in (cfg, alone))
+    packed, single = (
+        list(train_batches(MemorySource(examples), c, epochs=1)) for c in (cfg, alone)
+    )
     assert len(single) == 10
     assert all((batch["segment_ids"].max(axis=1) == 1).all() for batch in single)
     assert len(packed) <= 5  # 5 tokens on average, 16 in a row
@@ -395,7 +399,7 @@ def test_every_epoch_has_its_own_order_and_the_seed_decides_it():
 
     def epochs(seed):
         cfg = DataConfig(train="-", length=8, batch_size=4, pack=False, seed=seed)
-        numbers = order(take(train_batches(examples, cfg), 18))
+        numbers = order(take(train_batches(MemorySource(examples), cfg), 18))
         return [numbers[i : i + 24] for i in range(0, 72, 24)]
 
     first, second, third = epochs(0)
@@ -410,15 +414,15 @@ def test_every_epoch_has_its_own_order_and_the_seed_decides_it():
 @pytest.mark.parametrize("pack", [True, False])
 def test_an_iterator_goes_on_where_another_stood(pack):
     examples = random_examples(17, 12)
-    dataset = train_batches(examples, DataConfig(train="-", length=16, batch_size=3, pack=pack))
-    expected = take(dataset, 12)
-    iterator = iter(dataset)
+    cfg = DataConfig(train="-", length=16, batch_size=3, pack=pack)
+    expected = take(train_batches(MemorySource(examples), cfg), 12)
+    iterator = train_batches(MemorySource(examples), cfg)
     states = []
     for _ in range(8):  # more than an epoch
         states.append(json.dumps(iterator.get_state()))
         next(iterator)
     # In another order, and in an iterator that has been used: no trace of before may remain.
-    other = iter(dataset)
+    other = train_batches(MemorySource(examples), cfg)
     for at in random.Random(0).sample(range(8), 8):
         other.set_state(json.loads(states[at]))
         for batch in expected[at : at + 4]:
@@ -429,10 +433,10 @@ def test_an_iterator_goes_on_where_another_stood(pack):
 def test_evaluation_sees_every_example_once_in_order(pack):
     examples = random_examples(13, 16)
     cfg = DataConfig(train="-", length=16, batch_size=4, pack=pack)
-    batches = eval_batches(examples, cfg)
+    batches = eval_batches(MemorySource(examples), cfg)
     assert {value.shape for batch in batches for value in batch.values()} == {(4, 16)}
     seen = [example for batch in batches for example in segments(batch)]
-    if pack:  # first fit: an example may find room in an earlier row
+    if pack:  # best fit: an example may find room in an earlier row
         assert sorted(seen) == sorted(as_tuples(examples))
     else:
         assert seen == as_tuples(examples)
@@ -443,7 +447,7 @@ def test_evaluation_sees_every_example_once_in_order(pack):
 def test_no_batch_of_nothing_but_padding_is_made():
     examples = random_examples(8, 16)
     cfg = DataConfig(train="-", length=16, batch_size=4, pack=False)
-    assert len(eval_batches(examples, cfg)) == 2
+    assert len(eval_batches(MemorySource(examples), cfg)) == 2
 
 
 def test_packed_examples_lose_what_they_lose_alone():
@@ -454,8 +458,8 @@ def test_packed_examples_lose_what_they_lose_alone():
     examples = random_examples(11, 16, vocab=61)
     loss = jax.jit(lambda batch: cross_entropy(model, params, factors, batch, StepOptions())[0])
     shape = {"train": "-", "length": 24, "batch_size": 3}
-    packed = eval_batches(examples, DataConfig(**shape))
-    alone = [eval_batches([e], DataConfig(**shape, pack=False))[0] for e in examples]
+    packed = eval_batches(MemorySource(examples), DataConfig(**shape))
+    alone = [eval_batches(MemorySource([e]), DataConfig(**shape, pack=False))[0] for e in examples]
     assert max(int(batch["segment_ids"].max()) for batch in packed) > 1
     together = sum(float(loss(batch)) for batch in packed)
     single = [float(loss(batch)) for batch in alone]
@@ -468,8 +472,11 @@ def test_no_row_has_more_segments_than_attention_expects_its_padding_included(le
     cfg = DataConfig(train="-", length=length, batch_size=4)
     sizes = [*[40] * 60, *[length - 4] * 30]
     examples = [{"input_ids": np.ones(n, np.int32), "loss_mask": np.ones(n, bool)} for n in sizes]
-    most = max_segments(examples, cfg)
-    batches = [*eval_batches(examples, cfg), *train_batches(examples, cfg, epochs=1)]
+    most = max_segments(MemorySource(examples), cfg)
+    batches = [
+        *eval_batches(MemorySource(examples), cfg),
+        *train_batches(MemorySource(examples), cfg, epochs=1),
+    ]
     changes = [np.diff(batch["segment_ids"], axis=1) != 0 for batch in batches]
     # The first rows of an evaluation hold nothing but short examples.
     assert max(change.sum(axis=1).max() + 1 for change in changes) == most
@@ -480,5 +487,5 @@ def test_no_row_has_more_segments_than_attention_expects_its_padding_included(le
 def test_rows_of_many_short_segments_have_no_bound():
     examples = [{"input_ids": np.ones(10, np.int32), "loss_mask": np.ones(10, bool)}] * 50
     cfg = DataConfig(train="-", length=256, batch_size=1)
-    assert max_segments(examples, cfg) is None
-    assert eval_batches(examples, cfg)[0]["segment_ids"].max() == 25
+    assert max_segments(MemorySource(examples), cfg) is None
+    assert eval_batches(MemorySource(examples), cfg)[0]["segment_ids"].max() == 25

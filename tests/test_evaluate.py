@@ -20,9 +20,10 @@ from genlora_jax.data.rows import read_rows
 from genlora_jax.evaluation import harness, scoring
 from genlora_jax.evaluation import run as script
 from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
-from genlora_jax.evaluation.tasks import choices, match
+from genlora_jax.evaluation.tasks import choices, code, match, perplexity
 from genlora_jax.evaluation.tasks import task as tasks
 from genlora_jax.generation.answers import answers
+from genlora_jax.generation.decoding import _decode
 from genlora_jax.generation.subject import Subject, load_subject
 
 QUESTIONS = REPOSITORY / "train" / "quickstart" / "data" / "test.jsonl"
@@ -147,6 +148,15 @@ def test_answers_are_those_of_pytorch(subject, continue_greedily):
     assert len(set(expected)) > 1
 
 
+def test_prompts_of_every_length_compile_once_for_each_power_of_two(subject):
+    prompts = random_ids(0, *range(1, 55))
+    before = _decode._cache_size()
+    answers(subject, prompts, max_new_tokens=9)
+    assert _decode._cache_size() - before == 2  # 32 and 64 tokens
+    answers(subject, prompts[7:30], max_new_tokens=9)
+    assert _decode._cache_size() - before == 2
+
+
 def test_samples_differ_and_come_back_with_the_seed(subject):
     prompts = [subject.encode("Mia has"), subject.encode("Tom")]
     settings = {"max_new_tokens": 10, "temperature": 1.0, "samples": 3}
@@ -177,7 +187,7 @@ def test_conversations_are_asked_in_the_chat_template(subject, monkeypatch):
     # lm-eval renders first; what the template begins with does not come twice.
     assert subject.encode(subject.render(prompt)) == expected["input_ids"]
     row = {"messages": [*prompt, {"role": "assistant", "content": "14"}]}
-    problem = match._problem("here", row)
+    problem, _ = match._problem("here", row)
     assert (problem.prompt.messages, problem.expected) == (prompt, "14")
     (row,) = match.run(subject, match.MatchConfig(data="x", max_new_tokens=8), [problem]).rows
     assert row["prompt"] == prompt
@@ -392,6 +402,42 @@ def test_rows_are_held_against_the_settings_before_the_model_is_loaded(run, tmp_
     asked = ["--match.data", str(rows), "--match.answer", "number"]
     status, _, err = run(*asked, model=tmp_path / "nowhere")
     assert (status, "' many' has none" in err) == (1, True), err
+
+
+def test_a_conversation_that_the_template_refuses_is_named_before_weights_are_read(run, tmp_path):
+    model = write_base(tmp_path / "chat")
+    (model / "model.safetensors").unlink()
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
+    asked = {"role": "user", "content": "How many?"}
+    told = [{"messages": [asked, {"role": "assistant", "content": "3"}]}]
+    for name, more in (("fine", {}), ("tools", {"tools": [{"name": "count"}]})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(told[0] | more))
+    sources = json.dumps([str(tmp_path / f"{name}.jsonl") for name in ("fine", "tools")])
+    status, _, err = run("--match.data", sources, model=model)
+    assert (status, "tools.jsonl:1: the chat template makes no use of 'tools'" in err) == (1, True)
+
+
+def test_fields_of_rows_that_are_not_used_are_said(subject, tmp_path, capsys):
+    row = {"question": "Is it?", "answer": "no", "context": "It is not.", "empty": ""}
+    choice = row | {"choices": ["yes", "no"], "answer": 1}
+    program = {"text": "Add.", "test_list": ["assert add(1, 2) == 3"], "context": "In Python."}
+    for task, content in ((match, row), (choices, choice), (code, program)):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(content))
+        (_,) = task.read(str(tmp_path / "rows.jsonl"))
+        out = capsys.readouterr().out
+        used = ", ".join(repr(name) for name in sorted(content.keys() - {"context", "empty"}))
+        assert out == f"{tmp_path / 'rows.jsonl'}: 1 rows of {used}; not used: 'context'\n"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    cfg = perplexity.PerplexityConfig(data=str(tmp_path / "rows.jsonl"), length=32)
+    perplexity.run(subject, cfg, perplexity.read(cfg.data))
+    assert "completion of answer\n  not used: 'context'" in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_no_utf_8_is_refused(subject):
+    with pytest.raises(ValueError, match=r"the prompt holds '\\udcff', half a character"):
+        subject.encode_prompt(b"caf\xff".decode("utf-8", "surrogateescape"))
 
 
 # Real models and data

@@ -311,6 +311,8 @@ BAD = {
     "bad line": (["--data.train", "{here}/bad.jsonl"], "bad.jsonl:2"),
     "parts": (["--train.accumulate", "3"], "train.accumulate"),
     "nothing to resume": (["--train.resume", "true"], "nothing to resume"),
+    "another's directory": (["--train.output", "{here}", "--train.resume", "auto"], "not empty"),
+    "resume of text": (["--train.resume", "maybe"], "train.resume"),
     "no recipe": (["--config", "{here}/missing.yaml"], "missing.yaml"),
     "no adapter": (["--train.init_from", "{here}/missing"], "missing"),
     "output under a file": (["--train.output", "{here}/file/run"], "file/run"),
@@ -435,13 +437,14 @@ def battered(launch, finished, tmp_path_factory):
     output = tmp_path_factory.mktemp("battered") / "run"
     reference = finished[0]
 
-    process = launch(output)
+    process = launch(output, "--train.resume", "auto")  # there is nothing, and it begins
     wait_for(lambda: lines_in(output) >= 10, process, "ten records")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     stopped = max(steps_saved(output))
     assert f"stopped at step {stopped}, saved; go on with --train.resume true" in out
+    assert "resumed" not in out
     assert records(output) == records(reference)[:stopped]
     assert not (output / "adapter").exists()
 
@@ -464,10 +467,11 @@ def battered(launch, finished, tmp_path_factory):
     assert process.returncode == -signal.SIGKILL
     assert unfinished(output), "the save was complete before the kill"
 
-    process = launch(output, "--train.resume", "true")
+    process = launch(output, "--train.resume", "auto")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert f"resumed at step {saved}" not in out  # but at a later one
+    assert "resumed at step" in out
     return output
 
 

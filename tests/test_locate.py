@@ -106,6 +106,14 @@ def test_other_refusals_are_one_line_with_the_hubs_reason(options, monkeypatch):
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("path", ["MISSING", "owner/missing", "./runs/a/merged", "/data/a", "a b"])
+def test_a_model_that_is_not_there_is_said_in_three_lines_of_80(path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"is no local .*: check the path") as info:
+        locate(path)
+    assert len(f"error: {info.value}") <= 240
+
+
 def test_the_command_reports_a_gated_model_in_one_line(recipe_file, monkeypatch, capsys):
     refuse_with(monkeypatch, GATED)
     recipe_file.write_text(RECIPE.replace("someone/model", "someone/gated"))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def launch(workshop, tmp_path_factory):
     """A function that starts a run in so many processes with so many devices each."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def start(output, processes, devices, *arguments, recipe="recipe.yaml"):
+    def start(output, processes, devices, *arguments, recipe="recipe.yaml", **settings):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -64,7 +65,8 @@ def launch(workshop, tmp_path_factory):
                     "JAX_NUM_PROCESSES": str(processes),
                     "JAX_PROCESS_ID": str(index),
                 }
-            process = start_finetune(workshop / recipe, *given, cache=cache, **environment)
+            settings |= environment
+            process = start_finetune(workshop / recipe, *given, cache=cache, **settings)
             started.append(process)
         return started
 
@@ -122,6 +124,17 @@ def test_losses_are_those_of_one_process(launch, alone, tmp_path, processes, dev
     assert "parameters to train" in outputs[0][0]
     for out, _ in outputs[1:]:  # one of them speaks, and Gloo
         assert [line for line in out.splitlines() if not GLOO.search(line)] == []
+    logs = tmp_path / "out" / "logs"
+    if processes == 1:
+        assert not logs.exists()
+        return
+    for index, (out, err) in enumerate(outputs):  # what each said is kept, and still shown
+        log = (logs / f"process-{index}.log").read_text()
+        assert f" process {index} of {processes}, " in log.splitlines()[0]
+        kept = Counter(line[len("2026-01-01 00:00:00 ") :] for line in log.splitlines()[1:])
+        said = Counter((out + err).splitlines())
+        assert kept - said == Counter()
+        assert not any("adapter:" in line for line in (said - kept))
 
 
 def test_whole_deltas_in_parts_are_saved_whole_and_restored_elsewhere(launch, tmp_path):
@@ -142,7 +155,8 @@ def test_whole_deltas_in_parts_are_saved_whole_and_restored_elsewhere(launch, tm
 
 def test_a_killed_process_and_a_restart_elsewhere_change_nothing(launch, alone, tmp_path):
     output = tmp_path / "out"
-    started = launch(output, 2, 1, "--train.heartbeat", "10")
+    again = ("--train.resume", "auto")  # the same command for each start
+    started = launch(output, 2, 1, "--train.heartbeat", "10", *again)
     wait_for_step(output, 12, started)
     started[1].kill()
     _, err = started[0].communicate(timeout=120)  # ends on its own, and says why
@@ -150,15 +164,58 @@ def test_a_killed_process_and_a_restart_elsewhere_change_nothing(launch, alone, 
     assert "heartbeat" in err or "Connection closed by peer" in err, err[-2000:]
     started[1].communicate()
     # The same processes again, ended by SIGTERM to the one that does not write.
-    started = launch(output, 2, 1, "--train.resume", "true")
+    started = launch(output, 2, 1, *again)
     wait_for_step(output, 20, started)
     started[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=240) for process in started]
     assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2, outputs
     assert "stopped at step" in outputs[0][0] + outputs[0][1]
     # Another number of devices, and another mesh.
-    finish(launch(output, 1, 4, "--train.resume", "true", "--mesh.tensor", "2"))
+    finish(launch(output, 1, 4, *again, "--mesh.tensor", "2"))
     assert_same(losses(output), alone)
+    # What the first said is still there, with its own words for the end of the other.
+    log = (output / "logs" / "process-0.log").read_text()
+    assert log.count("process 0 of 2, ") == 2
+    assert "heartbeat" in log or "by peer" in log
+
+
+HINDERED = """
+import os, time
+from genlora_jax.training import finetune, pace
+
+pace.EVERY, pace.SHORTEST = 20, 1.0
+place, calls = finetune.place_batch, 0
+
+def hindered(*args):
+    global calls
+    calls += 1
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        time.sleep(4.0 if calls == 23 else 0.03)
+    return place(*args)
+
+finetune.place_batch = hindered
+if __name__ == "__main__":
+    finetune.main()
+"""
+
+
+def test_the_slowest_process_is_named_and_a_hung_step_shows_all_stacks(launch, tmp_path):
+    (tmp_path / "hindered.py").write_text(HINDERED)
+    run = {"script": str(tmp_path / "hindered.py")}
+    outputs = finish(launch(tmp_path / "out", 2, 1, "--train.steps", "24", **run))
+    (found,) = [r for r in read_records(tmp_path / "out", STEPS) if "slowest_host" in r]
+    assert found["slowest_host"] == 1
+    assert found["slowest_host_seconds"] > 0.03
+    assert 0 < found["slowest_device_seconds"] < 1
+    said = f"step 20: process 1 ({socket.gethostname()}) is the slowest"
+    assert said in outputs[0][0] + outputs[0][1]
+    # Both print their stacks: the one that hangs, and the one that waits for it.
+    for index, (_, err) in enumerate(outputs):
+        log = (tmp_path / "out" / "logs" / f"process-{index}.log").read_text()
+        for text in (err, log):
+            assert f"has not ended after 1 s, process {index} of 2 on" in text
+        assert ("in hindered" in err.partition("has not ended")[2]) == (index == 1)
+        assert err.count("has not ended") == 1
 
 
 def test_a_process_without_its_fellows_is_told_what_is_missing(workshop, tmp_path):

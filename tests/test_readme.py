@@ -26,7 +26,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 DOCS = [page for page in PAGES if page.parent == ROOT / "docs"]
 STUDY = ROOT / "train" / "benchmarks"
 FINDINGS = STUDY / "results" / "frontier" / "findings.md"
-SETTINGS = {"finetune": Recipe, "sweep": SweepRecipe, "evaluate": Evaluation}
+SETTINGS = {
+    "finetune": Recipe,
+    "sweep": SweepRecipe,
+    "tokenize": Recipe,
+    "evaluate": Evaluation,
+}
 
 
 def blocks(language, text=TEXT):
@@ -135,7 +140,7 @@ def test_settings_of_a_page_are_valid(page, checkout):
     for number, text in enumerate(blocks("yaml", page.read_text())):
         file = checkout / f"{number}.yaml"
         file.write_text(text)
-        if text.startswith("model") and "data:\n" in text:
+        if text.startswith("model") and re.search(r"^train:", text, re.M):
             assert parse(Recipe, ["--config", str(file)])
         elif text.startswith("model"):
             assert parse(Evaluation, ["--config", str(file)])

@@ -235,21 +235,42 @@ def test_merged_and_exported_bytes_are_those_of_one_device(torch_twin, mesh, tmp
     assert ours == theirs
 
 
-def test_every_tensor_is_read_once_in_all(base, monkeypatch):
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """The bytes of each read of a matrix; norms are read by every device."""
     from genlora_jax.hf.tensorfile import TensorFile
 
-    read, count = TensorFile.read, []
+    read, found = TensorFile.read, []
 
     def counting(self, name, rows=slice(None)):
         value = read(self, name, rows)
-        if value.ndim == 2:  # norms are read by every device
-            count.append(value.nbytes)
+        if value.ndim == 2:
+            found.append(value.nbytes)
         return value
 
     monkeypatch.setattr(TensorFile, "read", counting)
+    return found
+
+
+def test_every_tensor_is_read_once_in_all(base, bytes_read):
     _, params = load(base, mesh=make_mesh(MeshConfig()))
     matrices = [x for path, x in flatten_dict(params).items() if path[-1] != "scale"]
-    assert sum(count) == sum(leaf.nbytes for leaf in matrices)
+    assert sum(bytes_read) == sum(leaf.nbytes for leaf in matrices)
+
+
+def test_rows_that_devices_do_not_divide_are_read_as_few_times_as_they_allow(
+    torch_twin, bytes_read
+):
+    path, _ = torch_twin(**SHAPE | {"vocab_size": 44, "intermediate_size": 132})
+    _, params = load(path, mesh=make_mesh(MeshConfig(data=8, fsdp=1)))
+    read, flat = sum(bytes_read), flatten_dict(params)
+    # Eight devices, of which four divide the rows.
+    twice = ("embed_tokens", "lm_head", "gate_proj", "up_proj")
+    times = {path: 1 + any(name in path for name in twice) for path in flat}
+    matrices = {path: leaf.nbytes for path, leaf in flat.items() if path[-1] != "scale"}
+    assert read == sum(times[path] * size for path, size in matrices.items())
+    for name, value in flatten_dict(load(path)[1]).items():
+        np.testing.assert_array_equal(flat[name], value)
 
 
 @pytest.mark.parametrize(
@@ -276,3 +297,12 @@ def test_shapes_that_a_mesh_does_not_divide_are_named(torch_twin):
 def test_rows_that_a_mesh_does_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"12 rows cannot .* mesh\.data x mesh\.fsdp = 8"):
         sharding.place_batch(make_mesh(MeshConfig()), batch_of(rows=12))
+
+
+def test_local_rows_are_placed_as_the_whole_batch_is():
+    mesh, batch = make_mesh(MeshConfig(data=2, fsdp=2, tensor=-1)), batch_of(rows=8)
+    assert sharding.local_rows(mesh, 8) == list(range(8))  # of one process
+    whole = sharding.place_batch(mesh, batch)
+    for name, value in sharding.place_batch(mesh, batch, rows=8).items():
+        np.testing.assert_array_equal(value, whole[name])
+        assert value.sharding == whole[name].sharding

@@ -59,7 +59,7 @@ HUB = {"text": ["a cat", "a dog"], "label": ["1", "2"]}
     ],
 )
 def test_forms_of_a_question_with_options(row):
-    item = choices._item("here", row)
+    item, _ = choices._item("here", row)
     assert item == choices.Item("Who?", ["a cat", "a dog"], 1)
     assert choices.formatted(item, "text") == ("Question: Who?\nAnswer:", ["a cat", "a dog"])
     lettered = "Question: Who?\nA. a cat\nB. a dog\nAnswer:"

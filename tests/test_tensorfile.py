@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from genlora_jax.hf.tensorfile import WINDOW, TensorFile, TensorWriter, in_threads, transpose
+from genlora_jax.hf.tensorfile import TensorFile, TensorWriter, transpose
+from genlora_jax.threads import WINDOW, in_threads
 
 
 @pytest.fixture

@@ -74,3 +74,20 @@ def torch_logits(model, ids, **inputs):
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in inputs.items()}
     with torch.no_grad():
         return model(torch.from_numpy(np.array(ids)).long(), **tensors).logits.float().numpy()
+
+
+class Numbers:
+    """0, 1, 2 ...: as batches are, with a place that is saved and restored."""
+
+    def __init__(self, taken=0):
+        self.taken = taken
+
+    def __next__(self):
+        self.taken += 1
+        return self.taken - 1
+
+    def get_state(self):
+        return {"taken": self.taken}
+
+    def set_state(self, state):
+        self.taken = state.get("taken")

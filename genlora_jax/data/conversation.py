@@ -34,6 +34,12 @@ class Conversation:
     fields: tuple[str, ...] = ("messages",)
     place: str = "the conversation"
 
+    @property
+    def mute(self) -> tuple[int, ...]:
+        """The turns of the assistant's that say nothing, by index; they are never trained."""
+        turns = enumerate(self.messages)
+        return tuple(i for i, turn in turns if turn["role"] == "assistant" and not _says(turn))
+
 
 def conversation(row: dict[str, Any], place: str) -> Conversation | None:
     """A row's conversation; None if the row is of another form.
@@ -96,8 +102,11 @@ def _turn(given: Any, place: str) -> tuple[Message, bool]:
         raise ValueError(f"{place} ({role}) has neither content nor tool_calls")
     if "content" in message:
         message["content"] = _text(message["content"], f"{place}: content")
-    says = message.get("tool_calls") or message["content"].strip()
-    return message, role == "assistant" and bool(says) and False not in flags
+    return message, role == "assistant" and _says(message) and False not in flags
+
+
+def _says(message: Message) -> bool:
+    return bool(message.get("tool_calls") or message.get("content", "").strip())
 
 
 def _flag(value: Any, what: str) -> bool:

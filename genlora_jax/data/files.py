@@ -5,6 +5,7 @@ cannot be read is a ValueError in the place of the row, so that whoever reads ma
 What makes the rest of a file unreadable is raised.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from genlora_jax.storage import is_remote
 from genlora_jax.validation import LFS_POINTER
 
 Rows = Iterator[tuple[str, Any]]
@@ -24,6 +26,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 SPACE = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MARK = b"\xef\xbb\xbf"  # UTF-8's byte-order mark
+BLOCK = 1 << 20  # bytes of lines that are read at once
 MANY = 2**31 - 1  # characters that a CSV's cell may have
 
 
@@ -41,24 +44,50 @@ def file_rows(path: Path) -> Rows:
         OSError: If the file cannot be read.
         ValueError: If it is none of its kind.
     """
-    reader = READERS[str(file_kind(path.name))]
+    reader, codec = READERS[str(file_kind(path.name))], compression(path)
+    if reader is _parquet_rows:
+        if codec is not None:
+            raise ValueError(f"{path}: a compressed file around parquet: decompress it first")
+        yield from _parquet_rows(path)
+        return
+    with _decompressed(path, codec) as stream:
+        yield from reader(path, stream)
+
+
+def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a file, in blocks, each with the number of its first line."""
+    number, parts = 1, []
+    with _decompressed(path, compression(path)) as stream:
+        while block := stream.read(BLOCK):
+            end = block.rfind(b"\n") + 1
+            parts.append(block[:end] if end else block)
+            if end:
+                lines = b"".join(parts)
+                yield number, lines
+                number += lines.count(b"\n")
+                parts = [block[end:]]
+    if rest := b"".join(parts):
+        yield number, rest
+
+
+def compression(path: Path) -> str | None:
+    """How a file is compressed, if it is; ValueError if it is no file of rows at all."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(LFS_POINTER):
         raise ValueError(
             f"{path}:1: a pointer of Git LFS, not the data: fetch them with git lfs pull"
         )
-    codec = next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
-    if reader is _parquet_rows:
-        if codec is not None:
-            raise ValueError(f"{path}: a compressed file around parquet: decompress it first")
-        yield from _parquet_rows(path)
-        return
+    return next((name for magic, name in MAGIC.items() if start.startswith(magic)), None)
+
+
+@contextlib.contextmanager
+def _decompressed(path: Path, codec: str | None) -> Iterator[BinaryIO]:
     try:
         with _open(path, codec) as stream:
-            yield from reader(path, stream)
+            yield stream
     except OSError as error:
-        if codec is None:
+        if codec is None or _of_bucket(path, error):
             raise
         raise ValueError(f"{path}: damaged {codec} data: {error}: fetch it again") from error
 
@@ -66,7 +95,8 @@ def file_rows(path: Path) -> Rows:
 def _open(path: Path, codec: str | None) -> BinaryIO:
     if codec is None:
         return path.open("rb")
-    return io.BufferedReader(_pyarrow(path).CompressedInputStream(str(path), codec))
+    source = path.open("rb") if is_remote(path) else str(path)
+    return io.BufferedReader(_pyarrow(path).CompressedInputStream(source, codec))
 
 
 def _pyarrow(path: Path) -> Any:
@@ -96,9 +126,9 @@ def decoded(data: bytes, path: Path, first_line: int = 1) -> str:
         ) from None
 
 
-def _json_lines(path: Path, stream: BinaryIO) -> Rows:
-    """The rows of one JSON object a line."""
-    for number, line in enumerate(stream, 1):
+def json_lines(path: Path, stream: BinaryIO, first_line: int = 1) -> Rows:
+    """The rows of one JSON object a line; the number of the first line may be another than 1."""
+    for number, line in enumerate(stream, first_line):
         place = f"{path}:{number}"
         try:
             text = decoded(line, path, number).strip("\ufeff \t\r\n")
@@ -120,7 +150,7 @@ def _json_file(path: Path, stream: BinaryIO) -> Rows:
     array = text.startswith("[", at)
     stop = text.find("\n", at)
     if not array and text[at : stop if stop > 0 else None].rstrip().endswith("}"):
-        yield from _json_lines(path, io.BytesIO(data))
+        yield from json_lines(path, io.BytesIO(data))
         return
     line, counted = 1, 0
     at = _after_space(text, at + array)
@@ -210,19 +240,30 @@ def _csv_rows(path: Path, stream: BinaryIO) -> Rows:
 def _parquet_rows(path: Path) -> Rows:
     pyarrow = _pyarrow(path)
     number, twice = 0, None
+    remote: Any = path
+    source = remote.at_random() if is_remote(path) else path
+    # What of a bucket is needed is asked for at once, in large pieces.
+    options = {"page_checksum_verification": True, "pre_buffer": is_remote(path)}
     try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with pyarrow.parquet.ParquetFile(source, **options) as file:
             twice = _twice(file.schema_arrow.names)
             for batch in () if twice else file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if _of_bucket(path, error):
+            raise
         raise ValueError(
             f"{path}: row {number + 1} or after it: no parquet, or damaged: {error}"
         ) from error
     if twice is not None:
         raise ValueError(f"{path}: two columns are named {twice!r}: rename one")
+
+
+def _of_bucket(path: Path, error: Exception) -> bool:
+    """Whether an error is that of a bucket, which names the URL, and not of what a file holds."""
+    return is_remote(path) and isinstance(error, OSError) and str(path) in str(error)
 
 
 def without_nulls(value: Any) -> Any:
@@ -237,8 +278,8 @@ def without_nulls(value: Any) -> Any:
 
 # How a file is read, by its suffix.
 READERS: dict[str, Any] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
     ".json": _json_file,
     ".csv": _csv_rows,
     ".tsv": _csv_rows,

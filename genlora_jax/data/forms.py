@@ -1,9 +1,10 @@
 """The forms of rows: which fields make a row's prompt and completion, and which make nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from genlora_jax.data.conversation import Conversation, conversation
+from genlora_jax.validation import listed
 
 Row = dict[str, Any]
 
@@ -55,7 +56,7 @@ def read_form(row: Row, place: str, *, asked: bool = False) -> Form:
             return _question(row, place, name, more, answer)
     if PREFERENCES & row.keys():
         raise _preference(place)
-    raise ValueError(f"{place}: needs fields {NAMES}; has {listed(sorted(row))}")
+    raise ValueError(f"{place}: needs fields {NAMES}; has {names_of(row)}")
 
 
 def _pair(row: Row, place: str) -> Form:
@@ -94,19 +95,18 @@ def _question(row: Row, place: str, asked: str, more: str | None, answer: str) -
 def text_field(place: str, row: Row, name: str) -> str:
     """A field that must be text; ValueError if it is not."""
     if row.get(name) is None:
-        raise ValueError(f"{place}: field {name!r} is missing; has {listed(sorted(row))}")
+        raise ValueError(f"{place}: field {name!r} is missing; has {names_of(row)}")
     if not isinstance(row[name], str):
         kind = type(row[name]).__name__
         raise ValueError(f"{place}: field {name!r} is no text but {kind}: write it in quotes")
     return str(row[name])
 
 
-def unused_fields(row: Row, form: Form) -> list[str]:
+def unused_fields(row: Row, used: Collection[str]) -> list[str]:
     """The fields of a row that hold something and of which nothing was made."""
-    return [name for name in row if name not in form.used and row[name] not in ("", [], {})]
+    return [name for name in row if name not in used and row[name] not in ("", [], {})]
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names for people, the first dozen of them."""
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(repr(name[:40]) for name in names[:12]) + more
+def names_of(fields: Iterable[str]) -> str:
+    """The names of fields for people, the first dozen of them."""
+    return listed([repr(name[:40]) for name in fields], 12)

@@ -20,11 +20,11 @@ from genlora_jax.evaluation.tasks.match import MatchConfig
 from genlora_jax.evaluation.tasks.perplexity import PerplexityConfig
 from genlora_jax.evaluation.tasks.task import AnswerConfig, PromptConfig, read_examples
 from genlora_jax.generation.answers import room
-from genlora_jax.generation.subject import Subject, subject_of
+from genlora_jax.generation.subject import Subject, rendered, subject_of
 from genlora_jax.hf.base_model import ModelConfig, find_base, load_base
 from genlora_jax.mesh import MeshConfig, make_mesh, one_device
 from genlora_jax.settings import keep_compilations, parse, report_errors
-from genlora_jax.training.find_adapter import find_adapter
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.provenance import digest, provenance
 
 TASKS: dict[str, Any] = {"perplexity": perplexity, "match": match, "choices": choices, "code": code}
@@ -78,12 +78,16 @@ def evaluate(cfg: Evaluation) -> dict[str, Any]:
     items = _read(asked)
     walls = code.check_sandbox(cfg.code) if cfg.code else None
     mesh = one_device() if cfg.mesh is None else make_mesh(cfg.mesh)
-    base = load_base(cfg.model, find_base(cfg.model, cfg.adapter), mesh)
+    found = find_base(cfg.model, cfg.adapter)
+    _check_prompts(asked, items, found[1])
+    if cfg.adapter:
+        remark_on_base(cfg.adapter, found[0])
+    base = load_base(cfg.model, found, mesh)
     subject = subject_of(base, cfg.adapter, batch_size=cfg.batch_size)
-    scores, lines = _run(subject, asked, items)
-    report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
-    report |= provenance()
     with new_directory(cfg.output, overwrite=cfg.overwrite) as directory:
+        scores, lines = _run(subject, asked, items)
+        report = {"results": scores, "settings": dataclasses.asdict(cfg), "sandbox": walls}
+        report |= provenance()
         (directory / "results.json").write_text(json.dumps(report, indent=1) + "\n")
         for name, text in lines.items():
             if text:
@@ -105,6 +109,15 @@ def _read(asked: dict[str, Any]) -> Items:
         if isinstance(task, PromptConfig):
             read_examples(task, TASKS[name].read)
     return items
+
+
+def _check_prompts(asked: dict[str, Any], items: Items, tokenizer: Any) -> None:
+    """Raises ValueError if a conversation does not go with the chat template."""
+    for (name, _), rows in items.items():
+        if isinstance(asked[name], AnswerConfig):
+            for prompt in TASKS[name].prompts(asked[name], rows):
+                if not isinstance(prompt, str):
+                    rendered(prompt, tokenizer)
 
 
 def _run(

@@ -13,6 +13,7 @@ from genlora_jax.generation.subject import Subject
 from genlora_jax.inject import apply
 from genlora_jax.models.llama import LlamaForCausalLM
 from genlora_jax.training.losses import split_columns, split_head
+from genlora_jax.validation import no_result
 
 CHUNK = 1024  # tokens whose logits exist at a time
 
@@ -75,10 +76,7 @@ def log_likelihoods(subject: Subject, pairs: Sequence[Pair]) -> list[Score]:
             _score(subject.model, subject.params, subject.factors, ids, targets, scored)
         )
         if not np.isfinite(sums).all():
-            raise FloatingPointError(
-                "the model's log-likelihoods are not finite: base or adapter had diverged, or "
-                "values overflow in model.dtype (try float32)"
-            )
+            raise no_result("log-likelihoods")
         for row, i in enumerate(chosen):
             scores[i] = Score(float(sums[row]), bool(greedy[row]))
     return scores

@@ -12,7 +12,7 @@ from jax import lax
 
 from genlora_jax.inject import apply
 from genlora_jax.models.llama import LlamaForCausalLM
-from genlora_jax.validation import require, require_float, require_int
+from genlora_jax.validation import no_result, require, require_float, require_int
 
 WIDTH = 16  # prompts are padded to a multiple, so that few lengths are compiled
 
@@ -78,10 +78,7 @@ def decode(
         )
     )
     if not finite:
-        raise FloatingPointError(
-            "the model's logits are not finite: base or adapter had diverged, or values overflow "
-            "in its dtype (try float32)"
-        )
+        raise no_result("logits")
     return [list(itertools.takewhile(lambda i: i not in stop, row)) for row in new.tolist()]
 
 

@@ -53,7 +53,16 @@ class Subject:
         raise ValueError("the tokenizer has no token that begins or ends a text")
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text to be continued: with the token that begins it, none that ends it."""
+        """Token ids of a text to be continued: with the token that begins it, none that ends it.
+
+        Raises:
+            ValueError: If the text holds half a character, as a command line that is no UTF-8 does.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])
+            raise ValueError(f"the prompt holds {half}, half a character: write UTF-8") from None
         begin = self.tokenizer.bos_token
         # A chat template may have written the first token already.
         special = special and not (begin and text.startswith(begin))
@@ -77,8 +86,15 @@ class Subject:
         Raises:
             ValueError: If the tokenizer has no chat template, or one that does not render it.
         """
-        talk = messages if isinstance(messages, Conversation) else Conversation(messages)
-        return render(talk, self.tokenizer, cue=cue)
+        return rendered(messages, self.tokenizer, cue=cue)
+
+
+def rendered(
+    messages: Messages | Conversation, tokenizer: "PreTrainedTokenizerFast", *, cue: bool = True
+) -> str:
+    """A conversation as text; raises as `Subject.render` does."""
+    talk = messages if isinstance(messages, Conversation) else Conversation(messages)
+    return render(talk, tokenizer, cue=cue)
 
 
 def subject_of(base: Base, adapter: str | None = None, *, batch_size: int = 16) -> Subject:
@@ -110,7 +126,7 @@ def load_subject(
     """Loads what is to be evaluated onto one device.
 
     Args:
-        path: A base or a merged model: local directory or hub id.
+        path: A base or a merged model: directory, here or in a bucket, or hub id.
         adapter: An adapter's directory, one of `save_adapter` or of PEFT.
         batch_size: Rows of a batch.
         **options: Fields of `ModelConfig`.

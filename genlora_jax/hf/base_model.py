@@ -24,9 +24,11 @@ class ModelConfig:
     """The base, and how it is computed.
 
     Attributes:
-        path: Local directory or hub id.
-        dtype: Dtype of the computation.
-        param_dtype: Dtype of the base's parameters.
+        path: Directory, here or at `gs://` or `s3://`, or hub id.
+        dtype: Dtype of the computation. None: `float32` on CPUs, most of which only emulate
+            bfloat16, else `bfloat16`.
+        param_dtype: Dtype of the base's parameters. None: that of the computation on CPUs, where
+            each step would convert them, else `bfloat16`.
         revision: Branch, tag or commit on the hub.
         scan: Layers scanned (fast to compile), or unrolled (faster on GPUs, which then copy neither
             kernels nor activations from and to stacks). None: unrolled on GPUs.
@@ -41,8 +43,8 @@ class ModelConfig:
     """
 
     path: str
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
+    dtype: str | None = None
+    param_dtype: str | None = None
     revision: str | None = None
     scan: bool | None = None
     remat: Remat = "none"
@@ -60,6 +62,11 @@ class ModelConfig:
     def quantisation(self) -> Quantisation:
         """How kernels are quantised, if the checkpoint's are not already."""
         return Quantisation(self.base_dtype or "bf16", self.unquantised, self.int4_group)
+
+    def dtypes(self, platform: str) -> tuple[str, str]:
+        """The dtypes of the computation and of the parameters on `"cpu"`, `"gpu"` or `"tpu"`."""
+        dtype = self.dtype or ("float32" if platform == "cpu" else "bfloat16")
+        return dtype, self.param_dtype or (dtype if platform == "cpu" else "bfloat16")
 
     def scans(self, platform: str) -> bool:
         """Whether layers are scanned on `"cpu"`, `"gpu"` or `"tpu"`."""
@@ -129,6 +136,8 @@ def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], m
     source, tokenizer = found
     stop = tuple(end_tokens(source, tokenizer))
     options = {k: v for k, v in vars(cfg).items() if k not in ("path", "shape")}
-    options["scan"] = cfg.scans(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    options["scan"] = cfg.scans(platform)
+    options["dtype"], options["param_dtype"] = cfg.dtypes(platform)
     model, params = load_llama(source, **options, mesh=mesh)
     return Base(source, tokenizer, stop, model, params)

@@ -12,8 +12,10 @@ import numpy as np
 
 from genlora_jax.atomic_files import recover
 from genlora_jax.hf.families import parse_config
-from genlora_jax.hf.tensorfile import DTYPES, TensorFile, is_finite
+from genlora_jax.hf.tensorfile import DTYPES, REMOTE_WINDOW, TensorFile, is_finite, window
 from genlora_jax.models.config import LlamaConfig
+from genlora_jax.storage import is_remote, storage_path
+from genlora_jax.threads import in_threads
 from genlora_jax.validation import refuse_pointer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -21,6 +23,18 @@ CONFIG = "config.json"
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", *TEMPLATES, *TERMS)
+# What the hub's client raises -> what is said of it, shorter than by the client.
+REFUSALS = {
+    "HFValidationError": "no name on the hub, which is owner/name: check the path",
+    "RevisionNotFoundError": "on the hub it has no such revision: check model.revision",
+    "RepositoryNotFoundError": (
+        "the hub shows none of that name: check the name, or set HF_TOKEN if the model is private"
+    ),
+    "LocalEntryNotFoundError": (
+        "neither the hub was reached nor is there a copy in its cache: check the path, the "
+        "connection and HF_HUB_OFFLINE"
+    ),
+}
 ROWS = 4096  # of a tensor, compared at a time
 
 
@@ -31,21 +45,25 @@ def locate(
     token: str | None = None,
     files: Sequence[str] = FILES,
 ) -> Path:
-    """The directory of a checkpoint: a local one itself, a hub id downloaded to the cache.
+    """The directory of a checkpoint: itself, here or in a bucket; a hub id downloaded to the cache.
 
     Args:
-        path: Local directory or hub id.
+        path: Directory, here or at `gs://` or `s3://`, or hub id.
         revision: Branch, tag or commit on the hub.
         token: Access token for the hub.
         files: Patterns of the files that are downloaded; `[CONFIG]` for the model's shape alone.
 
     Raises:
-        FileNotFoundError: If it is neither a local directory nor to be had from the hub.
+        FileNotFoundError: If it is neither a directory nor to be had from the hub.
     """
-    recover(path)  # a merge into it may have been killed
-    if Path(path).is_dir():
-        refuse_pointers(Path(path))
-        return Path(path)
+    if not is_remote(path):
+        recover(path)  # a merge into it may have been killed
+    directory = storage_path(path)
+    if directory.is_dir():
+        refuse_pointers(directory)
+        return directory
+    if is_remote(path):
+        raise FileNotFoundError(f"{path}: no such directory: check the bucket and the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -59,14 +77,19 @@ def locate(
             "HF_TOKEN to an access token of that account"
         ) from error
     except Exception as error:  # the client's errors have no common base class
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{path} is no local directory, and the hub did not give it: {reason}"
-        ) from error
+        said = f"the hub did not give it: {' '.join(str(error).split())[:160]}"
+        kinds = (kind.__name__ for kind in type(error).__mro__)
+        reason = next((REFUSALS[name] for name in kinds if name in REFUSALS), said)
+        raise FileNotFoundError(f"{path} is no local directory, and {reason}") from error
 
 
 def refuse_pointers(directory: Path) -> None:
-    """Raises ValueError if a file of a checkpoint or of an adapter is a pointer of Git LFS."""
+    """Raises ValueError if a file of a checkpoint or of an adapter is a pointer of Git LFS.
+
+    In a bucket, each file is looked at when it is read.
+    """
+    if is_remote(directory):
+        return
     for file in sorted(file for pattern in FILES for file in directory.glob(pattern)):
         if file.is_file():
             refuse_pointer(file)
@@ -132,11 +155,19 @@ class Checkpoint:
                 "checkpoints in PyTorch's pickle format are not read"
             )
         self._where: dict[str, TensorFile] = {}
-        for file in [self._open(name) for name in files]:
+        for file in list(in_threads(self._open, files, window(directory))):
             for tensor in file.entries:
                 other = self._where.setdefault(tensor, file)
                 if other is not file and not _equal(other, tensor, file, tensor):
                     raise ValueError(f"tensor {tensor} differs in {other.file} and {file.file}")
+
+    def refuse_changed(self) -> None:
+        """Raises OSError if a file in a bucket is another than when its header was read."""
+        remote: dict[Any, str] = {f.file: f.version for f in self._where.values() if f.version}
+        for _ in in_threads(
+            lambda file: file[0].refuse_changed(file[1]), remote.items(), REMOTE_WINDOW
+        ):
+            pass
 
     def _open(self, name: str) -> TensorFile:
         if not (self.directory / name).is_file():

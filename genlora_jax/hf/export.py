@@ -20,7 +20,6 @@ from genlora_jax.hf.checkpoint import CONFIG, INDEX, TERMS, locate, model_config
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import (
     TensorWriter,
-    in_threads,
     is_finite,
     transpose,
     transposes_on_host,
@@ -33,6 +32,7 @@ from genlora_jax.hf.tokenizer import (
 )
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.sharding import constrain, replicated
+from genlora_jax.threads import in_threads
 from genlora_jax.validation import all_finite, first_not_finite
 
 HEAD = ("lm_head", "kernel")

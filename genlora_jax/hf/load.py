@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +23,11 @@ from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.ready_made import ReadyMade, open_checkpoint
-from genlora_jax.hf.tensorfile import in_threads, transpose, transposes_on_host
-from genlora_jax.mesh import AXES
+from genlora_jax.hf.tensorfile import transpose, transposes_on_host, window
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
+from genlora_jax.threads import in_threads
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -49,7 +50,7 @@ def load_llama(
     """Loads a LLaMA.
 
     Args:
-        path: Local directory in Hugging Face's layout, or a hub id.
+        path: Directory in Hugging Face's layout, here or at `gs://` or `s3://`, or a hub id.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
         revision: Branch, tag or commit on the hub.
@@ -180,7 +181,9 @@ def _read_leaves(
 
     # With these bounds, memory holds little more than the largest tensor beside the leaves.
     sizes = {tensor: checkpoint.size_of(tensor.name) for tensor in order}
-    values = in_threads(read, order, sizes.__getitem__, max(sizes.values()))
+    values = in_threads(
+        read, order, window(checkpoint.directory), sizes.__getitem__, max(sizes.values())
+    )
     for tensor in order:
         value, path = next(values), tensor.path
         stored = isinstance(value, StoredKernel)
@@ -191,6 +194,7 @@ def _read_leaves(
         leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
         del value
         jax.block_until_ready(leaves[path])  # or tensors would pile up before the device
+    checkpoint.refuse_changed()
     return leaves
 
 
@@ -228,13 +232,14 @@ def _read(checkpoint: Checkpoint, tensor: Tensor, leaf: Any, on_host: bool) -> j
     where: Any = jax.tree.leaves(leaf)[0].sharding
     if where is None:
         return jax.device_put(read((slice(None),) * len(shape)))
-    if (
-        where.mesh.size > 1 or shape != leaf.shape or isinstance(leaf, StoredKernel)
-    ):  # else no copy is needed on the device
-        # All devices share the file's rows, so that each is read once in all. From there the
-        # devices send them to where they belong, faster than any disk.
-        divides = shape[axis] % where.mesh.size == 0
-        where = NamedSharding(where.mesh, P(*(None,) * axis, AXES) if divides else P())
+    moved = where.mesh.size > 1 or shape != leaf.shape or isinstance(leaf, StoredKernel)
+    if moved:  # else no copy is needed on the device
+        # All devices share the file's rows, so that each is read once in all, or as few times as
+        # the number of rows allows. From there the devices send them to where they belong, faster
+        # than any disk.
+        parts = math.gcd(shape[axis], where.mesh.size)
+        shares = Mesh(where.mesh.devices.reshape(-1, parts), ("copies", "rows"))
+        where = NamedSharding(shares, P(*(None,) * axis, "rows"))
     return jax.make_array_from_callback(shape, where, read)
 
 

@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings
-from genlora_jax.hf.peft_tensors import Parts, listed
+from genlora_jax.hf.peft_tensors import Parts
+from genlora_jax.validation import listed
 
 Change = Callable[[jax.Array], Any]  # a tensor as files hold it, float32 -> what it becomes
 TOKENS, EMBEDDING_A, EMBEDDING_B = "trainable_tokens_delta", "lora_embedding_A", "lora_embedding_B"

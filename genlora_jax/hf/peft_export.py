@@ -18,6 +18,7 @@ from genlora_jax.hf.names import module_name, natural_order
 from genlora_jax.hf.peft_tensors import PREFIX
 from genlora_jax.hf.tokenizer import GENERATION, changed_generation_config, copy_tokenizer
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import storage_path
 
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 MODEL_CARD = """---
@@ -63,7 +64,7 @@ def export_peft(
         ValueError: If PEFT has no such factors (whole deltas), modules differ in kind, a number is
             not finite, or the tokenizer does not fit the base.
     """
-    source = Path(base) if base and Path(base, CONFIG).is_file() else None
+    source = storage_path(base) if base and (storage_path(base) / CONFIG).is_file() else None
     generation = changed_generation_config(source, adapter) if source else None
     kind, modules = _modules(factors)
     names = list(modules)

@@ -28,8 +28,10 @@ from genlora_jax.hf.peft_base import (
 )
 from genlora_jax.hf.peft_export import SETTINGS, TENSORS
 from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings, read_settings
-from genlora_jax.hf.peft_tensors import PREFIX, Parts, listed, read_tensors
+from genlora_jax.hf.peft_tensors import PREFIX, Parts, read_tensors
 from genlora_jax.models.llama import LlamaForCausalLM
+from genlora_jax.storage import storage_path
+from genlora_jax.validation import listed
 
 SIDES = ("_A", "_B")
 
@@ -56,7 +58,7 @@ def import_peft(path: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
             incomplete, or was made for modules or shapes that the base does not have; or if it
             changes the base as well, which `load_peft` takes over.
     """
-    with_head, factors, changes = _read(Path(path), params)
+    with_head, factors, changes = _read(storage_path(path), params)
     changed = change_base(with_head, changes)[1]
     if len(with_head) > len(params):
         changed.append(HEAD)
@@ -91,7 +93,7 @@ def load_peft(
         FileNotFoundError: If a file is missing.
         ValueError: As `import_peft`, but for what changes the base.
     """
-    with_head, factors, changes = _read(Path(path), params)
+    with_head, factors, changes = _read(storage_path(path), params)
     changed_params, changed = change_base(with_head, changes)
     if len(with_head) > len(params):
         config = dataclasses.replace(model.config, tie_word_embeddings=False)
@@ -159,7 +161,7 @@ def read_modules(path: str | Path) -> tuple[PeftSettings, Kind, dict[str, Leaves
         FileNotFoundError: If a file is missing.
         ValueError: If the adapter is damaged, or not of a kind that `import_peft` reads.
     """
-    path = Path(path)
+    path = storage_path(path)
     settings = read_settings(path / SETTINGS)
     parts, whole = read_tensors(path / TENSORS)
     kind = _kind(settings)
@@ -258,7 +260,7 @@ def _stack(kind: Kind, modules: Mapping[int | None, Leaves], shape: tuple[int, .
 
 def is_peft(path: str | Path) -> bool:
     """Whether a directory is a PEFT adapter's."""
-    return (Path(path) / SETTINGS).is_file()
+    return (storage_path(path) / SETTINGS).is_file()
 
 
 def load_onto(
@@ -282,7 +284,7 @@ def load_onto(
     if not is_peft(path):
         cfg, adapter = load_adapter(path, params, model=model)
         return model, params, generate_factors(cfg, adapter)
-    named = read_settings(Path(path) / SETTINGS).get("base_model_name_or_path")
+    named = read_settings(storage_path(path) / SETTINGS).get("base_model_name_or_path")
     if named and _model_name(named) != _model_name(base):
         warnings.warn(f"{path} was made for the base {named}, not {base}", stacklevel=2)
     return load_peft(path, model, params)

@@ -203,7 +203,7 @@ def read_settings(file: Path) -> PeftSettings:
     for field, value in raw.items():
         if field in fields or (value and field in READ):
             fields[field] = value
-        elif value and field not in HARMLESS:
+        elif field not in HARMLESS and (value or _is_all_defaults(field, value)):
             raise ValueError(
                 f"{file}: {field} = {_short(value)} is not supported: merge the adapter with peft, "
                 "or set it to null if it was not used"
@@ -232,6 +232,11 @@ def _check_together(file: Path, fields: Mapping[str, Any]) -> None:
             f"{file}: init_lora_weights = {init!r} changes the base's kernels: convert the "
             "adapter to plain LoRA with peft first"
         )
+
+
+def _is_all_defaults(field: str, value: Any) -> bool:
+    """Whether a setting is an empty group of settings, which PEFT takes as on, at its defaults."""
+    return value == {} and (field.endswith("_config") or field == "use_bdlora")
 
 
 def _short(value: Any) -> str:

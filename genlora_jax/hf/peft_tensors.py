@@ -1,12 +1,12 @@
 """`adapter_model.safetensors`: what PEFT stores, by module, whatever its version writes it as."""
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from genlora_jax.hf.tensorfile import TensorFile
+from genlora_jax.validation import listed
 
 PREFIX = "base_model.model."
 VECTORS = ("lora_B.bias", "lora_magnitude_vector")
@@ -75,9 +75,3 @@ def _parse(file: Path, key: str) -> tuple[str, str, str | None]:
         f"{file}: tensor {key} is no part of an adapter of peft's: names begin with {PREFIX} and "
         "end with .weight or .bias or the part's name"
     )
-
-
-def listed(names: Collection[str], most: int = 3) -> str:
-    """Names in words: the first few, and how many more there are."""
-    first, more = sorted(names)[:most], len(names) - most
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")

@@ -4,25 +4,24 @@ A mapped file counts as memory of the process and is read page by page. A tensor
 is faster by half, and several threads can work on one file. The library checks every header.
 """
 
-import collections
+import contextlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from genlora_jax.storage import is_remote
+from genlora_jax.threads import WINDOW, in_threads
 from genlora_jax.validation import refuse_pointer
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -37,8 +36,9 @@ QUANTISED = DTYPES | {
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
 }
-# Tensors in flight: enough to keep the disk busy, few enough to cost no memory to speak of.
-WINDOW = 2
+REMOTE_WINDOW = 8  # tensors in flight: an answer from a bucket takes a while to begin
+PIECES, NEAR = 32, 1 << 16  # of a remote file: asked for at once; bytes that are fetched as one
+HEADER, LONGEST = 1 << 16, 100_000_000  # bytes: what most headers fit in, and what none exceeds
 BLOCK = 1 << 16  # numbers looked at a time, so that they stay in the cache
 STRIP = 32  # rows transposed at a time: their columns' cache lines fit the cache
 
@@ -61,15 +61,21 @@ class TensorFile:
 
     def __init__(self, file: Path):
         self.file = file
-        refuse_pointer(file)
-        try:
-            with safetensors.safe_open(file, framework="numpy"):
-                pass  # sizes, offsets and dtypes in the header have been checked against the file
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file} is damaged or truncated: {error}") from error
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+        self.version: str | None = None  # of a file in a bucket
+        with contextlib.ExitStack() as stack:
+            local = file
+            if is_remote(file):
+                local, self.version = stack.enter_context(_local_header(file))
+            refuse_pointer(local, named=file)
+            try:
+                with safetensors.safe_open(local, framework="numpy"):
+                    pass  # sizes, offsets and dtypes in the header fit the file
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{file} is damaged or truncated: {error}") from error
+            with local.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            self.size = local.stat().st_size
         self.entries = {
             name: Entry(
                 field["dtype"], tuple(field["shape"]), 8 + length + field["data_offsets"][0]
@@ -98,6 +104,9 @@ class TensorFile:
             shape = (last - first, *shape[1:])
         value = _empty(shape, kind)
         view = memoryview(value.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+        if is_remote(self.file):
+            self.file.read_into(view, entry.start + skip)  # type: ignore[attr-defined]
+            return value
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + skip)
             while view:  # a read may stop at 2 GiB
@@ -105,6 +114,53 @@ class TensorFile:
                     raise ValueError(f"{self.file} ends within tensor {name}")
                 view = view[count:]
         return value
+
+    def pieces(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes of the file, by the position of the first and their count, in order."""
+        if is_remote(self.file):
+            return _remote_pieces(self.file, places)
+        found = []
+        with self.file.open("rb") as stream:
+            for start, count in places:
+                stream.seek(start)
+                found.append(stream.read(count))
+        return found
+
+
+@contextlib.contextmanager
+def _local_header(file: Any) -> Iterator[tuple[Path, str]]:
+    """A local file of the size of a remote one, whose header alone it has; the remote's version.
+
+    The rest of it takes no room on the disk.
+    """
+    size, version = file.size_and_version()
+    start = file.read_range(0, min(size, HEADER))
+    end = min(size, LONGEST, 8 + int.from_bytes(start[:8], "little"))
+    start += file.read_range(len(start), max(end - len(start), 0))
+    with tempfile.NamedTemporaryFile(prefix="genlora-") as local:
+        local.write(start)
+        local.truncate(size)
+        local.flush()
+        yield Path(local.name), version
+
+
+def _remote_pieces(file: Any, places: Sequence[tuple[int, int]]) -> list[bytes]:
+    ranges: list[list[int]] = []  # where each begins and ends
+    owners = []
+    for start, count in places:
+        if not ranges or start + count - ranges[-1][0] > NEAR:
+            ranges.append([start, start])
+        ranges[-1][1] = max(ranges[-1][1], start + count)
+        owners.append(len(ranges) - 1)
+    fetched = list(in_threads(lambda r: file.read_range(r[0], r[1] - r[0]), ranges, PIECES))
+    starts = [start - ranges[at][0] for at, (start, _) in zip(owners, places, strict=True)]
+    found = zip(owners, starts, places, strict=True)
+    return [fetched[at][start : start + count] for at, start, (_, count) in found]
+
+
+def window(directory: Path) -> int:
+    """How many tensors are read at once."""
+    return REMOTE_WINDOW if is_remote(directory) else WINDOW
 
 
 class TensorWriter:
@@ -186,32 +242,3 @@ def transpose(value: np.ndarray) -> np.ndarray:
     for start in range(0, len(source), STRIP):
         target[:, start : start + STRIP] = source[start : start + STRIP].T
     return result
-
-
-def in_threads(
-    function: Callable[[T], R],
-    items: Iterable[T],
-    size: Callable[[T], int] = lambda _: 0,
-    most: int = 0,
-) -> Iterator[R]:
-    """`map(function, items)`, in order, in threads a few ahead; `items` is drawn as needed.
-
-    Results of more than `most` by `size` do not exist at once, but for a single one. The caller
-    must drop each before it asks for the next.
-    """
-    pending: collections.deque[Any] = collections.deque()
-    sizes: collections.deque[int] = collections.deque()
-    with ThreadPoolExecutor(WINDOW) as pool:
-        for item in items:
-            needed = size(item)
-            while pending and sum(sizes) + needed > most:
-                yield pending.popleft().result()
-                sizes.popleft()
-            pending.append(pool.submit(function, item))
-            sizes.append(needed)
-            del item
-            if len(pending) == WINDOW:
-                yield pending.popleft().result()
-                sizes.popleft()
-        while pending:
-            yield pending.popleft().result()

@@ -1,13 +1,16 @@
 """The tokenizer of a base, or the one that an adapter brings, and the tokens that end a text."""
 
-import shutil
+import contextlib
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlora_jax.data.chat import end_of_turn_token_ids
 from genlora_jax.hf.checkpoint import CONFIG, TEMPLATES, read_json, refuse_pointers
-from genlora_jax.validation import require_int
+from genlora_jax.storage import copy_file, is_remote, storage_path
+from genlora_jax.validation import refuse_pointer, require_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +36,7 @@ def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTr
             or if the adapter's gives a token of the checkpoint's another id.
     """
     if adapter is not None:
-        refuse_pointers(Path(adapter))
+        refuse_pointers(storage_path(adapter))
     own = _own_tokenizer(adapter)
     tokenizer = _load(own or directory)
     if own is not None and (directory / TOKENIZER[0]).is_file():
@@ -44,29 +47,45 @@ def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTr
                     f"{own}: its tokenizer gives {token!r} the id {ours[token]}, that of "
                     f"{directory} {theirs[token]}: the adapter was made for another base"
                 )
-    elif own is None and adapter is not None and (Path(adapter) / TEMPLATE).is_file():
-        tokenizer.chat_template = (Path(adapter) / TEMPLATE).read_text(encoding="utf-8")
+    elif own is None and adapter is not None and (storage_path(adapter) / TEMPLATE).is_file():
+        tokenizer.chat_template = (storage_path(adapter) / TEMPLATE).read_text(encoding="utf-8")
     return tokenizer
 
 
 def _own_tokenizer(adapter: str | Path | None) -> Path | None:
-    if adapter is None or not any((Path(adapter) / name).is_file() for name in TOKENIZER):
+    if adapter is None or not any((storage_path(adapter) / name).is_file() for name in TOKENIZER):
         return None
-    return Path(adapter)
+    return storage_path(adapter)
 
 
 def _load(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        # False, or it would ask on the terminal whether to run the directory's own code.
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the errors of its parsers have no common base class
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{directory} has no usable tokenizer: {reason}") from error
+    with _local(directory) as local:
+        try:
+            # False, or it would ask on the terminal whether to run the directory's own code.
+            tokenizer = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+        except Exception as error:  # the errors of its parsers have no common base class
+            reason = " ".join(str(error).split()).replace(str(local), str(directory))[:300]
+            raise ValueError(f"{directory} has no usable tokenizer: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{directory}: the tokenizer is not a fast one; it needs a tokenizer.json")
+    if local != directory:
+        tokenizer.name_or_path = str(directory)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _local(directory: Path) -> Iterator[Path]:
+    """A tokenizer's directory, or a copy of it if it is in a bucket: transformers reads no URLs."""
+    if not is_remote(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="genlora-") as copy:
+        copy_files(directory, (*TOKENIZER_FILES, *TEMPLATES, CONFIG), Path(copy))
+        for file in Path(copy).glob("*.*"):
+            refuse_pointer(file, named=directory / file.name)
+        yield Path(copy)
 
 
 def check_rows(tokenizer: "PreTrainedTokenizerFast", rows: int, directory: Path) -> None:
@@ -143,8 +162,8 @@ def copy_tokenizer(source: Path, adapter: str | Path | None, directory: Path) ->
     """Copies the tokenizer and the chat templates, an adapter's own in the place of the base's."""
     own = _own_tokenizer(adapter)
     templates = own or source
-    if own is None and adapter is not None and (Path(adapter) / TEMPLATE).is_file():
-        templates = Path(adapter)
+    if own is None and adapter is not None and (storage_path(adapter) / TEMPLATE).is_file():
+        templates = storage_path(adapter)
     copy_files(own or source, TOKENIZER_FILES, directory)
     copy_files(templates, TEMPLATES, directory)
 
@@ -155,4 +174,4 @@ def copy_files(source: Path, patterns: tuple[str, ...], directory: Path) -> None
         if file.is_file():
             target = directory / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            copy_file(file, target)

@@ -17,11 +17,11 @@ Array = jax.Array
 
 
 def choose(
-    implementation: Attention, platform: str, *, devices: int = 1, suits: bool = True
+    implementation: Attention, platform: str, *, devices: int = 1, supported: bool = True
 ) -> Attention:
     """The implementation that `implementation` stands for: itself, unless it leaves the choice.
 
-    The choice is for so many devices of a platform: `"cpu"`, `"gpu"` or `"tpu"`. `suits` says
+    The choice is for so many devices of a platform: `"cpu"`, `"gpu"` or `"tpu"`. `supported` says
     whether the platform's own implementation takes the arrays.
     """
     if implementation not in ("auto", "vmap"):
@@ -30,7 +30,7 @@ def choose(
     # `blocks` goes over the rows one by one, which would undo their sharding.
     if platform == "cpu" and devices == 1:
         return "blocks"
-    return fastest.get(platform, "xla") if suits else "xla"
+    return fastest.get(platform, "xla") if supported else "xla"
 
 
 def choose_on(
@@ -40,12 +40,12 @@ def choose_on(
     dtype: Any,
     head_dim: int,
     devices: int = 1,
-    suits_splash: bool = True,
+    splash_supported: bool = True,
 ) -> Attention:
     """`choose` for heads of this dtype and size on so many devices like this one."""
     gpu = device.platform == "gpu"
-    suits = cudnn.suits(dtype, head_dim, device) if gpu else suits_splash
-    return choose(implementation, device.platform, devices=devices, suits=suits)
+    supported = cudnn.supports(dtype, head_dim, device) if gpu else splash_supported
+    return choose(implementation, device.platform, devices=devices, supported=supported)
 
 
 def keeps_scores(implementation: Attention) -> bool:
@@ -91,19 +91,19 @@ def attend(
         ValueError: If splash attention is asked for and does not suit.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    suits = segments is not None and splash.suits(q, k, mesh)
+    supported = segments is not None and splash.supports(q, k, mesh)
     chosen = choose_on(
         device,
         implementation,
         dtype=q.dtype,
         head_dim=q.shape[-1],
         devices=1 if mesh is None else mesh.size,
-        suits_splash=suits,
+        splash_supported=supported,
     )
     if q.shape[1] != k.shape[1]:  # with a key-value cache; a handful of queries at most
         chosen = "xla"
     if chosen == "splash":
-        if not suits or segments is None:
+        if not supported or segments is None:
             raise ValueError(
                 f"attention splash takes no {q.shape[0]} rows of {q.shape[1]} tokens and "
                 f"{k.shape[2]} heads here (multiples of {splash.LANES} tokens, of the mesh's "
@@ -116,7 +116,7 @@ def attend(
         return _xla(q, k, v, mask)
     rest: Any = mask
     attention: Any = cudnn.attend_masked
-    if runs is not None and cudnn.takes_runs(q, k, mesh, device):
+    if runs is not None and cudnn.supports_runs(q, k, mesh, device):
         rest = (runs.lengths, runs.starts)
         attention = functools.partial(cudnn.attend_runs, window=window, mesh=mesh)
     if implementation == "vmap":

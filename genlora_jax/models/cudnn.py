@@ -48,7 +48,7 @@ def find_runs(segments: Array, most: int) -> Runs:
     return Runs(lengths, starts, begins.sum(axis=1).max() <= most)
 
 
-def suits(dtype: Any, head_dim: int, device: Any) -> bool:
+def supports(dtype: Any, head_dim: int, device: Any) -> bool:
     """Whether cuDNN's attention takes heads of this dtype and size on a device."""
     capability = float(getattr(device, "compute_capability", 0) or 0)
     widest = 256 if capability >= HOPPER else 128
@@ -56,7 +56,7 @@ def suits(dtype: Any, head_dim: int, device: Any) -> bool:
     return half and capability >= AMPERE and head_dim % 8 == 0 and head_dim <= widest
 
 
-def takes_runs(q: Array, k: Array, mesh: Mesh | None, device: Any) -> bool:
+def supports_runs(q: Array, k: Array, mesh: Mesh | None, device: Any) -> bool:
     """Whether it takes segments as runs: on Hopper and later, if the mesh divides the arrays."""
     if float(getattr(device, "compute_capability", 0) or 0) < HOPPER:
         return False

@@ -13,7 +13,7 @@ BLOCK, LANES = 512, 128
 Array = jax.Array
 
 
-def suits(q: Array, k: Array, mesh: Mesh | None) -> bool:
+def supports(q: Array, k: Array, mesh: Mesh | None) -> bool:
     """Whether splash attention takes these: no cache, whole blocks, heads that the mesh divides."""
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     rows = 1 if mesh is None else batch_shards(mesh)

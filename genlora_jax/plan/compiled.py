@@ -61,11 +61,13 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
     Raises:
         ValueError: If the mesh does not divide the model or the batch.
     """
+    platform = mesh.devices.flat[0].platform
+    dtype, param_dtype = recipe.model.dtypes(platform)
     model = LlamaForCausalLM(
         model_shape(recipe),
-        dtype=jnp.dtype(recipe.model.dtype),
-        param_dtype=jnp.dtype(recipe.model.param_dtype),
-        scan=recipe.model.scans(mesh.devices.flat[0].platform),
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        scan=recipe.model.scans(platform),
         remat=recipe.model.remat,
         attention=recipe.model.attention,
         mesh=mesh,

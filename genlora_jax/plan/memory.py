@@ -70,13 +70,9 @@ def temporary_bytes(step: Step) -> int:
     return peak + _transposed_values(step) * _stored_bytes(step)
 
 
-def _platform(step: Step) -> str:
-    return "tpu" if step.chip.tpu else "gpu"
-
-
 def _stored_bytes(step: Step) -> int:
     """Bytes of a value of the base."""
-    return jnp.dtype(step.recipe.model.param_dtype).itemsize
+    return jnp.dtype(step.recipe.model.dtypes(step.platform)[1]).itemsize
 
 
 def _kept_bytes(step: Step) -> int:
@@ -87,7 +83,7 @@ def _kept_bytes(step: Step) -> int:
         return cfg.num_hidden_layers * (step.tokens * cfg.hidden_size * step.width // tensor)
     if model.remat == "dots":
         return cfg.num_hidden_layers * _values(step, KEPT_BY_DOTS) * step.width
-    if not model.scans(_platform(step)):
+    if not model.scans(step.platform):
         kept = _values(step, KEPT_UNROLLED) * step.width + _score_bytes(step)
         return cfg.num_hidden_layers * kept
     swiglu = SWIGLU_ACTIVATIONS * cfg.intermediate_size * step.width
@@ -120,8 +116,8 @@ def _packed_bytes(step: Step) -> int:
 
 def _score_bytes(step: Step) -> int:
     """Bytes of attention's scores in float32, their softmax, and their gradient in float32."""
-    suits = step.chip.tpu or step.width < FLOAT32  # cuDNN's takes half precision
-    if not keeps_scores(choose(step.recipe.model.attention, _platform(step), suits=suits)):
+    supported = step.chip.tpu or step.width < FLOAT32  # cuDNN's takes half precision
+    if not keeps_scores(choose(step.recipe.model.attention, step.platform, supported=supported)):
         return 0
     heads = step.rows * step.config.num_attention_heads // step.mesh.tensor
     return heads * step.recipe.data.length**2 * (FLOAT32 + step.width + FLOAT32)
@@ -157,7 +153,7 @@ def _gathered_copies(step: Step) -> int:
 
 def _transposed_values(step: Step) -> int:
     """Values of the kernels that the compiler keeps a second time, transposed."""
-    if not step.recipe.model.scans(_platform(step)) or (step.mesh.fsdp == 1 and not step.chip.tpu):
+    if not step.recipe.model.scans(step.platform) or (step.mesh.fsdp == 1 and not step.chip.tpu):
         return 0
     pattern = TRANSPOSED_ON_TPU if step.chip.tpu else TRANSPOSED_ON_GPU
     layers: dict[tuple[str, ...], Any] = flatten_dict(step.shapes.params["model"]["layers"])

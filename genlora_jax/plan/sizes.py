@@ -47,7 +47,7 @@ class Shapes:
 def shapes_of(recipe: Recipe) -> Shapes:
     """The shapes of a recipe's base, adapter and factors."""
     config = model_shape(recipe)
-    model = LlamaForCausalLM(config, param_dtype=jnp.dtype(recipe.model.param_dtype))
+    model = LlamaForCausalLM(config, param_dtype=jnp.dtype(recipe.model.dtypes("tpu")[1]))
     params = quantised_shapes(parameter_shapes(model), recipe.model.quantisation)
     adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), params)
     factors = jax.eval_shape(lambda a: generate_factors(recipe.adapter, a), adapter)
@@ -92,6 +92,11 @@ class Step:
         return self.shapes.config
 
     @property
+    def platform(self) -> str:
+        """What JAX calls the chips."""
+        return "tpu" if self.chip.tpu else "gpu"
+
+    @property
     def rows(self) -> int:
         """Rows of a micro-batch in one shard of the batch."""
         shards = self.mesh.data * self.mesh.fsdp * self.recipe.train.accumulate
@@ -105,7 +110,7 @@ class Step:
     @property
     def width(self) -> int:
         """Bytes of a value in the dtype of the computation."""
-        return jnp.dtype(self.recipe.model.dtype).itemsize
+        return jnp.dtype(self.recipe.model.dtypes(self.platform)[0]).itemsize
 
     @property
     def passes(self) -> int:

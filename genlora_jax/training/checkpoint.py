@@ -7,11 +7,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
-import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
@@ -20,8 +18,13 @@ from genlora_jax.atomic_files import disk_full
 from genlora_jax.base.quantise import Quantisation
 from genlora_jax.methods import config_from_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote
 from genlora_jax.training.checkpoint_reading import (
+    ADAPTER,
+    BASE,
+    DATA,
     DIGEST,
+    ORIGIN,
     SETTINGS,
     SHAPES,
     STATE,
@@ -30,12 +33,26 @@ from genlora_jax.training.checkpoint_reading import (
     load_arrays,
     read_metadata,
 )
+from genlora_jax.training.checkpoint_storage import (
+    naming_bucket,
+    open_checkpointer,
+    unreachable,
+)
 from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
 
-DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"  # of the metadata
 ROOM = 2**20  # bytes of disk that a checkpoint takes at most beside its arrays
+
+
+class Data(Protocol):
+    """Batches whose place in the data can be saved."""
+
+    def get_state(self) -> Any:
+        """The place, as JSON takes it; the same in all processes, which call this together."""
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a place; raises ValueError if it is of other data, an older version, or both."""
 
 
 class Checkpoints:
@@ -51,16 +68,18 @@ class Checkpoints:
         keep_every: Keep also those of steps that this divides.
         base_config: Digest of the base's config; see `adapter_files.config_fingerprint`.
         origin: Fingerprints of the content of what a recipe names, by its field: `data.train`.
+        before_save: Called before each save; raises if nothing may be written any more.
     """
 
     def __init__(
         self,
-        directory: Path,
+        directory: Any,
         *,
         keep: int = 2,
         keep_every: int | None = None,
         base_config: str | None = None,
         origin: Mapping[str, str] | None = None,
+        before_save: Callable[[], object] = dict,
     ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -71,23 +90,29 @@ class Checkpoints:
         kept = [policies.LatestN(keep), best]
         if keep_every is not None:
             kept.append(policies.EveryNSteps(keep_every))
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
-        )
+        with naming_bucket(directory):
+            self._checkpointer = open_checkpointer(
+                directory,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            )
         self._base_config = base_config
         self._origin = dict(origin or {})
+        self._before_save = before_save
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         # Each of Orbax's threads logs, with a traceback, what is raised here as well; some late.
+        self._log_level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.wait()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+            logging.getLogger("absl").setLevel(self._log_level)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
@@ -100,9 +125,7 @@ class Checkpoints:
         losses = [dict(found.metrics or {}).get("eval_loss", math.inf) for found in saved]
         return min(losses, default=math.inf)
 
-    def save(
-        self, state: TrainState, data: grain.DatasetIterator, eval_loss: float | None = None
-    ) -> None:
+    def save(self, state: TrainState, data: Data, eval_loss: float | None = None) -> None:
         """Saves the state and the place in the data, in the background.
 
         A save waits for the one before, and the end of the `with` block waits for the last.
@@ -118,7 +141,6 @@ class Checkpoints:
         leaves = named_leaves(state)
         if name := first_not_finite(leaves):
             raise FloatingPointError(f"{name} is not finite after step {step}, and is not saved")
-        # The place in the data is the same in all processes, so that any number of them can resume.
         metadata = {
             SHAPES: _shapes(state),
             DATA: data.get_state(),
@@ -126,6 +148,7 @@ class Checkpoints:
             ORIGIN: self._origin,
             SUMS: checksums(leaves),
         }
+        self._before_save()
         with self._reporting_full_disk():
             self._check_room(leaves)
             self._checkpointer.save_checkpointables_async(
@@ -144,6 +167,8 @@ class Checkpoints:
 
     def _check_room(self, leaves: Mapping[str, Any]) -> None:
         """Raises OSError if the disk cannot take a checkpoint, which would end in many errors."""
+        if is_remote(self._checkpointer.directory):
+            return
         size = sum(leaf.nbytes for leaf in leaves.values())
         if shutil.disk_usage(self._checkpointer.directory).free < 1.01 * size + ROOM:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -151,7 +176,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reporting_full_disk(self) -> Iterator[None]:
         try:
-            yield
+            with naming_bucket(self._checkpointer.directory):
+                yield
         except Exception as error:
             if full := disk_full(error):
                 raise OSError(
@@ -160,12 +186,12 @@ class Checkpoints:
                 ) from error
             raise
 
-    def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def restore(self, state: TrainState, data: Data) -> TrainState:
         """The newest checkpoint: returns its state, and sets `data` to its place.
 
         Args:
             state: A state of the same shapes, which is returned if there is no checkpoint yet.
-            data: The iterator of the same data set, which is moved.
+            data: The batches of the same data, which go to its place.
 
         Raises:
             ValueError: If the checkpoint is of another adapter, base or data, or none can be read.
@@ -179,6 +205,9 @@ class Checkpoints:
             except _MisfitError:
                 raise
             except Exception as error:  # whatever Orbax makes of a damaged file
+                if unreachable(self._checkpointer.directory, error):  # nothing is lost yet
+                    with naming_bucket(self._checkpointer.directory):
+                        raise
                 self._damaged.add(step)
                 print(
                     f"checkpoint {step} cannot be read ({type(error).__name__}: "
@@ -192,7 +221,7 @@ class Checkpoints:
             )
         return state
 
-    def _restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def _restore(self, step: int, state: TrainState, data: Data) -> TrainState:
         # Checked before Orbax would find out, halfway and with background tasks running.
         place = f"{self._checkpointer.directory}: checkpoint {step}"
         saved = read_metadata(self._checkpointer, step)
@@ -228,11 +257,14 @@ class Checkpoints:
                     f"{place} was trained with another content of {field}. Resume with what it "
                     "was, or start a new run from its adapter, with train.init_from"
                 )
+        try:
+            data.set_state(saved[DATA])
+        except ValueError as error:
+            raise _MisfitError(f"{place} {error}") from error
         leaves = named_leaves(state)
         if numbered:
             leaves = {f"{i:05d}": leaf for i, leaf in enumerate(leaves.values())}
         loaded = load_arrays(self._checkpointer, step, leaves, saved)
-        data.set_state(saved[DATA])
         return jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in leaves])
 
 

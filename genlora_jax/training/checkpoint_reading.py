@@ -3,22 +3,23 @@
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
 from genlora_jax.adapter import Adapter, adapter_shapes
 from genlora_jax.adapter_files import spec_from_json
+from genlora_jax.training.checkpoint_storage import open_checkpointer
 from genlora_jax.training.checksums import checksums, json_digest
 
 STATE = "state"  # the arrays
-SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"  # of the metadata
+# Fields of the metadata; the last two of version 0.1.
+SHAPES, SETTINGS, SUMS, DIGEST = "shapes", "settings", "checksums", "digest"
+DATA, ORIGIN, ADAPTER, BASE = "data", "origin", "adapter", "base"
 
 
-def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None:
+def saved_adapter(directory: Any) -> tuple[int, dict[str, Any], Adapter] | None:
     """The adapter of the newest checkpoint that can be read: its step, its settings, its arrays.
 
     Args:
@@ -27,7 +28,7 @@ def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None
     Returns:
         None if there is none, or none that says how its adapter is made up, as of version 0.1.
     """
-    with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
+    with open_checkpointer(directory) as checkpointer:
         steps = (saved.step for saved in checkpointer.checkpoints)
         for step in sorted(steps, reverse=True):
             with contextlib.suppress(Exception):  # whatever Orbax makes of a damaged file
@@ -38,7 +39,9 @@ def saved_adapter(directory: Path) -> tuple[int, dict[str, Any], Adapter] | None
                 paths, tree = jax.tree.flatten_with_path(adapter_shapes(spec))
                 names = [f"adapter.{leaf_name(path)}" for path, _ in paths]
                 adapter = jax.tree.unflatten(tree, [loaded[name] for name in names])
-                return step, saved[SETTINGS], adapter
+                settings = saved[SETTINGS]
+                settings["base"]["tensors"] = saved.get(ORIGIN, {}).get("model.path")
+                return step, settings, adapter
     return None
 
 

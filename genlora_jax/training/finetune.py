@@ -11,24 +11,27 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from genlora_jax.adapter import Adapter, count_parameters, generate_factors
-from genlora_jax.adapter_files import config_fingerprint, save_adapter
+from genlora_jax.adapter import count_parameters, generate_factors
+from genlora_jax.adapter_files import config_fingerprint, write_adapter
 from genlora_jax.settings import run_command
-from genlora_jax.sharding import place_batch, state_shardings
+from genlora_jax.sharding import local_rows, place_batch, state_shardings
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.divergence import check_finite, refuse_not_finite
+from genlora_jax.training.feed import Feed
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import claimed, keep_recipe
+from genlora_jax.training.pace import Pace
 from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.recorder import Recorder, read
 from genlora_jax.training.setup import Run, check_start, initial_adapter, prepare, recipe_mesh
 from genlora_jax.training.step import (
     TrainState,
@@ -53,9 +56,10 @@ def finetune(recipe: Recipe) -> int | None:
         processes.join(settings.heartbeat)
     primary = processes.is_primary()
     print_line = print if primary else lambda _: None
-    claim = claimed if primary else contextlib.nullcontext
+    claim: Any = claimed if primary else lambda _: contextlib.nullcontext(dict)  # no check
     with claim(recipe):  # checked now, before minutes of loading, and again when it is made
         source = check_start(recipe.adapter, settings.init_from)
+    processes.keep_logs(settings.output)
     mesh = recipe_mesh(recipe)
     run = prepare(recipe, mesh, print_line)
     adapter = initial_adapter(recipe.adapter, settings.seed, source, run.base, mesh=mesh)
@@ -63,10 +67,12 @@ def finetune(recipe: Recipe) -> int | None:
     state = init_state(adapter, make_optimizer(recipe.optim, run.steps), settings.seed)
     state = jax.device_put(state, state_shardings(mesh, state))
 
-    if primary:  # last of all preparations, so that one that fails leaves no directory
+    # Last of all preparations, so that one that fails leaves no directory.
+    if primary and not is_remote(settings.output):
         Path(settings.output).mkdir(parents=True, exist_ok=True)
-    with claim(recipe):
-        return run_in_output(recipe, run, state, source or "the initial adapter", print_line)
+    with claim(recipe) as held:
+        source = source or "the initial adapter"
+        return run_in_output(recipe, run, state, source, print_line, held)
 
 
 def run_in_output(
@@ -75,6 +81,7 @@ def run_in_output(
     state: TrainState,
     source: str,
     print_line: Callable[[object], None],
+    before_save: Callable[[], object],
 ) -> int | None:
     """Trains in the run's directory, from its newest checkpoint if the recipe resumes.
 
@@ -84,24 +91,27 @@ def run_in_output(
         state: The state before the first step.
         source: Where the state's adapter comes from, in words.
         print_line: Prints a line, in the process that prints.
+        before_save: Raises if the directory is no longer this run's.
 
     Returns:
         The signal that ended the run early, or None.
     """
-    settings, output, primary = recipe.train, Path(recipe.train.output), processes.is_primary()
+    settings, primary = recipe.train, processes.is_primary()
+    output = storage_path(settings.output)
     checkpoints = Checkpoints(
         output / "checkpoints",
         keep=settings.keep,
         keep_every=settings.keep_every,
         base_config=config_fingerprint(run.base.model),
         origin=run.origin,
+        before_save=before_save,
     )
-    with checkpoints, processes.stop_signals() as stop_signal:
-        batches = iter(run.objective.train_batches(run.examples, recipe.data))
+    with checkpoints, feed(recipe, run) as batches, processes.stop_signals() as stop_signal:
         if settings.resume:
             state = checkpoints.restore(state, batches)
             none = checkpoints.latest() is None
-            print_line(f"resumed at step {int(state.step)}" + ", as none was saved" * none)
+            if settings.resume is True or not none:
+                print_line(f"resumed at step {int(state.step)}" + ", as none was saved" * none)
             source = source if none else f"checkpoint {int(state.step)}"
         refuse_not_finite(state.adapter, source)
         start = int(state.step)
@@ -118,16 +128,24 @@ def run_in_output(
         ) as log:
             state, signal = train(recipe, run, state, batches, checkpoints, stop_signal, log)
     if signal is None:
-        save(output / "adapter", state.adapter, run.base.model)
+        save(output / "adapter", state, run)
         print_line(f"adapter: {output / 'adapter'}")
     return signal
+
+
+def feed(recipe: Recipe, run: Run) -> Feed:
+    """The batches of a run, of which a process makes the rows that its devices hold."""
+    rows = recipe.data.batch_size
+    slots = local_rows(run.mesh, rows)
+    batches = run.objective.train_batches(run.source, recipe.data, slots=slots)
+    return Feed(batches, functools.partial(place_batch, run.mesh, rows=rows))
 
 
 def train(
     recipe: Recipe,
     run: Run,
     state: TrainState,
-    batches: Iterator[Any],
+    batches: Feed,
     checkpoints: Checkpoints,
     stop_signal: Callable[[int], int | None],
     log: MetricsLog,
@@ -142,21 +160,24 @@ def train(
     optimizer, options = make_optimizer(recipe.optim, steps), run.options
     train_step = make_train_step(model, recipe.adapter, optimizer, options, **settings)
     eval_step = make_eval_step(model, options, **settings)
-    place = functools.partial(place_batch, run.mesh)
-    held_out = [place(batch) for batch in run.held_out]
-    output, start = Path(recipe.train.output), int(state.step)
+    held_out = [place_batch(run.mesh, batch) for batch in run.held_out]
+    output, start = storage_path(recipe.train.output), int(state.step)
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
     schedule = learning_rate_schedule(recipe.optim, steps)
-    recorder = Recorder(schedule, checkpoints, log, params)
-    train_step = announced(train_step, log.print_line)
+    pace = Pace(log)
+    recorder = Recorder(schedule, checkpoints, log, params, pace.on_device(read), batches)
+    train_step = pace.on_device(announced(train_step, log.print_line))
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
-        state, metrics = train_step(state, params, place(next(batches)))
-        # Reading the metrics of the step before does not keep the device waiting.
-        if pending is not None:
-            recorder.record(step - 1, pending)
-        pending = metrics
+        with pace.step(step):
+            batch = batches.take(None if pending is None else pending["loss"])
+            state, metrics = train_step(state, params, batch)
+            # Reading the metrics of the step before does not keep the device waiting.
+            if pending is not None:
+                recorder.record(step - 1, pending)
+            pending = metrics
+        pace.compare(step, pending)
         signal = stop_signal(step)  # called once a step, as a signal can come at any moment
         last = step == steps or signal is not None
         evaluating = held_out and (step == steps or _due(step, recipe.train.eval_every))
@@ -173,9 +194,10 @@ def train(
             log.print_line(f"step {step}: eval loss {loss:.4f}")
             if loss < best:
                 best = loss
-                save(output / "adapter-best", state.adapter, model)
+                save(output / "adapter-best", state, run)
+        log.flush()
         checkpoints.save(state, batches, loss)
-        recorder.clock = time.monotonic()  # the next step's time has none of this
+        recorder.restart()  # the next step's time has none of this
         if signal is not None and step < steps:
             checkpoints.wait()
             log.print_line(
@@ -184,42 +206,6 @@ def train(
             )
             return state, signal
     return state, None
-
-
-@dataclass
-class Recorder:
-    """Waits for the metrics of steps, checks and writes them.
-
-    Attributes:
-        schedule: Learning rate by step.
-        checkpoints: Where a run can go back to.
-        log: Where metrics go.
-        params: The base's parameters.
-        clock: When the last step was recorded.
-    """
-
-    schedule: Callable[[int], Any]
-    checkpoints: Checkpoints
-    log: MetricsLog
-    params: Any
-    clock: float = dataclasses.field(default_factory=time.monotonic)
-
-    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Writes a step's metrics.
-
-        Raises:
-            FloatingPointError: If they are not finite.
-        """
-        values = {name: float(value) for name, value in metrics.items()}
-        before, self.clock = self.clock, time.monotonic()
-        values["tokens_per_second"] = values["tokens"] / (self.clock - before)
-        values["learning_rate"] = float(self.schedule(step - 1))
-        check_finite(step, values, self.params, self.checkpoints.latest())
-        del values["adapter_finite"]
-        self.log.write(step, values)
-        self.log.advance(
-            step, loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_second']:,.0f}"
-        )
 
 
 def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Callable[..., Any]:
@@ -239,18 +225,18 @@ def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Ca
     return call
 
 
-def best_eval_loss(output: Path, step: int) -> float:
+def best_eval_loss(output: Any, step: int) -> float:
     """The lowest evaluation loss that a run recorded up to a step; infinity if none."""
     losses = [record.get("eval_loss", math.inf) for record in read_records(output, step)]
     return min(losses, default=math.inf)
 
 
-def save(path: Path, adapter: Adapter, model: Any) -> None:
+def save(path: Any, state: TrainState, run: Run) -> None:
     """Writes the adapter, of which each process may hold a shard; it must be finite."""
-    refuse_not_finite(adapter, f"{path} is not written")
-    adapter = processes.gather_to_primary(adapter)
+    refuse_not_finite(state.adapter, f"{path} is not written")
+    adapter, step = processes.gather_to_primary(state.adapter), int(state.step)
     if processes.is_primary():
-        save_adapter(path, adapter.config, adapter, model=model, overwrite=True)
+        write_adapter(path, run.settings_of(adapter) | {"step": step}, adapter, overwrite=True)
 
 
 def _due(step: int, every: int | None) -> bool:

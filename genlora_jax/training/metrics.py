@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -12,7 +11,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from genlora_jax.atomic_files import disk_full, write_whole
+from genlora_jax.atomic_files import disk_full, scratch_directory, write_whole
+from genlora_jax.storage import is_remote
 
 FILE = "metrics.jsonl"
 FLUSH_SECONDS = 60  # between which TensorBoard sees nothing new
@@ -21,6 +21,9 @@ PLAIN_LINES = 20  # of progress in a run whose output is no terminal
 
 class MetricsLog:
     """Writes records of `{"step": n, name: value, ...}` under a run's directory.
+
+    Nothing is appended to an object: for a bucket the files grow on this machine, and `flush`
+    uploads them whole.
 
     Args:
         directory: The run's directory, which gets `metrics.jsonl` and `tensorboard/`.
@@ -34,7 +37,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Any,
         *,
         steps: int,
         start: int,
@@ -46,11 +49,16 @@ class MetricsLog:
         self._primary = primary
         if not primary:
             return
-        path = directory / FILE
         if damaged := damaged_lines(directory):
-            print(f"{path}: left out what is no record, in line {', '.join(map(str, damaged))}")
-        if path.exists():
-            kept = [json.dumps(record) + "\n" for record in read_records(directory, start)]
+            lines = ", ".join(map(str, damaged))
+            print(f"{directory / FILE}: left out what is no record, in line {lines}")
+        kept = [json.dumps(record) + "\n" for record in read_records(directory, start)]
+        self._bucket, self._stack = None, contextlib.ExitStack()
+        if is_remote(directory):
+            self._bucket = str(directory)
+            directory = self._local = self._stack.enter_context(scratch_directory())
+        path = directory / FILE
+        if kept or path.exists():
             write_whole(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         (directory / "tensorboard").mkdir(exist_ok=True)
@@ -79,6 +87,23 @@ class MetricsLog:
                 file.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
+        # Another error must not be hidden by one that follows from it.
+        with self._stack, contextlib.suppress(*[Exception] * (exc[0] is not None)):
+            self._upload()
+
+    def flush(self) -> None:
+        """Has all records be where the run's directory is, if that is a bucket."""
+        if self._primary and self._bucket is not None:
+            self._board.flush()
+            self._upload()
+
+    def _upload(self) -> None:
+        if self._bucket is not None:
+            # Imported here, as most runs write to this machine.
+            from genlora_jax.bucket_directories import upload
+
+            files = [self._local / FILE, *(self._local / "tensorboard").iterdir()]
+            upload(self._local, self._bucket, [str(f.relative_to(self._local)) for f in files])
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records values, in `metrics.jsonl` when it returns; OSError if the disk is full."""
@@ -116,7 +141,7 @@ class MetricsLog:
 class _Board:
     """A file for TensorBoard, written here: `SummaryWriter`'s thread dies of a full disk unseen."""
 
-    def __init__(self, directory: Path, start: int):
+    def __init__(self, directory: Any, start: int):
         self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
         self._flushed = time.monotonic()
         # Hides what an earlier process wrote of later steps.
@@ -128,25 +153,28 @@ class _Board:
             event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
             self._writer.write_event(event)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._writer.flush()
-            self._flushed = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()
 
 
-def read_records(directory: Path, step: int) -> list[dict[str, float]]:
+def read_records(directory: Any, step: int) -> list[dict[str, float]]:
     """A run's records up to a step; `damaged_lines` are left out."""
     records = (_record(line) for line in _lines(directory))
     return [record for record in records if record is not None and record["step"] <= step]
 
 
-def damaged_lines(directory: Path) -> list[int]:
+def damaged_lines(directory: Any) -> list[int]:
     """The numbers of the lines that are no records, as a kill leaves a last one."""
     return [i for i, line in enumerate(_lines(directory), 1) if line and _record(line) is None]
 
 
-def _lines(directory: Path) -> list[bytes]:
+def _lines(directory: Any) -> list[bytes]:
     path = directory / FILE
     return path.read_bytes().split(b"\n") if path.exists() else []
 

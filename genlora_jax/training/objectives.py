@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from genlora_jax.data.encode import load_examples
-from genlora_jax.data.packing import eval_batches, max_segments, train_batches
+from genlora_jax.data.batches import train_batches
+from genlora_jax.data.open_source import load_source
+from genlora_jax.data.packing import eval_batches, max_segments
 from genlora_jax.training.losses import Loss, cross_entropy
 from genlora_jax.validation import require_choice
 
@@ -16,11 +17,11 @@ class Objective:
 
     Attributes:
         loss: What a step minimises, and what an evaluation reports.
-        load: `(sources, tokenizer, DataConfig) -> (examples, report)`.
-        train_batches: `(examples, DataConfig, epochs=None)` -> shuffled batches, whose iterator's
-            state can be saved.
-        eval_batches: `(examples, DataConfig)` -> a list of batches, every example once.
-        max_segments: `(examples, DataConfig)` -> the most segments of a row of either,
+        load: `(paths, tokenizer, DataConfig) -> (source, report)`.
+        train_batches: `(source, DataConfig, epochs=None, slots=None)` -> shuffled batches, as
+            `data.batches.Batches`.
+        eval_batches: `(source, DataConfig)` -> a list of batches, every example once.
+        max_segments: `(source, DataConfig)` -> the most segments of a row of either,
             padding counted as one; None for no bound.
     """
 
@@ -33,7 +34,7 @@ class Objective:
 
 # The values of `train.objective`. A new one is a line here.
 OBJECTIVES = {
-    "sft": Objective(cross_entropy, load_examples, train_batches, eval_batches, max_segments)
+    "sft": Objective(cross_entropy, load_source, train_batches, eval_batches, max_segments)
 }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -12,6 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from genlora_jax.training.host_log import keep_log
+
+LOGS = "logs"  # of a run's directory
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
@@ -56,6 +60,45 @@ def broadcast_from_primary(value: float) -> float:
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def text_of_primary(find: Callable[[], str]) -> str:
+    """What the primary finds, at most 64 bytes, in all processes; all must call it together."""
+    if jax.process_count() == 1:
+        return find()
+    text = (find() if is_primary() else "").encode().ljust(64)
+    return (
+        bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))).decode().rstrip()
+    )
+
+
+def gather_values(values: list[float]) -> np.ndarray:
+    """Each process's values, to float32, in a row of its own; all must call it together."""
+    return np.atleast_2d(multihost_utils.process_allgather(np.array(values, np.float32)))
+
+
+@functools.cache
+def host_names() -> list[str]:
+    """The name of each process's host, at most 64 bytes of it; all must call it together."""
+    name = np.zeros(64, np.uint8)
+    mine = socket.gethostname().encode()[:64]
+    name[: len(mine)] = list(mine)
+    gathered = np.atleast_2d(multihost_utils.process_allgather(name))
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
+
+
+def keep_logs(output: str) -> None:
+    """Keeps from now on what each of several processes prints, in `OUTPUT/logs/process-N.log`.
+
+    They begin together: after the primary has found that the run's directory can be had.
+    """
+    if (count := jax.process_count()) == 1:
+        return
+    multihost_utils.sync_global_devices("the run's directory is checked")
+    index = jax.process_index()
+    devices = ", ".join(map(str, jax.local_devices()))
+    heading = f"process {index} of {count}, {os.getpid()} on {socket.gethostname()}: {devices}"
+    keep_log(f"{output}/{LOGS}/process-{index}.log", heading)
 
 
 def gather_to_primary(tree: Any) -> Any:

@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from genlora_jax.hf.tensorfile import TensorFile
+from genlora_jax.storage import storage_path
 
 SAMPLES, SAMPLE = 16, 256  # of a tensor: how many places, and their bytes
 
@@ -40,20 +40,10 @@ def provenance() -> dict[str, Any]:
 
 def digest(file: str | Path) -> str | None:
     """SHA-256 of a file; None for a data set that is no file."""
-    if not Path(file).is_file():
+    if not storage_path(file).is_file():
         return None
-    with Path(file).open("rb") as stream:
+    with storage_path(file).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def examples_fingerprint(examples: Iterable[Mapping[str, np.ndarray]]) -> str:
-    """A digest of encoded examples and their order."""
-    found = hashlib.sha256()
-    for example in examples:
-        for name, value in sorted(example.items()):
-            found.update(f"{name} {value.dtype} {value.shape} ".encode())
-            found.update(np.ascontiguousarray(value).data)
-    return found.hexdigest()[:16]
 
 
 def checkpoint_digest(directory: Path) -> str:
@@ -64,16 +54,20 @@ def checkpoint_digest(directory: Path) -> str:
     """
     digests = []
     for file in sorted(directory.glob("*.safetensors")):
-        entries = sorted(TensorFile(file).entries.items(), key=lambda item: item[1].start)
-        ends = [entry.start for _, entry in entries[1:]] + [file.stat().st_size]
-        with file.open("rb") as stream:
-            for (name, entry), end in zip(entries, ends, strict=True):
-                found = hashlib.sha256(f"{name} {entry.kind} {entry.shape}".encode())
-                last = max(end - SAMPLE, entry.start)
-                for start in np.linspace(entry.start, last, SAMPLES, dtype=np.int64):
-                    stream.seek(start)
-                    found.update(stream.read(min(SAMPLE, end - entry.start)))
-                digests.append(f"{name} {found.hexdigest()}")
+        opened = TensorFile(file)
+        entries = sorted(opened.entries.items(), key=lambda item: item[1].start)
+        ends = [entry.start for _, entry in entries[1:]] + [opened.size]
+        places = []
+        for (_, entry), end in zip(entries, ends, strict=True):
+            last, count = max(end - SAMPLE, entry.start), min(SAMPLE, end - entry.start)
+            starts = np.linspace(entry.start, last, SAMPLES, dtype=np.int64)
+            places += [(int(start), count) for start in starts]
+        pieces = iter(opened.pieces(places))
+        for name, entry in entries:
+            found = hashlib.sha256(f"{name} {entry.kind} {entry.shape}".encode())
+            for _ in range(SAMPLES):
+                found.update(next(pieces))
+            digests.append(f"{name} {found.hexdigest()}")
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:16]
 
 

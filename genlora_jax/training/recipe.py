@@ -1,6 +1,7 @@
 """Recipes: all settings of a run."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from genlora_jax.data.config import DataConfig
 from genlora_jax.hf.base_model import ModelConfig
@@ -31,7 +32,8 @@ class TrainConfig:
         seed: Seed of the adapter's initial values and of dropout.
         init_from: An adapter directory to start from: ours, of the recipe's config, or a PEFT
             LoRA adapter, whose A and B a recipe for LoRA of its rank or more takes.
-        resume: Go on from the newest checkpoint in `output`.
+        resume: Go on from the newest checkpoint in `output`; `auto`: if a run is there, and else
+            begin one, as a job does that is started again after each interruption.
         wandb: Project at Weights & Biases; needs the extra of that name.
         progress: Whether to show a progress bar.
         distributed: Whether this is one of several processes; see `processes.join`.
@@ -50,7 +52,7 @@ class TrainConfig:
     chunk: int = 1024
     seed: int = 0
     init_from: str | None = None
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     wandb: str | None = None
     progress: bool = True
     distributed: bool = False

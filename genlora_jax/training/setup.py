@@ -1,5 +1,6 @@
 """What finetune and sweep begin with: mesh, data, base and adapter."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,19 +11,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from genlora_jax.adapter import Adapter, init_adapter
-from genlora_jax.adapter_files import load_adapter, load_spec
+from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_spec, spec_to_json
 from genlora_jax.compression import lora_from_factors
-from genlora_jax.data.encode import Example
+from genlora_jax.data.packing import Batch
+from genlora_jax.data.sources import Source
 from genlora_jax.factors import by_module
 from genlora_jax.hf.base_model import Base, find_base, load_base
 from genlora_jax.hf.peft_import import import_peft, is_peft
 from genlora_jax.mesh import batch_shards, make_mesh
 from genlora_jax.methods import config_to_json
 from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training.checkpoint import adapter_difference
-from genlora_jax.training.find_adapter import find_adapter
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.objectives import Objective, find_objective
-from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
+from genlora_jax.training.processes import text_of_primary
+from genlora_jax.training.provenance import checkpoint_digest
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
 from genlora_jax.training.step_options import StepOptions
@@ -36,7 +40,7 @@ class Run:
         mesh: The devices; of size 1 on one device.
         base: The frozen base, sharded over them.
         objective: What the run is trained for.
-        examples: The encoded rows of `data.train`.
+        source: The rows of `data.train`.
         held_out: Batches of `data.eval`, on the host; empty if there is none.
         steps: Length of the run.
         options: How a step computes its batch.
@@ -46,11 +50,16 @@ class Run:
     mesh: Mesh
     base: Base
     objective: Objective
-    examples: list[Example]
-    held_out: list[dict[str, np.ndarray]]
+    source: Source
+    held_out: list[Batch]
     steps: int
     options: StepOptions
     origin: dict[str, str]
+
+    def settings_of(self, adapter: Adapter) -> dict[str, Any]:
+        """What is written with an adapter that the run trained; `remark_on_base` reads it."""
+        settings = spec_to_json(adapter.spec, config_fingerprint(self.base.model))
+        return settings | {"base": settings["base"] | {"tensors": self.origin["model.path"]}}
 
 
 def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = print) -> Run:
@@ -67,34 +76,65 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
             the recipe's.
     """
     objective = find_objective(recipe.train.objective)
-    found = find_base(recipe.model)
+    directory, tokenizer = find_base(recipe.model)
 
-    origin = {"model.path": checkpoint_digest(found[0])}
+    origin = {"model.path": _base_digest(directory)}
 
-    def load(field: str, sources: Any) -> list[Example]:
-        examples, report = objective.load(sources, found[1], recipe.data)
+    def load(field: str, paths: Any) -> Source:
+        source, report = objective.load(paths, tokenizer, recipe.data)
         print_line(report)
-        origin[field] = examples_fingerprint(examples)
-        return examples
+        origin[field] = source.fingerprint
+        return source
 
-    examples = load("data.train", recipe.data.train)
-    for number, example in enumerate(examples[: recipe.show], 1):
-        print_line(shown(number, example, found[1]))
-    most, held_out = [objective.max_segments(examples, recipe.data)], []
+    source = load("data.train", recipe.data.train)
+    first = itertools.chain(*source.read(range(min(recipe.show, len(source)))))
+    for number, example in enumerate(first, 1):
+        print_line(shown(number, example, tokenizer))
+    most, held_out = [objective.max_segments(source, recipe.data)], []
     if recipe.data.eval:
-        held_out_examples = load("data.eval", recipe.data.eval)
-        held_out = objective.eval_batches(held_out_examples, recipe.data)
-        most.append(objective.max_segments(held_out_examples, recipe.data))
-    steps = recipe.train.steps
-    if steps is None:
-        batches = objective.train_batches(examples, recipe.data, epochs=recipe.train.epochs)
-        steps = sum(1 for _ in batches)
-    base = load_base(recipe.model, found, mesh)
+        held_out_source = load("data.eval", recipe.data.eval)
+        held_out = objective.eval_batches(held_out_source, recipe.data)
+        most.append(objective.max_segments(held_out_source, recipe.data))
+    steps = run_length(recipe, objective.train_batches(source, recipe.data), print_line)
+    base = load_base(recipe.model, (directory, tokenizer), mesh)
     print_line(f"attention: {base.attention}")
+    lengths = [recipe.data.length] if source.lengths is None else source.lengths
+    longest = int(np.max(lengths))
+    if longest > (positions := base.model.config.max_position_embeddings):
+        print_line(
+            f"note: the longest example has {longest:,} tokens, but the model was made for "
+            f"{positions:,} positions (max_position_embeddings): it knows none beyond them"
+        )
     known = [count for count in most if count is not None]
     bound = max(known) if len(known) == len(most) else None
     options = replace(recipe.step_options, max_segments=bound)
-    return Run(mesh, base, objective, examples, held_out, steps, options, origin)
+    return Run(mesh, base, objective, source, held_out, steps, options, origin)
+
+
+def run_length(recipe: Recipe, batches: Any, print_line: Callable[[object], None]) -> int:
+    """The steps of a recipe's run; prints how well its batches are packed.
+
+    Where lengths are not known the steps of `train.epochs` are estimated: the schedule and all
+    processes need their number at the start, and the rows go on into a next epoch.
+    """
+    steps, epochs = recipe.train.steps, recipe.train.epochs
+    plan = batches.plan(epochs, exact=steps is None)
+    batches.close()
+    line = f"packing: {plan.padding:.1%} of a batch's tokens are padding"
+    if steps is None and not plan.exact:
+        line += (
+            f"; {plan.steps:,} steps for train.epochs = {epochs}, estimated from a sample: "
+            "genlora tokenize counts them"
+        )
+    print_line(line)
+    return plan.steps if steps is None else steps
+
+
+def _base_digest(directory: Path) -> str:
+    """`checkpoint_digest`; of a bucket one process alone asks for the thousand pieces it takes."""
+    if not is_remote(directory):
+        return checkpoint_digest(directory)
+    return text_of_primary(lambda: checkpoint_digest(directory))
 
 
 def recipe_mesh(recipe: Recipe) -> Mesh:
@@ -127,7 +167,7 @@ def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
         return None
     if jax.process_count() == 1:  # several would write the adapter of a checkpoint at once
         source = find_adapter(source)
-    elif (Path(source) / "checkpoints").is_dir():
+    elif (storage_path(source) / "checkpoints").is_dir():
         raise ValueError(
             f"train.init_from: {source} is a run: several processes need its adapter's directory"
         )
@@ -161,6 +201,7 @@ def initial_adapter(
     key, params = jax.random.key(seed), base.params
     if source is None:
         return init_adapter(cfg, key, params, mesh=mesh)
+    remark_on_base(source, base.source)
     if not is_peft(source):
         _, adapter = load_adapter(source, params, model=base.model, mesh=mesh)
         return adapter.with_config(cfg)  # its dropout may be another

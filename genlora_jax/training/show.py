@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from genlora_jax.data.encode import Example
+from genlora_jax.data.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

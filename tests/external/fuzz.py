@@ -278,7 +278,9 @@ def check_chat(directory, found):
     for example in examples:
         ids = example["input_ids"].tolist()
         assert any(ids == whole[: len(ids)] for whole in renders), reader.decode(ids)
-    if reader.chat_template == GENERATION and not any("weight" in m for m in messages):
+    # Turns that are not to be trained, or say nothing, are marked all the same.
+    untrained = any("weight" in m or not str(m["content"]).strip() for m in messages)
+    if reader.chat_template == GENERATION and not untrained:
         marked = reader.apply_chat_template(
             messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -526,7 +528,10 @@ TARGETS = {
         load_peft,
         check_peft,
         beside="peft",
-        known=tuple({"adapter_config.json": json.dumps(evil).encode()} for evil in BACKTRACKING),
+        known=(
+            *({"adapter_config.json": json.dumps(evil).encode()} for evil in BACKTRACKING),
+            {"adapter_config.json": b'{"peft_type": "LORA", "kasa_config": {}}'},
+        ),
     ),
     "peft adapter's tensors": Target(
         lambda: only(PEFT_TENSORS, tensor_bytes(f"peft/{PEFT_TENSORS}")),

@@ -45,8 +45,16 @@ def launch(here, *arguments):
     return start_finetune(here / "recipe.yaml", *arguments, cache=here / "compiled")
 
 
-def killed(process, *moments):
-    """Kills a process after a random time; False if it has ended well before."""
+def changed(file):
+    """A function that says whether a file was written to since."""
+    before = file.stat().st_mtime_ns if file.exists() else None
+    return lambda: file.exists() and file.stat().st_mtime_ns != before
+
+
+def killed(process, *moments, begun=None):
+    """Kills a process a random time after it has `begun`; False if it has ended well before."""
+    while begun and not begun() and process.poll() is None:
+        time.sleep(0.02)
     end = time.monotonic() + rng.uniform(*moments)
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -79,9 +87,12 @@ def test_no_kill_at_any_moment_changes_a_run(tmp_path):
     output, newest, arguments, kills = tmp_path / "out", 0, [], 0
     while True:
         life = launch(tmp_path, *arguments)
-        # Every third in its first moments; at the end it is left alone.
-        moments = (0.5, 4.0) if kills % 3 == 0 else (2.0, 12.0)
-        if kills < KILLS and killed(life, *moments):
+        # Every third while it starts, the others once it has begun to train; at the end it is left
+        # alone.
+        starting = kills % 3 == 0
+        moments = (0.5, 12.0) if starting else (0.0, 6.0)
+        begun = None if starting else changed(output / "metrics.jsonl")
+        if kills < KILLS and killed(life, *moments, begun=begun):
             kills += 1
         elif life.wait():
             # The other command, because the message names it.

@@ -77,6 +77,15 @@ def run(capsys, *arguments):
     return status or 0, *capsys.readouterr()
 
 
+def test_an_adapter_that_is_not_finite_is_not_written(saved, tmp_path):
+    _, model, _, path = saved
+    _, adapter = gl.load_adapter(path)
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(np.nan), adapter)
+    with pytest.raises(FloatingPointError, match=r"out is not written: trainable/\S+ holds a NaN"):
+        gl.save_adapter(tmp_path / "out", CFG, broken, model=model)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(saved, tmp_path, capsys, bad):
     base, _, params, path = saved

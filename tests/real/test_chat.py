@@ -458,6 +458,8 @@ def test_a_conversation_with_nothing_to_train_says_why(read):
         "rows.jsonl:2: no turn of the assistant's is trained and says something; roles system"
         in str(report)
     )
+    _, report = read({"messages": [*silent, *TALK]})
+    assert "1 turns of the assistant's say nothing, and are not trained" in str(report)
 
 
 def test_a_greeting_of_the_assistants_is_left_as_it_is_with_weight_0(read, rendered):
@@ -543,7 +545,7 @@ def subject(tokenizer):
 
 def test_evaluation_asks_with_the_tools_of_the_row(tokenizer):
     tokenizer.chat_template = plain(CHATML)
-    problem = match._problem("here:1", {"messages": CALLED, "tools": json.dumps(TOOLS)})
+    problem, _ = match._problem("here:1", {"messages": CALLED, "tools": json.dumps(TOOLS)})
     ids = subject(tokenizer).encode_prompt(problem.prompt)
     expected = tokenizer.apply_chat_template(CALLED[:3], tools=TOOLS, add_generation_prompt=True)
     assert (ids, problem.expected) == (expected["input_ids"], "Two.")

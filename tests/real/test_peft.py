@@ -394,6 +394,18 @@ def test_patterns_that_backtrack_for_ever_are_refused(change, make_peft, monkeyp
         gl.import_peft(adapter, load(base)[1])
 
 
+def test_an_empty_group_of_settings_is_on_as_in_peft(make_peft):
+    from peft import LoraConfig
+
+    adapter = make_peft()[1]
+    for field in ("kasa_config", "velora_config", "arrow_config", "use_bdlora"):
+        edit(adapter, **{field: {}})
+        assert getattr(LoraConfig.from_pretrained(adapter), field)  # its defaults
+        with pytest.raises(ValueError, match=rf"\.json: {field} = {{}} is not supported"):
+            read_settings(adapter / "adapter_config.json")
+        edit(adapter, **{field: None})
+
+
 def test_our_own_patterns_are_bounded_as_well(make_peft, monkeypatch):
     monkeypatch.setattr("genlora_jax.patterns.SECONDS", 0.1)
     params = load(make_peft()[0])[1]
@@ -428,10 +440,12 @@ def test_settings_that_are_off_are_accepted_and_unknown_ones_that_are_on_refused
     unread = ("layer_replication", "use_qalora", "alora_invocation_tokens", "kasa_config", "new")
     for field in (*unread, "modules_to_save", "rank_pattern", "layers_pattern", "use_dora"):
         for off in (None, False, {}, [], 0, ""):
+            if off == {} and field == "kasa_config":
+                continue
             edit(adapter, **{field: off})
             jax.tree.map(np.testing.assert_array_equal, gl.import_peft(adapter, params), expected)
     for field in unread:
-        for on in (True, "x", [1], {"a": None}, 0.5):
+        for on in (True, "x", [1], {"a": None}, 0.5, *([{}] if field == "kasa_config" else [])):
             edit(adapter, **{field: on})
             with pytest.raises(
                 ValueError, match=rf"adapter_config\.json: {field} = .* not support"

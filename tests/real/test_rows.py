@@ -100,7 +100,7 @@ def test_fields_make_prompt_and_completion(load, tokenizer, row, prompt, complet
     (example,), report = load([row])
     assert halves(tokenizer, example) == (f"<s>{prompt}", f"{completion}</s>")
     kept = {name: value for name, value in row.items() if value is not None and value == value}
-    assert match._problem("here", kept).prompt == prompt  # evaluation asks as training does
+    assert match._problem("here", kept)[0].prompt == prompt  # evaluation asks as training does
     assert report.bad == 0
 
 
@@ -489,7 +489,7 @@ def test_the_config_names_the_field_at_fault(settings):
 
 
 class Watched:
-    """A tokenizer that remembers the longest text that it was given."""
+    """A tokenizer that remembers the longest of the texts that it was given."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.longest = tokenizer, 0
@@ -497,9 +497,10 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
-    def __call__(self, text, **options):
-        self.longest = max(self.longest, len(text))
-        return self.tokenizer(text, **options)
+    def __call__(self, texts, **options):
+        assert isinstance(texts, list)
+        self.longest = max(self.longest, *map(len, texts))
+        return self.tokenizer(texts, **options)
 
 
 def test_no_more_of_a_huge_row_is_tokenised_than_is_asked(tmp_path, tokenizer):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import random
@@ -13,18 +14,19 @@ import sys
 import time
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_base import write_base
-from tiny_models import random_llama
+from tiny_models import Numbers, random_llama
 
 import genlora_jax as gl
 from genlora_jax import atomic_files
+from genlora_jax.adapter_files import spec_to_json, write_adapter
 from genlora_jax.atomic_files import locked, new_directory, recover, refuse_existing, write_whole
+from genlora_jax.data.examples import examples_fingerprint
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.checkpoint import locate
 from genlora_jax.mesh import make_mesh
@@ -34,11 +36,11 @@ from genlora_jax.training import processes, setup
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.checksums import checksums
 from genlora_jax.training.divergence import check_finite
-from genlora_jax.training.find_adapter import find_adapter
+from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.output import claimed
-from genlora_jax.training.provenance import checkpoint_digest, examples_fingerprint
+from genlora_jax.training.provenance import checkpoint_digest
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.step import init_state
 
@@ -173,6 +175,23 @@ def test_recovery_leaves_alone_what_another_process_is_writing(tmp_path):
     assert listing(tmp_path / "out") == {"result.txt": b"whole"}
 
 
+def test_two_commands_do_not_write_one_output(tmp_path):
+    with new_directory(tmp_path / "out") as first:
+        (first / "result.txt").write_text("first")
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="being written by another command"):
+                refuse_existing(tmp_path / "out", overwrite=overwrite)
+    assert listing(tmp_path) == {"out/result.txt": b"first"}
+    with pytest.raises(FileExistsError, match=r"out exists: .*--overwrite in a command"):
+        refuse_existing(tmp_path / "out", overwrite=False)
+    with (
+        pytest.raises(FileExistsError, match="made by something else meanwhile"),
+        new_directory(tmp_path / "other"),
+    ):
+        (tmp_path / "other").mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
+
+
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, monkeypatch):
     write(tmp_path / "out", "old")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -201,13 +220,6 @@ def state():
     return init_state(adapter, make_optimizer(OptimConfig(), 10))
 
 
-def numbers(taken=0):
-    data = iter(grain.MapDataset.range(100).to_iter_dataset())
-    for _ in range(taken):
-        next(data)
-    return data
-
-
 def at(state, step):
     """The state of some step, each with numbers of its own."""
     trainable = jax.tree.map(lambda x: x + step, state.adapter.trainable)
@@ -219,7 +231,7 @@ def at(state, step):
 def save(directory, state, *steps, **options):
     with Checkpoints(directory, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(at(state, step), numbers(step))
+            checkpoints.save(at(state, step), Numbers(step))
 
 
 def assert_is(restored, expected):
@@ -240,7 +252,7 @@ def test_a_flipped_bit_is_never_taken_for_data(state, tmp_path):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
-        data = numbers()
+        data = Numbers()
         with Checkpoints(tmp_path / "run") as checkpoints:
             restored = checkpoints.restore(state, data)
         step = int(restored.step)
@@ -266,7 +278,7 @@ def test_a_damaged_array_is_named(state, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(checkpoint_reading, "checksums", once)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        assert int(checkpoints.restore(state, numbers()).step) == 3
+        assert int(checkpoints.restore(state, Numbers()).step) == 3
     err = capsys.readouterr().err
     assert f"array {next(iter(calls[0]))} of {tmp_path / 'run' / '6'} is damaged" in err
     assert err.count("\n") == 1
@@ -298,11 +310,24 @@ def test_a_checksum_does_not_depend_on_the_sharding():
 def test_a_state_that_is_not_finite_is_not_saved(state, tmp_path, bad):
     opt_state = jax.tree.map(lambda x: x.at[...].set(bad) if x.ndim else x, state.opt_state)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(at(state, 3), numbers())
+        checkpoints.save(at(state, 3), Numbers())
         with pytest.raises(FloatingPointError, match=r"opt_state\.\S+ is not finite after step 6"):
-            checkpoints.save(dataclasses.replace(at(state, 6), opt_state=opt_state), numbers())
+            checkpoints.save(dataclasses.replace(at(state, 6), opt_state=opt_state), Numbers())
         checkpoints.wait()
         assert checkpoints.latest() == 3
+
+
+def test_a_save_that_failed_leaves_nothing_open(state, tmp_path, monkeypatch):
+    level = logging.getLogger("absl").level
+    checkpoints, closed = Checkpoints(tmp_path / "run"), []
+    inner = checkpoints._checkpointer
+    close = inner.close
+    monkeypatch.setattr(inner, "wait", lambda: (_ for _ in ()).throw(OSError("a broken disk")))
+    monkeypatch.setattr(inner, "close", lambda: closed.append(close()))
+    with pytest.raises(OSError, match="a broken disk"), checkpoints:
+        pass
+    assert closed == [None]
+    assert logging.getLogger("absl").level == level
 
 
 def test_a_full_disk_stops_a_checkpoint_before_it_begins(state, tmp_path, monkeypatch):
@@ -312,7 +337,7 @@ def test_a_full_disk_stops_a_checkpoint_before_it_begins(state, tmp_path, monkey
         Checkpoints(tmp_path / "run") as checkpoints,
         pytest.raises(OSError, match=r"No space left .*run.*go on with --train\.resume true"),
     ):
-        checkpoints.save(at(state, 3), numbers())
+        checkpoints.save(at(state, 3), Numbers())
     assert not [name for name in os.listdir(tmp_path / "run") if "3" in name]
 
 
@@ -326,11 +351,11 @@ def test_a_resume_with_other_content_is_refused(state, tmp_path, field):
         Checkpoints(tmp_path / "run", origin=ORIGIN | {field: "other"}) as checkpoints,
         pytest.raises(ValueError, match=f"checkpoint 3 was trained with another .*{field}"),
     ):
-        checkpoints.restore(state, numbers())
+        checkpoints.restore(state, Numbers())
     fewer = {name: value for name, value in ORIGIN.items() if name != "data.eval"}
     for origin in (ORIGIN, fewer, None):
         with Checkpoints(tmp_path / "run", origin=origin) as checkpoints:
-            assert int(checkpoints.restore(state, numbers()).step) == 3
+            assert int(checkpoints.restore(state, Numbers()).step) == 3
 
 
 def test_the_fingerprint_of_a_base_is_that_of_its_tensors(tmp_path):
@@ -385,6 +410,20 @@ def test_the_best_adapter_that_a_run_has_is_found(state, tmp_path, capsys):
         assert f"adapter: {run / name}, " in capsys.readouterr().out
     for path in (run / "adapter", tmp_path / "missing"):
         assert find_adapter(str(path)) == str(path)
+
+    # The run went on after its end, and was stopped: what it ended with then is not the newest.
+    settings = spec_to_json(state.adapter.spec, None)
+    for step, taken, said in (
+        (6, "adapter", "run's end"),
+        (5, "adapter-best", "of step 5, and"),
+    ):
+        write_adapter(run / "adapter", settings | {"step": step}, state.adapter, overwrite=True)
+        assert find_adapter(str(run)) == str(run / taken)
+        assert said in capsys.readouterr().out
+    assert find_adapter(str(run / "adapter")) == str(run / "adapter")
+    assert f"to take the newest, give {run}" in capsys.readouterr().out
+    shutil.rmtree(run / "adapter-best")
+    assert find_adapter(str(run)) == found
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*--train\.resume true"):
         find_adapter(str(tmp_path / "empty"))
@@ -578,10 +617,10 @@ POINTS = {
     "first step": (script.Recorder, "record", 1, False),
     "first save": (Checkpoints, "save", 1, False),
     "first save under way": (Checkpoints, "save", 1, True),
-    "best adapter, first": (script, "save_adapter", 1, False),
+    "best adapter, first": (script, "write_adapter", 1, False),
     "best adapter, replaced": (Path, "rename", 3, True),
     "last save": (Checkpoints, "save", 2, True),
-    "last adapter": (script, "save_adapter", 3, False),
+    "last adapter": (script, "write_adapter", 3, False),
 }
 
 
@@ -637,6 +676,30 @@ def test_a_run_with_other_data_or_another_base_does_not_go_on(workshop, alone, r
         assert listing(here / "alone") == before
 
 
+def test_an_adapter_on_other_weights_of_the_same_shapes_is_remarked_on(workshop, alone, tmp_path):
+    base, adapter = workshop / "base", alone / "adapter"
+    assert json.loads((adapter / "adapter.json").read_text())["step"] == 4
+    taken = tmp_path / "stopped"
+    shutil.copytree(alone / "checkpoints", taken / "checkpoints")
+    for found in (adapter, alone / "adapter-best", Path(find_adapter(str(taken)))):
+        remark_on_base(str(found), base)  # a warning would be an error
+        with pytest.warns(UserWarning, match="was trained on other weights than those of"):
+            remark_on_base(str(found), write_base(tmp_path / f"other-{found.name}", seed=1))
+
+
+def test_examples_longer_than_the_models_positions_are_remarked_on(workshop, tmp_path):
+    rows, said = tmp_path / "rows.jsonl", []
+    rows.write_text(json.dumps({"text": "plums and " * 40}))  # tiny_base: 64 positions
+    given = ["--config", workshop / "recipe.yaml", "--data.train", rows, "--data.length", 256]
+    recipe = parse(Recipe, [str(argument) for argument in given])
+    run = setup.prepare(recipe, make_mesh(recipe.mesh), said.append)
+    longest = len(run.examples[0]["input_ids"])
+    assert longest > 64
+    (note,) = (line for line in said if str(line).startswith("note: "))
+    assert f"the longest example has {longest} tokens" in note
+    assert "64 positions" in note
+
+
 def write_base_again(base):
     shutil.rmtree(base)
     write_base(base, seed=1)
@@ -667,6 +730,9 @@ def test_an_output_in_the_base_is_refused(workshop, run):
         (b"optim: 2\n", "optim"),
         (b"train: {b1: {}}\n", "train.b1 is empty"),
         (b"train: [\n", "no YAML"),
+        (b"eval: rows.jsonl\n", r"recipe\.yaml: no field is 'eval'; there are adapter, data"),
+        (b"optim: {b1: 0.5}\ndata: {}\noptim: {b1: 0.9}\n", "line 3: optim is there twice"),
+        (b"optim:\n  b1: 0.5\n  b1: 0.9\n", "line 3: b1 is there twice"),
     ],
 )
 def test_a_recipe_that_is_none_is_named(content, message, tmp_path):

@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from genlora_jax.evaluation.scoring import encode_pair, log_likelihoods
 from genlora_jax.evaluation.tasks.task import (
     PromptConfig,
     Result,
+    Say,
     read_examples,
     read_items,
     with_examples,
@@ -55,14 +57,14 @@ class Item(NamedTuple):
     plain: bool = False
 
 
-def read(source: str, limit: int | None = None) -> list[Item]:
+def read(source: str, limit: int | None = None, say: Say = print) -> list[Item]:
     """The questions of a source; raises as `read_items` does."""
-    return read_items(source, limit, _item)
+    return read_items(source, limit, _item, say)
 
 
-def _item(place: str, row: dict[str, Any]) -> Item:
+def _item(place: str, row: dict[str, Any]) -> tuple[Item, Collection[str]]:
     if "instruction" in row:
-        return _instruction(place, row)
+        return _instruction(place, row), ("instruction", "answer")
     options, answer = row.get("choices"), row.get("answer")
     name = next((n for n in ("prompt", "question_stem") if n in row), "question")
     asked = text_field(place, row, name)
@@ -77,7 +79,8 @@ def _item(place: str, row: dict[str, Any]) -> Item:
         raise ValueError(
             f"{place}: answer must be an index into {len(options)} choices, got {answer!r}"
         )
-    return Item(asked, options, answer, plain=name == "prompt")
+    used = (name, "choices", "answerKey" if "answerKey" in row else "answer")
+    return Item(asked, options, answer, plain=name == "prompt"), used
 
 
 def _instruction(place: str, row: dict[str, Any]) -> Item:

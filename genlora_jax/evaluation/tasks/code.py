@@ -4,6 +4,7 @@ import ast
 import contextlib
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ from genlora_jax.evaluation.sandbox.walls import ESCAPES, open_walls
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
+    Say,
     ask,
     read_examples,
     read_items,
     with_examples,
 )
-from genlora_jax.generation.subject import Subject
+from genlora_jax.generation.subject import Prompt, Subject
 
 # What follows an answer of a model that was never trained to stop.
 AFTER_FUNCTION = ["\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ", "\n```"]
@@ -92,19 +94,20 @@ class Exercise(NamedTuple):
     solution: str | None
 
 
-def read(source: str, limit: int | None = None) -> list[Exercise]:
+def read(source: str, limit: int | None = None, say: Say = print) -> list[Exercise]:
     """The exercises of a source; raises as `read_items` does."""
-    return read_items(source, limit, _exercise)
+    return read_items(source, limit, _exercise, say)
 
 
-def _exercise(place: str, row: dict[str, Any]) -> Exercise:
+def _exercise(place: str, row: dict[str, Any]) -> tuple[Exercise, Collection[str]]:
     if "entry_point" in row:
         prompt, name = text_field(place, row, "prompt"), text_field(place, row, "entry_point")
         after = f"{text_field(place, row, 'test')}\n\ncheck({name})\n"
         request = f"Complete this function. Give all of it.\n\n```python\n{prompt}\n```"
         solution = row.get("canonical_solution")
-        return Exercise(prompt, request, prompt, after, (name,), AFTER_FUNCTION, solution)
-    asked = text_field(place, row, "text" if "text" in row else "prompt")
+        exercise = Exercise(prompt, request, prompt, after, (name,), AFTER_FUNCTION, solution)
+        return exercise, ("prompt", "test", "entry_point", "canonical_solution")
+    asked = text_field(place, row, field := "text" if "text" in row else "prompt")
     tests = _texts(place, row, "test_list")
     if not tests:
         raise ValueError(f"{place}: test_list is missing or empty")
@@ -115,7 +118,9 @@ def _exercise(place: str, row: dict[str, Any]) -> Exercise:
     prompt = f'"""\n{asked}\n{listed}\n"""\n'
     request = f"{asked} Write Python that passes these tests:\n\n```python\n{listed}\n```"
     solution = row.get("code")
-    return Exercise(prompt, request, imports, after, _defined(solution), AFTER_PROGRAM, solution)
+    names = _defined(solution)
+    exercise = Exercise(prompt, request, imports, after, names, AFTER_PROGRAM, solution)
+    return exercise, (field, "test_list", "test_imports", "test_setup_code", "code")
 
 
 def _defined(solution: object) -> tuple[str, ...]:
@@ -152,6 +157,16 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
+def prompts(cfg: CodeConfig, exercises: list[Exercise]) -> list[Prompt]:
+    """What the model is asked; ValueError if a worked example has no solution."""
+    examples = read_examples(cfg, read)
+    if any(example.solution is None for example in examples):
+        raise ValueError(f"{cfg.examples}: a worked example has neither code nor solution")
+    fence = "```python\n{}\n```" if cfg.chat else "{}"
+    shown = [(_question(cfg, e), fence.format(e.solution)) for e in examples]
+    return [with_examples(_question(cfg, e), shown, chat=cfg.chat) for e in exercises]
+
+
 def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
     """Has the model write programs, and runs them.
 
@@ -163,13 +178,8 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
         ValueError: If programs may not be run, a worked example has no solution, or as `ask` does.
     """
     check_allowed(cfg)
-    examples = read_examples(cfg, read)
-    if any(example.solution is None for example in examples):
-        raise ValueError(f"{cfg.examples}: a worked example has neither code nor solution")
-    fence = "```python\n{}\n```" if cfg.chat else "{}"
-    shown = [(_question(cfg, e), fence.format(e.solution)) for e in examples]
-    prompts = [with_examples(_question(cfg, e), shown, chat=cfg.chat) for e in exercises]
-    answers, too_long = ask(subject, cfg, prompts, [[] if cfg.chat else e.stop for e in exercises])
+    asked = prompts(cfg, exercises)
+    answers, too_long = ask(subject, cfg, asked, [[] if cfg.chat else e.stop for e in exercises])
     trials = [trial(e, text) for e, texts in zip(exercises, answers, strict=True) for text in texts]
     place = sandbox.choose(cfg.container)
     ended = sandbox.run_all(place, trials, seconds=cfg.seconds, mib=cfg.mib)
@@ -177,7 +187,7 @@ def run(subject: Subject, cfg: CodeConfig, exercises: list[Exercise]) -> Result:
         print(f"warning: {len(not_run)} programs count as failed but were not run: {not_run[0]}")
     outcomes = iter(ended)
     rows: list[dict[str, Any]] = []
-    for prompt, texts in zip(prompts, answers, strict=True):
+    for prompt, texts in zip(asked, answers, strict=True):
         own = [next(outcomes) for _ in texts]
         passed, details = [o.passed for o in own], [o.detail for o in own]
         rows.append({"prompt": prompt, "answers": texts, "passed": passed, "details": details})

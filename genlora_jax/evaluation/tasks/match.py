@@ -1,6 +1,7 @@
 """Exact match: the model answers, and its answer equals the row's or does not."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ from genlora_jax.data.forms import read_form, text_field
 from genlora_jax.evaluation.tasks.task import (
     AnswerConfig,
     Result,
+    Say,
     ask,
     read_examples,
     read_items,
@@ -52,21 +54,24 @@ class Problem(NamedTuple):
     expected: str
 
 
-def read(source: str, limit: int | None = None) -> list[Problem]:
+def read(source: str, limit: int | None = None, say: Say = print) -> list[Problem]:
     """The problems of a source; raises as `read_items` does."""
-    return read_items(source, limit, _problem)
+    return read_items(source, limit, _problem, say)
 
 
-def _problem(place: str, row: dict[str, Any]) -> Problem:
+def _problem(place: str, row: dict[str, Any]) -> tuple[Problem, Collection[str]]:
     form = read_form(row, place, asked=True)
     if form.talk is not None:
         *asked, answer = form.talk.messages
         if not asked or answer["role"] != "assistant":
             raise ValueError(f"{place}: messages must end with the assistant's, after another's")
-        return Problem(replace(form.talk, messages=asked), text_field(place, answer, "content"))
+        expected = text_field(place, answer, "content")
+        return Problem(replace(form.talk, messages=asked), expected), form.used
     # Rows of LLM-Adapters have the steps in `output`, and what counts in `answer`.
     steps = "output" in form.used and isinstance(row.get("answer"), str)
-    return Problem(form.prompt, f" {row['answer']}" if steps else form.completion)
+    if steps:
+        return Problem(form.prompt, f" {row['answer']}"), form.used - {"output"} | {"answer"}
+    return Problem(form.prompt, form.completion), form.used
 
 
 def final_number(text: str) -> Decimal | None:
@@ -102,6 +107,12 @@ def check(cfg: MatchConfig, problems: list[Problem]) -> None:
             raise ValueError(f"match.answer is number, and {problem.expected!r} has none")
 
 
+def prompts(cfg: MatchConfig, problems: list[Problem]) -> list[Prompt]:
+    """What the model is asked; raises as `read_examples` and `with_examples` do."""
+    shown = read_examples(cfg, read)
+    return [with_examples(problem.prompt, shown, chat=cfg.chat) for problem in problems]
+
+
 def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     """Has the model answer, and counts the right answers.
 
@@ -112,11 +123,10 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
     Raises:
         ValueError: As `ask` and `with_examples` do.
     """
-    shown = read_examples(cfg, read)
-    prompts = [with_examples(p.prompt, shown, chat=cfg.chat) for p in problems]
-    usual = [AFTER_ANSWER if isinstance(prompt, str) else () for prompt in prompts]
-    stop = usual if cfg.stop is None else [cfg.stop] * len(prompts)
-    answers, too_long = ask(subject, cfg, prompts, stop)
+    asked = prompts(cfg, problems)
+    usual = [AFTER_ANSWER if isinstance(prompt, str) else () for prompt in asked]
+    stop = usual if cfg.stop is None else [cfg.stop] * len(asked)
+    answers, too_long = ask(subject, cfg, asked, stop)
     rows = [
         {
             "prompt": prompt.messages if isinstance(prompt, Conversation) else prompt,
@@ -124,7 +134,7 @@ def run(subject: Subject, cfg: MatchConfig, problems: list[Problem]) -> Result:
             "answers": texts,
             "right": [matches(text, problem.expected, cfg.answer) for text in texts],
         }
-        for prompt, problem, texts in zip(prompts, problems, answers, strict=True)
+        for prompt, problem, texts in zip(asked, problems, answers, strict=True)
     ]
     exact_match = float(np.mean([row["right"] for row in rows]))
     return Result({"exact_match": exact_match, "cut_prompts": too_long}, rows)

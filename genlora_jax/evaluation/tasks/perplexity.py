@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import jax
@@ -9,9 +10,12 @@ import jax
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import encode
 from genlora_jax.data.packing import eval_batches
-from genlora_jax.evaluation.tasks.task import Result, TaskConfig, read_items
+from genlora_jax.data.rows import read_rows
+from genlora_jax.data.sources import MemorySource
+from genlora_jax.evaluation.tasks.task import Result, TaskConfig
 from genlora_jax.generation.subject import Subject
 from genlora_jax.training.step import evaluate, make_eval_step
+from genlora_jax.validation import no_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,11 @@ class PerplexityConfig(TaskConfig):
 
 
 def read(source: str, limit: int | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a source, each with its place; raises as `read_items` does."""
-    return read_items(source, limit, lambda place, row: (place, row))
+    """The rows of a source, each with its place; raises as `read_rows` does."""
+    rows = [*islice(read_rows(source), limit)]
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    return rows
 
 
 def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str, Any]]]) -> Result:
@@ -46,14 +53,13 @@ def run(subject: Subject, cfg: PerplexityConfig, rows: list[tuple[str, dict[str,
     shape = DataConfig(
         train="perplexity", length=cfg.length, batch_size=subject.batch_size, overlong=cfg.overlong
     )
-    examples, report = encode(iter(rows), subject.tokenizer, shape, "perplexity")
-    batches = [jax.device_put(batch) for batch in eval_batches(examples, shape)]
+    source = rows[0][0].rpartition(":")[0] if rows else "perplexity"
+    examples, report = encode(iter(rows), subject.tokenizer, shape, source)
+    print(report)
+    batches = [jax.device_put(b) for b in eval_batches(MemorySource(examples), shape)]
     loss = evaluate(make_eval_step(subject.model), subject.params, subject.factors, batches)
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss}: base or adapter had diverged, or values overflow in model.dtype "
-            "(try float32)"
-        )
+        raise no_result("losses")
     metrics = {
         "loss": loss,
         "perplexity": math.exp(loss),

@@ -1,14 +1,16 @@
 """What the tasks have in common: rows of a source, worked examples, results.
 
-A task is a module with `read(source, limit)`, which returns its items, `run(subject, cfg, items)`,
-which returns a `Result`, and, where items may not go with the settings, `check(cfg, items)`.
+A task is a module with `read(source, limit)`, which returns its items, and `run(subject, cfg,
+items)`, which returns a `Result`. Where items may not go with the settings it has `check(cfg,
+items)`, and where the model is asked something `prompts(cfg, items)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
+from genlora_jax.data.forms import names_of, unused_fields
 from genlora_jax.data.rows import read_rows
 from genlora_jax.generation.answers import answers, cut, room
 from genlora_jax.generation.decoding import check_sampling
@@ -16,6 +18,7 @@ from genlora_jax.generation.subject import Prompt, Subject
 from genlora_jax.validation import require_int
 
 T = TypeVar("T")
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,26 +110,45 @@ class Result:
     rows: list[dict[str, Any]]
 
 
-def read_items(source: str, limit: int | None, read: Callable[[str, dict[str, Any]], T]) -> list[T]:
-    """The first rows of a source, each read by `read(place, row)`.
+def read_items(
+    source: str,
+    limit: int | None,
+    read: Callable[[str, dict[str, Any]], tuple[T, Collection[str]]],
+    say: Say,
+) -> list[T]:
+    """The first rows of a source.
+
+    Args:
+        source: The source.
+        limit: How many rows; None for all.
+        read: Makes an item of a row and its place, and names the fields that it took for that.
+        say: Is told which fields of the rows are used, and which are not.
 
     Raises:
         FileNotFoundError: If there is no such source.
         ValueError: If a row is bad, or there is none.
     """
-    items = [read(place, row) for place, row in islice(read_rows(source), limit)]
+    items, taken, idle = [], set(), set()
+    for place, row in islice(read_rows(source), limit):
+        item, used = read(place, row)
+        items.append(item)
+        taken |= row.keys() & used
+        idle.update(unused_fields(row, used))
     if not items:
         raise ValueError(f"{source} has no rows")
+    rest = f"; not used: {names_of(idle)}" if idle else ""
+    say(f"{source}: {len(items):,} rows of {names_of(taken)}{rest}")
     return items
 
 
-def read_examples(cfg: PromptConfig, read: Callable[[str, int], list[T]]) -> list[T]:
+def read_examples(cfg: PromptConfig, read: Callable[[str, int, Say], list[T]]) -> list[T]:
     """The worked examples of a task, read by the task's `read`; none if it takes none.
 
     Raises:
         ValueError: If there are too few.
     """
-    items = read(str(cfg.examples), cfg.shots) if cfg.shots else []
+    # They have the fields of the data, of which is told once.
+    items = read(str(cfg.examples), cfg.shots, lambda _: None) if cfg.shots else []
     if len(items) < cfg.shots:
         raise ValueError(f"{cfg.examples} has {len(items)} rows: too few for {cfg.shots} shots")
     return items

@@ -13,17 +13,17 @@ results and leave. A second signal ends at once and writes nothing.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from genlora_jax.adapter import Adapter
-from genlora_jax.adapter_files import save_adapter
+from genlora_jax.adapter_files import write_adapter
 from genlora_jax.atomic_files import new_directory, refuse_existing
 from genlora_jax.mesh import make_mesh
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import run_command
+from genlora_jax.storage import storage_path
 from genlora_jax.training.divergence import advice, refuse_not_finite
 from genlora_jax.training.output import RECIPE, write_recipe
 from genlora_jax.training.processes import Interruption
@@ -73,27 +73,27 @@ def sweep(recipe: SweepRecipe) -> int | None:
     def make_adapter(cfg: AdapterConfig, seed: int) -> Adapter:
         return initial_adapter(cfg, seed, source, run.base)
 
-    with Interruption() as interruption:
-        result = run_sweep(
-            program,
-            run.base.params,
-            members,
-            iter(run.objective.train_batches(run.examples, recipe.data)),
-            run.held_out,
-            eval_every=recipe.train.eval_every,
-            steps_per_call=recipe.steps_per_call,
-            make_adapter=make_adapter,
-            report=print_progress,
-            stop=lambda _: interruption.signal is not None,
-        )
-    best = result.ranking[0]
-    _refuse_diverged(result, run.base.params)
-    with new_directory(output) as directory:
+    with new_directory(output) as directory:  # from now on, so that no other command takes it
+        with Interruption() as interruption:
+            result = run_sweep(
+                program,
+                run.base.params,
+                members,
+                iter(run.objective.train_batches(run.source, recipe.data)),
+                run.held_out,
+                eval_every=recipe.train.eval_every,
+                steps_per_call=recipe.steps_per_call,
+                make_adapter=make_adapter,
+                report=print_progress,
+                stop=lambda _: interruption.signal is not None,
+            )
+        best = result.ranking[0]
+        _refuse_diverged(result, run.base.params)
         write_recipe(directory / RECIPE, recipe, [f"# {json.dumps(provenance())}"])
         write_results(directory, result)
         adapter = result.adapter(best)
         if first_not_finite(adapter) is None:
-            save_adapter(directory / "best", adapter.config, adapter, model=run.base.model)
+            write_adapter(directory / "best", run.settings_of(adapter), adapter)
     print_results(result)
     refuse_not_finite(adapter, f"{output / 'best'} is not written")
     print(f"best adapter: {output / 'best'}")
@@ -103,9 +103,9 @@ def sweep(recipe: SweepRecipe) -> int | None:
     return interruption.signal
 
 
-def _new_output(recipe: SweepRecipe) -> Path:
+def _new_output(recipe: SweepRecipe) -> Any:
     """The directory to make; raises OSError if it is there or cannot be made."""
-    output, inputs = Path(recipe.train.output), (recipe.model.path, recipe.train.init_from)
+    output, inputs = storage_path(recipe.train.output), (recipe.model.path, recipe.train.init_from)
     if output.exists():  # the other check's advice is a flag that a sweep has not got
         raise FileExistsError(f"{output} exists: choose another train.output")
     refuse_existing(output, overwrite=False, inputs=inputs)

@@ -18,9 +18,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from genlora_jax.data.batches import train_batches
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import encode
-from genlora_jax.data.packing import eval_batches, train_batches
+from genlora_jax.data.packing import eval_batches
+from genlora_jax.data.sources import MemorySource
 from genlora_jax.evaluation.tasks import choices
 
 VOCABULARY, LENGTH = 8192, 512
@@ -132,8 +134,9 @@ def packed(rows: list[Row], tokenizer: Any, task: str, kind: str) -> dict[str, n
     places = ((f"{name}:{i}", dict(row)) for i, row in enumerate(rows, 1))
     examples, report = encode(places, tokenizer, cfg, name)
     print(report, flush=True)
-    batches: Any = train_batches(examples, cfg, epochs=EPOCHS[task]) if train else None
-    found = list(batches) if train else eval_batches(examples, cfg)
+    source = MemorySource(examples)
+    batches: Any = train_batches(source, cfg, epochs=EPOCHS[task]) if train else None
+    found = list(batches) if train else eval_batches(source, cfg)
     return {field: np.stack([batch[field] for batch in found]) for field in found[0]}
 
 

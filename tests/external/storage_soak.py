@@ -1,0 +1,157 @@
+"""Runs on object stores, killed at any moment while requests fail: `make storage`.
+
+`KILLS=50 pytest -s tests/external/storage_soak.py -k kill` is the long form. What comes out must be
+what a run on this machine makes that was left alone.
+"""
+
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from finetune_process import start_finetune
+from servers import BUCKET, Faults, faulty_proxy, gcs_server, s3_server
+from soak import RESUME, files, rng, workshop
+
+from genlora_jax.cli import main
+from genlora_jax.storage import listed, storage_path
+from genlora_jax.training.checkpoint_reading import SUMS, read_metadata
+from genlora_jax.training.checkpoint_storage import open_checkpointer
+from genlora_jax.training.metrics import read_records
+
+KILLS = int(os.environ.get("KILLS", "2"))
+SEED = int(os.environ.get("SEED", "0"))
+STEPS = 4 + 4 * KILLS
+DONE = "commit_success.txt"  # Orbax's marker
+
+
+def launch(here, output, *arguments, **environment):
+    settings = ["--train.output", str(output), "--train.steps", str(STEPS)]
+    settings += ["--train.save_every", "4", "--train.eval_every", "8", *arguments]
+    return start_finetune(here / "recipe.yaml", *settings, cache=here / "compiled", **environment)
+
+
+def completed(output):
+    """Steps of the complete checkpoints in a bucket."""
+    names = [name.split("/") for name in listed(output) if name.startswith("checkpoints/")]
+    return [int(name[1]) for name in names if name[2:] == [DONE]]
+
+
+def download(url, directory):
+    shutil.rmtree(directory, ignore_errors=True)
+    for name in listed(url):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes((storage_path(url) / name).read_bytes())
+    return directory
+
+
+def losses(output):
+    return [(r["step"], r["loss"]) for r in read_records(output, STEPS) if "loss" in r]
+
+
+def last_state(output):
+    """Checksums of all arrays of the last checkpoint, and its place in the data."""
+    with open_checkpointer(storage_path(output) / "checkpoints") as checkpointer:
+        saved = read_metadata(checkpointer, STEPS)
+        return saved[SUMS], saved["data"]
+
+
+def compare(here, url):
+    """A run in a bucket is the one left alone on this machine, and nothing lies about."""
+    alone = here / "alone"
+    if not alone.exists():
+        process = launch(here, alone)
+        assert process.wait() == 0, process.stderr.read()
+    ours = download(url, here / "downloaded")
+    np.testing.assert_array_equal(losses(ours), losses(alone))
+    for name in ("adapter", "adapter-best"):
+        assert files(ours / name) == files(alone / name)
+    assert last_state(url) == last_state(alone)
+    kept = {f.name for f in (alone / "checkpoints").iterdir()}
+    assert {f.name for f in (ours / "checkpoints").iterdir()} == kept
+    assert not [name for name in listed(url) if name.startswith(".")]
+
+
+def compare_exports(here, url):
+    """What is made of a run in a bucket, and written to one, is what this machine makes of it."""
+    exports = {"merge": ["--base", str(here / "base")], "export-peft": []}
+    places = {str(here / "exports"): str(here / "alone"), f"{url}-exports": url}
+    for place, run in places.items():
+        if os.path.exists(place):  # of the other server's test
+            continue
+        for command, arguments in exports.items():
+            paths = ["--adapter", run, "--out", f"{place}/{command}"]
+            main([command, *arguments, *paths, "--overwrite"])
+    ours = download(f"{url}-exports", here / "downloaded")
+    assert files(ours) == files(here / "exports")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("storage")
+    workshop(directory)
+    return directory
+
+
+def killed_at_request(process, proxy, requests):
+    """Kills a process once it has sent so many requests; False if it has ended well before."""
+    until = len(proxy.requests) + requests
+    while len(proxy.requests) < until:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    return True
+
+
+def refused_at_request(process, proxy, requests):
+    """Refuses all that a process asks for from a request on, which must end it with one line."""
+    proxy.faults.passed = requests
+    status, refused = process.wait(), proxy.faults.passed < 0
+    proxy.faults.passed = None
+    if refused:
+        message = process.stderr.read()
+        assert status == 1, message
+        assert message.startswith("error: "), message
+        assert f"//{BUCKET}/runs/1" in message, message
+        assert message.count("\n") == 1, message
+    return refused
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
+    # The emulator of GCS forgets an upload that it has completed, and knows no second attempt.
+    start, faults, kills = {
+        "s3": (s3_server, Faults(slow=0.05, unavailable=0.03, cut=0.04, delay=0.1), KILLS),
+        "gs": (gcs_server, Faults(), KILLS // 4),
+    }[kind]
+    with start() as store, faulty_proxy(store, faults, seed=SEED) as proxy:
+        store.reach(monkeypatch)
+        url, newest, arguments, kill = f"{store.url}/runs/1", 0, [], 0
+        while True:
+            life = launch(here, url, *arguments, **store.environment(proxy.endpoint))
+            moment = rng.randint(1, min(500, 25 * STEPS))
+            end = refused_at_request if kill % 4 == 3 else killed_at_request
+            if kill < kills and end(life, proxy, moment):
+                kill += 1
+            elif life.wait():
+                message = life.stderr.read()
+                assert not arguments, message
+                assert RESUME in message, message
+                assert message.count("\n") == 1, message
+                arguments = RESUME.split()
+                continue
+            else:
+                break
+            complete, names = completed(url), listed(url)
+            assert max(complete, default=0) >= newest, f"kill {kill}: step {newest} is gone"
+            newest, arguments = max(complete, default=0), []
+            print(
+                f"kill {kill}: newest checkpoint {newest}, {len(names)} objects, "
+                f"{len(proxy.requests)} requests; {proxy.injected}",
+                flush=True,
+            )
+        compare(here, url)
+        compare_exports(here, url)
