@@ -77,12 +77,9 @@ def export_peft_adapter(
     adapter = find_adapter(adapter)
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     cfg, loaded = load_adapter(adapter)
-    named: dict[str, Any] = {
-        "base": base or "",
-        "adapter": adapter,
-        "quantisation": loaded.spec.quantisation,
-    }
-    export_peft(out, cfg, generate_factors(cfg, loaded), **named, overwrite=overwrite)
+    factors, form = generate_factors(cfg, loaded), loaded.spec.quantisation
+    named: Any = {"adapter": adapter, "quantisation": form, "overwrite": overwrite}
+    export_peft(out, cfg, factors, base=base or "", **named)
     print(f"PEFT adapter: {out}")
 
 
@@ -217,14 +214,8 @@ def generate(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
             f"model's {subject.positions} positions"
         )
-    ((answer,),) = answers(
-        subject,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    ((answer,),) = answers(subject, [ids], max_new_tokens=max_new_tokens, **sampling)
     print(answer if chat else f"{prompt}{answer}")
     if not answer:
         print("note: the model ended at once", file=sys.stderr)
