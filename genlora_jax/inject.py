@@ -139,7 +139,7 @@ def _interceptor(
         if dropout > 0.0:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
-        kernel = module.get_variable("params", "kernel")
+        kernel: Any = module.get_variable("params", "kernel")
         call = DenseCall(
             x=x,
             y=y,

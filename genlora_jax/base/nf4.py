@@ -62,7 +62,7 @@ SCALES = _dynamic_levels()
 def _nearest(values: jax.Array, levels: np.ndarray) -> jax.Array:
     """The index of the nearest of 16 levels, uint8; of two equally near, the lower."""
     middles = (levels[:-1] + levels[1:]) / np.float32(2)
-    return sum((values > middle).astype(jnp.uint8) for middle in middles)  # type: ignore[return-value]
+    return sum((values > middle).astype(jnp.uint8) for middle in middles)
 
 
 @functools.partial(

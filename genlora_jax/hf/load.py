@@ -174,9 +174,9 @@ def _read_leaves(
 
     def read(tensor: Tensor) -> Any:
         leaf = shapes[tensor.path]
-        ready_made = isinstance(leaf, NF4) and isinstance(checkpoint, ReadyMade)
-        if ready_made and checkpoint.has_nf4(tensor.name):
-            return _on_devices(checkpoint.nf4(tensor.name, leaf.dtype), leaf)
+        ready = checkpoint if isinstance(checkpoint, ReadyMade) else None
+        if ready is not None and isinstance(leaf, NF4) and ready.has_nf4(tensor.name):
+            return _on_devices(ready.nf4(tensor.name, leaf.dtype), leaf)
         return _read(checkpoint, tensor, leaf, on_host)
 
     # With these bounds, memory holds little more than the largest tensor beside the leaves.

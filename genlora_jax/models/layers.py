@@ -51,7 +51,7 @@ class Dense(nn.Dense):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[..., d_in]` to `[..., d_out]` in `dtype`."""
-        kernel = self.get_variable("params", "kernel")
+        kernel: Any = self.get_variable("params", "kernel")
         if not isinstance(kernel, StoredKernel):
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
