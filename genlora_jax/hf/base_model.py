@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from genlora_jax.base.quantise import BaseDtype, Quantisation
 from genlora_jax.hf.checkpoint import locate, model_config
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.tokenizer import check_rows, end_tokens, load_tokenizer
@@ -34,6 +35,10 @@ class ModelConfig:
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
             attention (`dots`), or all (`full`).
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
+        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `int8`,
+            `nf4` or `int4`. None: as the checkpoint has them.
+        unquantised: Patterns of modules whose kernels are not quantised.
+        int4_group: Inputs that share a scale in `int4`: 64 or 128.
         shape: The fields of the checkpoint's `config.json`, for planning without it.
     """
 
@@ -44,7 +49,19 @@ class ModelConfig:
     scan: bool | None = None
     remat: Remat = "none"
     attention: Attention = "auto"
+    base_dtype: BaseDtype | None = None
+    unquantised: tuple[str, ...] = ("lm_head",)
+    int4_group: int = 64
     shape: LlamaConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        self.quantisation  # noqa: B018
+
+    @property
+    def quantisation(self) -> Quantisation:
+        """How kernels are quantised, if the checkpoint's are not already."""
+        return Quantisation(self.base_dtype or "bf16", self.unquantised, self.int4_group)
 
     def dtypes(self, platform: str) -> tuple[str, str]:
         """The dtypes of the computation and of the parameters on `"cpu"`, `"gpu"` or `"tpu"`."""

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint as a directory: its config and its safetensors, one file or sharded."""
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,6 +177,11 @@ class Checkpoint:
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._where)
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a tensor's floats; 4 of each for one that is quantised."""
+        entry = self._where[name].entries[name]
+        return math.prod(entry.shape) * (DTYPES[entry.kind].itemsize if entry.kind in DTYPES else 4)
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""

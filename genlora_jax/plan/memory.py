@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.models.attention import choose, keeps_scores
-from genlora_jax.plan.sizes import FLOAT32, Step, shard_values
+from genlora_jax.plan.sizes import FLOAT32, Step, shard_bytes, shard_values
 from genlora_jax.sharding import factor_specs, param_specs, state_specs
 
 # Derived: three int32 (ids, segments, positions) and one bool (the loss's mask).
@@ -51,10 +52,10 @@ def argument_bytes(step: Step) -> int:
     adapter, mesh = step.shapes.adapter, step.mesh
     trained = shard_values(mesh, adapter.trainable, state_specs(adapter.trainable))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen))
-    base = shard_values(mesh, step.shapes.params, param_specs(step.shapes.params))
+    base = shard_bytes(mesh, step.shapes.params, param_specs(step.shapes.params))
     batch = step.tokens * step.recipe.train.accumulate
     state = FLOAT32 * (COPIES_OF_TRAINED * trained + frozen)
-    return base * _stored_bytes(step) + state + BATCH_BYTES_PER_TOKEN * batch
+    return base + state + BATCH_BYTES_PER_TOKEN * batch
 
 
 def temporary_bytes(step: Step) -> int:
@@ -129,7 +130,9 @@ def _layer_bytes(step: Step) -> int:
     deltas = deltas // step.config.num_hidden_layers * step.width // step.mesh.tensor
     recomputed = _activation_bytes(step) if step.recipe.model.remat == "full" else 0
     gathered = _gathered_copies(step) * step.layer_bytes
-    return gathered + recomputed + deltas + _packed_bytes(step)
+    # A layer's kernels are dequantised together, or gathered so.
+    dequantised = step.dequantised_values * step.width // step.mesh.tensor
+    return max(gathered, dequantised) + recomputed + deltas + _packed_bytes(step)
 
 
 def _head_bytes(step: Step) -> int:
@@ -154,5 +157,9 @@ def _transposed_values(step: Step) -> int:
         return 0
     pattern = TRANSPOSED_ON_TPU if step.chip.tpu else TRANSPOSED_ON_GPU
     layers: dict[tuple[str, ...], Any] = flatten_dict(step.shapes.params["model"]["layers"])
-    kernels = {path: x for path, x in layers.items() if pattern.fullmatch(".".join(path[-2:]))}
+    kernels = {
+        path: leaf
+        for path, leaf in layers.items()
+        if pattern.fullmatch(".".join(path[-2:])) and not isinstance(leaf, StoredKernel)
+    }
     return shard_values(step.mesh, kernels, flatten_dict(param_specs(unflatten_dict(kernels))))

@@ -53,7 +53,8 @@ class MetricsLog:
             lines = ", ".join(map(str, damaged))
             print(f"{directory / FILE}: left out what is no record, in line {lines}")
         kept = [json.dumps(record) + "\n" for record in read_records(directory, start)]
-        self._bucket, self._stack = None, contextlib.ExitStack()
+        self._bucket: str | None = None
+        self._stack = contextlib.ExitStack()
         if is_remote(directory):
             self._bucket = str(directory)
             directory = self._local = self._stack.enter_context(scratch_directory())

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from genlora_jax.adapter import Adapter, init_adapter
-from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_config, spec_to_json
+from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_spec, spec_to_json
 from genlora_jax.compression import lora_from_factors
 from genlora_jax.data.packing import Batch
 from genlora_jax.data.sources import Source
@@ -170,7 +170,7 @@ def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
             f"train.init_from: {source} is a run: several processes need its adapter's directory"
         )
     if not is_peft(source):
-        if difference := adapter_difference(cfg, config_to_json(load_config(source))):
+        if difference := adapter_difference(cfg, config_to_json(load_spec(source).config)):
             raise ValueError(f"train.init_from: {source} was made {difference}")
     elif not cfg.starts_from_peft:
         raise ValueError(
