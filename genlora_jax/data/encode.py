@@ -1,7 +1,7 @@
 """Encoding: rows of text to examples of tokens.
 
-Rows are tokenised by the thousand: a tokenizer then works on all cores, and is asked for little more
-than the ids. What becomes of a row does not depend on the others.
+Rows are tokenised by the thousand: a tokenizer then works on all cores, and is asked for little
+more than the ids. What becomes of a row does not depend on the others.
 """
 
 import itertools
