@@ -422,3 +422,5 @@ def test_compilations_are_kept_unless_jax_keeps_them_elsewhere(given, monkeypatc
     settings.keep_compilations()
     kept = changes.get("jax_compilation_cache_dir", given)
     assert kept == (given or str(tmp_path / "genlora_jax"))
+    everything = changes.get("jax_persistent_cache_min_compile_time_secs") == 0.0
+    assert everything == (given is None)  # as the user's own settings say, in a place of theirs
