@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from genlora_jax.base.quantise import Quantisation, quantisation_of
 from genlora_jax.methods.config import AdapterConfig, Groups, Kernels
 from genlora_jax.sharding import constrain_tree, state_specs
 from genlora_jax.targets import Target, find_targets, kernel_path, split_layer
@@ -30,11 +31,13 @@ class AdapterSpec:
         config: What the adapter was made with.
         targets: What is adapted and where it lies in the base.
         fingerprint: Digest of the names and sizes of all the base's parameters.
+        quantisation: How the base's kernels are quantised; None if they are not.
     """
 
     config: AdapterConfig
     targets: tuple[Target, ...]
     fingerprint: str
+    quantisation: Quantisation | None = None
 
     @property
     def seed(self) -> int:
@@ -98,7 +101,10 @@ def adapter_spec(cfg: AdapterConfig, params: Mapping[str, Any]) -> AdapterSpec:
         ValueError: If the config's targets do not fit the base.
     """
     return AdapterSpec(
-        config=cfg, targets=find_targets(cfg, params), fingerprint=base_fingerprint(params)
+        config=cfg,
+        targets=find_targets(cfg, params),
+        fingerprint=base_fingerprint(params),
+        quantisation=quantisation_of(params),
     )
 
 
@@ -149,7 +155,7 @@ def _kernels(spec: AdapterSpec, params: Mapping[str, Any]) -> dict[str, Kernels]
     for target in spec.targets:
         for kernel in target.kernels:
             value = flat[kernel_path(kernel.path)]
-            if isinstance(value, jax.ShapeDtypeStruct):
+            if isinstance(jax.tree.leaves(value)[0], jax.ShapeDtypeStruct):
                 raise ValueError(
                     "this method starts at values of the base: init_adapter needs the parameters "
                     "themselves, not their shapes (for shapes of the adapter, use jax.eval_shape)"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.numpy import load, load_file, save_file
 
 from genlora_jax.adapter import Adapter, AdapterSpec, adapter_shapes, adapter_spec, base_fingerprint
 from genlora_jax.atomic_files import new_directory
+from genlora_jax.base.quantise import Quantisation
 from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.sharding import place_state
@@ -93,8 +95,9 @@ def load_adapter(
     Args:
         path: The adapter's directory, here or at `gs://` or `s3://`.
         params: The base for which it is loaded, scanned or unrolled. It is checked against the
-            adapter's fingerprint. Without it the adapter fits a base whose layers are stored like
-            those of the base that it was made for.
+            adapter's fingerprint, and a warning says if it is quantised otherwise. Without it the
+            adapter fits a base whose layers are stored like those of the base that it was made
+            for.
         model: The base's model, to check its config as well.
         mesh: Devices over which the adapter is sharded, as in training on them; all processes
             read the file. By default it is on one device.
@@ -109,6 +112,7 @@ def load_adapter(
     """
     path = storage_path(path)
     spec, base_config = _read_settings(path)
+    trained_on = spec.quantisation
     if params is not None:
         if base_fingerprint(params) != spec.fingerprint:
             raise ValueError(
@@ -119,6 +123,13 @@ def load_adapter(
             spec = adapter_spec(spec.config, params)
         except ValueError as error:
             raise ValueError(f"{path / SETTINGS}: {error!s:.200}") from error
+        if spec.quantisation != trained_on:
+            warnings.warn(
+                f"{path} was trained on a base in {trained_on or 'full precision'}; this one is in "
+                f"{spec.quantisation or 'full precision'}: outputs differ by the rounding of the "
+                "kernels (model.base_dtype)",
+                stacklevel=2,
+            )
     if model is not None and base_config not in (None, config_fingerprint(model)):
         raise ValueError(
             f"{path} was made for another base: shapes agree, but not the rest of config.json"
@@ -135,14 +146,14 @@ def load_adapter(
     return spec.config, Adapter(trainable=trainable, frozen=frozen, spec=spec)
 
 
-def load_config(path: str | Path) -> AdapterConfig:
-    """The config of an adapter that `save_adapter` wrote; its tensors are not read.
+def load_spec(path: str | Path) -> AdapterSpec:
+    """The static part of an adapter that `save_adapter` wrote; its tensors are not read.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If the settings are damaged.
     """
-    return _read_settings(storage_path(path))[0].config
+    return _read_settings(storage_path(path))[0]
 
 
 def _read_settings(path: Path) -> tuple[AdapterSpec, str | None]:
@@ -163,7 +174,11 @@ def spec_to_json(spec: AdapterSpec, base_config: str | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "config": config_to_json(spec.config),
-        "base": {"shapes": spec.fingerprint, "config": base_config},
+        "base": {
+            "shapes": spec.fingerprint,
+            "config": base_config,
+            "quantisation": None if spec.quantisation is None else asdict(spec.quantisation),
+        },
         "targets": [asdict(target) for target in spec.targets],
     }
 
@@ -172,10 +187,12 @@ def spec_from_json(settings: Mapping[str, Any]) -> AdapterSpec:
     """What `spec_to_json` was given; ValueError, KeyError or TypeError if it is damaged."""
     if settings["format"] != FORMAT:
         raise ValueError(f"its format is {settings['format']}; this version reads {FORMAT}")
+    quantisation = settings["base"].get("quantisation")
     spec = AdapterSpec(
         config=config_from_json(settings["config"]),
         targets=tuple(map(_target, settings["targets"])),
         fingerprint=settings["base"]["shapes"],
+        quantisation=None if quantisation is None else Quantisation(**quantisation),
     )
     hash(spec)  # a TypeError if a list stands where a text or a number should
     return spec

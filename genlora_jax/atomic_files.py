@@ -37,7 +37,9 @@ def refuse_existing(
     refuse_inside(path, inputs)
     exists = bool(listed(path)) if is_remote(path) else path.exists()
     if exists and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another output or pass overwrite")
+        raise FileExistsError(
+            f"{path} exists: choose another output or pass overwrite (--overwrite in a command)"
+        )
     if exists and (foreign := _foreign_file(path)):
         raise FileExistsError(
             f"{path} is not overwritten, as nothing says that genlora wrote {foreign}: choose "

@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,16 @@ from genlora_jax.adapter import Adapter, count_parameters, generate_factors
 from genlora_jax.adapter_files import load_adapter
 from genlora_jax.analysis import count_above, effective_rank, parameters_by_target
 from genlora_jax.atomic_files import refuse_existing
+from genlora_jax.base.quantise import BaseDtype
 from genlora_jax.factors import HIRA, by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.generation.answers import answers
 from genlora_jax.generation.decoding import check_sampling
-from genlora_jax.generation.subject import Prompt, load_subject
-from genlora_jax.hf.checkpoint import checkpoint_dtype, locate
-from genlora_jax.hf.export import export_hf
-from genlora_jax.hf.load import load_llama, parse_dtype
+from genlora_jax.generation.subject import load_subject
+from genlora_jax.hf.checkpoint import locate
 from genlora_jax.hf.peft_export import export_peft
-from genlora_jax.hf.peft_import import is_peft, load_onto, read_modules
-from genlora_jax.hf.tokenizer import changed_generation_config
-from genlora_jax.merge import merge as merge_factors
+from genlora_jax.hf.peft_import import is_peft, read_modules
+from genlora_jax.merge_files import Onto, merge_files
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
@@ -35,7 +34,13 @@ from genlora_jax.validation import listed, require_int
 
 
 def merge(
-    base: str, adapter: str, out: str, dtype: str | None = None, overwrite: bool = False
+    base: str,
+    adapter: str,
+    out: str,
+    dtype: str | None = None,
+    base_dtype: BaseDtype | None = None,
+    onto: Onto = "dequantised",
+    overwrite: bool = False,
 ) -> None:
     """Merges an adapter into its base and writes a Hugging Face checkpoint.
 
@@ -44,6 +49,8 @@ def merge(
         adapter: The adapter's directory, ours or a PEFT LoRA adapter's.
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
+        base_dtype: How the base was quantised in training; by default what the adapter says.
+        onto: The dequantised kernels, as trained on; or the base's own, and how logits then differ.
         overwrite: Replace an existing directory.
     """
     adapter = find_adapter(adapter)
@@ -51,17 +58,7 @@ def merge(
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
     remark_on_base(adapter, source)
-    changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
-    base_dtype = checkpoint_dtype(source)
-    out_dtype = parse_dtype(dtype or base_dtype)
-    # No narrower than base or output, so that the merged kernel is rounded once.
-    with jax.numpy_dtype_promotion("standard"):
-        merge_dtype = jnp.promote_types(base_dtype, out_dtype)
-    model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype)
-    model, params, factors = load_onto(adapter, model, params, base)
-    merged = merge_factors(params, factors, donate=True)
-    export_hf(out, merged, base=source, adapter=adapter, dtype=out_dtype, overwrite=overwrite)
-    print(f"merged model: {out} ({out_dtype})")
+    print("merged model:", merge_files(source, adapter, out, dtype, base_dtype, onto, overwrite))
 
 
 def export_peft_adapter(
@@ -80,8 +77,9 @@ def export_peft_adapter(
     adapter = find_adapter(adapter)
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     cfg, loaded = load_adapter(adapter)
-    factors = generate_factors(cfg, loaded)
-    export_peft(out, cfg, factors, base=base or "", adapter=adapter, overwrite=overwrite)
+    factors, form = generate_factors(cfg, loaded), loaded.spec.quantisation
+    named: Any = {"adapter": adapter, "quantisation": form, "overwrite": overwrite}
+    export_peft(out, cfg, factors, base=base or "", **named)
     print(f"PEFT adapter: {out}")
 
 
@@ -184,7 +182,8 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
+    base_dtype: BaseDtype | None = None,
 ) -> None:
     """Continues a prompt with a base, a merged model, or a base and an adapter.
 
@@ -197,32 +196,29 @@ def generate(
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         seed: Seed of the sampling.
-        dtype: Of parameters and computation.
+        dtype: Of parameters and computation; by default float32 on CPUs, else bfloat16.
+        base_dtype: How kernels are stored; by default as the checkpoint has them.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     require_int("seed", seed, 0)
     if adapter:
         adapter = find_adapter(adapter)
         remark_on_base(adapter, locate(model))
-    subject = load_subject(model, adapter, batch_size=1, dtype=dtype, param_dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "base_dtype": base_dtype}
+    subject = load_subject(model, adapter, batch_size=1, **options)
     if subject.tokenizer.chat_template and not chat:
         print("note: the model has a chat template; --chat true asks in it", file=sys.stderr)
-    message: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    ids = subject.encode_prompt(message)
+    ids = subject.encode_prompt([{"role": "user", "content": prompt}] if chat else prompt)
     if len(ids) + max_new_tokens > subject.positions:
         raise ValueError(
             f"prompt ({len(ids)} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
             f"model's {subject.positions} positions"
         )
-    ((answer,),) = answers(
-        subject,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    ((answer,),) = answers(subject, [ids], max_new_tokens=max_new_tokens, **sampling)
     print(answer if chat else f"{prompt}{answer}")
+    if not answer:
+        print("note: the model ended at once", file=sys.stderr)
 
 
 def plan(config: str, topology: str, compile: bool = True) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from genlora_jax.base.kernel import read_kernel
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.factors import LEAVES, by_module, kind_of, refuse_uncombinable
 from genlora_jax.factors.kind import DenseCall, Leaves
 
@@ -138,10 +139,12 @@ def _interceptor(
         if dropout > 0.0:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - dropout, x.shape)
             x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
+        kernel: Any = module.get_variable("params", "kernel")
         call = DenseCall(
             x=x,
             y=y,
-            kernel=functools.partial(read_kernel, module.get_variable("params", "kernel")),
+            kernel=functools.partial(read_kernel, kernel),
+            apart=isinstance(kernel, StoredKernel) and getattr(module, "apart", True),
             bias=module.get_variable("params", "bias") if module.use_bias else None,
             dropped=dropout > 0.0,
             adapter_index=adapter_index,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from genlora_jax.base.kernel import read_kernel
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.factors import LOW_RANK, by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.targets import kernel_path, refuse_other_than_dense
@@ -21,7 +22,8 @@ def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool
     magnitudes. HiRA (`hadamard=True`) multiplies the kernel's elements with 1 plus its gain.
 
     Args:
-        params: The base's parameters, of any float dtype.
+        params: The base's parameters, of any float dtype. A quantised kernel is dequantised: the
+            result has an array of its `dtype` in its place, and so has that of `unmerge`.
         factors: Tree that mirrors `params`, as `generate_factors` returns it.
         donate: Reuse the memory of the adapted kernels: `params` is unusable afterwards.
 
@@ -102,28 +104,32 @@ def pair_kernels(
 
 
 def _change_one(kernel: Any, kind: Kind, leaves: Leaves, operation: str, donate: bool) -> Any:
-    platform = _platform(kernel)
+    platform, quantised = _platform(kernel), isinstance(kernel, StoredKernel)
     if platform == "cpu" and kernel.ndim == 3:
         # In one program XLA would copy a whole bfloat16 stack on CPUs before it writes to it.
-        kernel = kernel if donate else jnp.copy(kernel)
+        if quantised:
+            changed = jnp.zeros(kernel.shape, kernel.dtype)
+        else:
+            changed = kernel = kernel if donate else jnp.copy(kernel)
         for i in range(kernel.shape[0]):
-            layer = _change_layer(kernel, leaves, i, kind, operation)
-            kernel = _write_layer(kernel, layer, i)
-        return kernel
-    program = _change_donating if donate else _change_copying
+            layer = _change_layer(kernel if quantised else changed, leaves, i, kind, operation)
+            changed = _write_layer(changed, layer, i)
+        return changed
+    program = _change_donating if donate and not quantised else _change_copying
     return program(kernel, leaves, kind, operation, platform == "gpu")
 
 
 def _platform(kernel: Any) -> str | None:
     """The platform of a concrete array on one device; None for what XLA has to partition."""
-    if not isinstance(kernel, jax.Array) or isinstance(kernel, jax.core.Tracer):
+    part = jax.tree.leaves(kernel)[0]
+    if not isinstance(part, jax.Array) or isinstance(part, jax.core.Tracer):
         return None
-    devices = kernel.devices()
+    devices = part.devices()
     return next(iter(devices)).platform if len(devices) == 1 else None
 
 
-def _changed(kernel: jax.Array, leaves: Leaves, kind: Kind, operation: str) -> jax.Array:
-    changed = getattr(kind, operation)(read_kernel(kernel, jnp.float32), leaves)
+def _changed(kernel: Any, leaves: Leaves, kind: Kind, operation: str) -> jax.Array:
+    changed: jax.Array = getattr(kind, operation)(read_kernel(kernel, jnp.float32), leaves)
     return changed.astype(kernel.dtype)
 
 
@@ -131,10 +137,9 @@ def _layer(leaves: Leaves, i: Any) -> Leaves:
     return {leaf: value[i] for leaf, value in leaves.items()}
 
 
-def _change(
-    kernel: jax.Array, leaves: Leaves, kind: Kind, operation: str, on_one_gpu: bool
-) -> jax.Array:
-    if on_one_gpu and kind is LOW_RANK:
+def _change(kernel: Any, leaves: Leaves, kind: Kind, operation: str, on_one_gpu: bool) -> jax.Array:
+    quantised = isinstance(kernel, StoredKernel)
+    if on_one_gpu and kind is LOW_RANK and not quantised:
         from genlora_jax import merge_gpu  # here, since Pallas takes a second to import
 
         if merge_gpu.fits(kernel.shape):
@@ -144,17 +149,18 @@ def _change(
         return _changed(kernel, leaves, kind, operation)
 
     # A layer at a time, in place: the float32 delta of a whole stack would outweigh the model.
-    def layer(i: jax.Array, kernel: jax.Array) -> jax.Array:
-        before = jax.lax.dynamic_index_in_dim(kernel, i, keepdims=False)
+    def layer(i: jax.Array, changed: jax.Array) -> jax.Array:
+        before = kernel[i] if quantised else changed[i]
         after = _changed(before, _layer(leaves, i), kind, operation)
-        return jax.lax.dynamic_update_index_in_dim(kernel, after, i, 0)
+        return jax.lax.dynamic_update_index_in_dim(changed, after, i, 0)
 
-    return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
+    start = jnp.zeros(kernel.shape, kernel.dtype) if quantised else kernel
+    return jax.lax.fori_loop(0, kernel.shape[0], layer, start)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "operation"))
 def _change_layer(
-    kernel: jax.Array, leaves: Leaves, i: jax.Array, kind: Kind, operation: str
+    kernel: Any, leaves: Leaves, i: jax.Array, kind: Kind, operation: str
 ) -> jax.Array:
     return _changed(kernel[i], _layer(leaves, i), kind, operation)
 

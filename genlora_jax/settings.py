@@ -267,6 +267,8 @@ def keep_compilations() -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         config.update("jax_compilation_cache_dir", str(home / "genlora_jax"))
         config.update("jax_compilation_cache_max_size", 4 * 2**30)
+        # Small programs too: a start has a dozen of them, a tenth of its time when all are kept.
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def run_command(kind: type[T], run: Callable[[T], int | None], args: Sequence[str] | None) -> None:

@@ -4,6 +4,7 @@ Adapter and optimizer are small and therefore replicated. The whole deltas of fu
 not: they are sharded like their kernels.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.factors import by_module
 from genlora_jax.mesh import BATCH, batch_shards
 from genlora_jax.targets import module_of
@@ -38,7 +40,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def param_specs(params: Mapping[str, Any]) -> Any:
     """How a base's parameters, arrays or shapes, are sharded: a tree of `PartitionSpec`s."""
     flat = flatten_dict(dict(params))
-    return unflatten_dict({path: _spec(path, len(leaf.shape)) for path, leaf in flat.items()})
+    return unflatten_dict({path: _leaf_spec(path, leaf) for path, leaf in flat.items()})
+
+
+def _leaf_spec(path: tuple[str, ...], leaf: Any) -> Any:
+    """The spec of an array; of a quantised kernel the specs of its parts, cut as kernels are."""
+    spec = _spec(path, len(leaf.shape))
+    if not isinstance(leaf, StoredKernel):
+        return spec
+    rows, columns = spec[-2:] if spec else (None, None)
+    mesh_axes = {"in": rows, "out": columns, "other": None}
+    parts = {}
+    for name, part in leaf.parts().items():
+        axes = [mesh_axes[axis] for axis in leaf.axes[name]]
+        parts[name] = P(*(None,) * (len(part.shape) - len(axes)), *axes)
+    return dataclasses.replace(leaf, **parts)  # type: ignore[type-var]
 
 
 def factor_specs(factors: Mapping[str, Any]) -> Any:
@@ -125,13 +141,14 @@ def check_params(mesh: Mesh | AbstractMesh, params: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Names the parameter, its shape and the axis of the mesh that does not divide it.
     """
-    specs = flatten_dict(param_specs(params))
-    for path, leaf in flatten_dict(dict(params)).items():
-        for size, axis in zip(leaf.shape, specs[path], strict=False):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), spec in zip(leaves, jax.tree.leaves(param_specs(params)), strict=True):
+        for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise ValueError(
                     f"mesh.{axis}={mesh.shape[axis]} does not divide {size}, a dimension of "
-                    f"{'.'.join(path)} {tuple(leaf.shape)}: choose another size for it"
+                    f"{name} {tuple(leaf.shape)}: choose another size for it"
                 )
 
 
@@ -147,7 +164,7 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
             "shards: choose another data.batch_size or mesh"
         )
     held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (part,) in held for row in range(rows)[part]})
+    return sorted({row for part in held if part for row in range(rows)[part[0]]})
 
 
 def place_batch(
@@ -172,7 +189,7 @@ def place_batch(
             return _place(value, where)
         shape = (whole, *value.shape[1:])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> Any:
             part = range(whole)[index[0]]
             first = held.index(part.start)  # those of a shard follow one another
             return value[first : first + len(part)]

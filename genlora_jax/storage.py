@@ -14,13 +14,14 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(REMOTE)
 
 
-def storage_path(path: str | os.PathLike[str]) -> Any:
+def storage_path(path: str | os.PathLike[str]) -> Path:
     """A path with the methods of `pathlib.Path`, wherever it leads."""
     if not is_remote(path):
         return Path(path)
     from genlora_jax.remote_path import RemotePath  # only where something is read or written
 
-    return RemotePath(path)
+    remote: Any = RemotePath(path)
+    return remote
 
 
 def copy_file(source: Any, target: Any) -> None:

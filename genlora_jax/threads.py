@@ -10,14 +10,31 @@ R = TypeVar("R")
 WINDOW = 2  # items in flight: enough to keep a disk busy, few enough to cost no memory to speak of
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], window: int = WINDOW) -> Iterator[R]:
-    """`map(function, items)`, in order, in `window` threads; `items` is drawn as needed."""
+def in_threads(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    window: int = WINDOW,
+    size: Callable[[T], int] = lambda _: 0,
+    most: int = 0,
+) -> Iterator[R]:
+    """`map(function, items)`, in order, in `window` threads; `items` is drawn as needed.
+
+    Results of more than `most` by `size` do not exist at once, but for a single one. The caller
+    must drop each before it asks for the next.
+    """
     pending: collections.deque[Any] = collections.deque()
+    sizes: collections.deque[int] = collections.deque()
     with ThreadPoolExecutor(window) as pool:
         for item in items:
+            needed = size(item)
+            while pending and sum(sizes) + needed > most:
+                yield pending.popleft().result()
+                sizes.popleft()
             pending.append(pool.submit(function, item))
+            sizes.append(needed)
             del item
             if len(pending) == window:
                 yield pending.popleft().result()
+                sizes.popleft()
         while pending:
             yield pending.popleft().result()

@@ -321,6 +321,13 @@ def test_a_message_is_asked_in_the_chat_template(shop, genlora, tmp_path):
     assert genlora("generate", base, f"<<{PROMPT}>>", *options)[1] == f"<<{PROMPT}>>{said}"
 
 
+def test_an_answer_of_nothing_is_said(shop, genlora, monkeypatch):
+    monkeypatch.setattr("genlora_jax.cli.answers", lambda *args, **options: [[""]])
+    options = ["--max_new_tokens", 6, "--dtype", "float32"]
+    status, said, err = genlora("generate", shop / "float32", PROMPT, *options)
+    assert (status, said.strip(), err) == (0, PROMPT, "note: the model ended at once\n")
+
+
 @pytest.mark.shared
 def test_no_space_is_lost_between_prompt_and_text(shared, genlora):
     prompt, base = "Once upon a time, there was a", shared / "models" / "stories260k"
@@ -415,3 +422,5 @@ def test_compilations_are_kept_unless_jax_keeps_them_elsewhere(given, monkeypatc
     settings.keep_compilations()
     kept = changes.get("jax_compilation_cache_dir", given)
     assert kept == (given or str(tmp_path / "genlora_jax"))
+    everything = changes.get("jax_persistent_cache_min_compile_time_secs") == 0.0
+    assert everything == (given is None)  # as the user's own settings say, in a place of theirs

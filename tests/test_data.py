@@ -141,7 +141,7 @@ def test_a_completion_that_brings_its_own_end_gets_no_second_one(load, tokenizer
 @pytest.mark.parametrize("name", ["question", "instruction"])
 def test_a_question_is_asked_as_in_evaluation(load, tokenizer, name):
     row = {name: "How many?", "answer": "3"}
-    problem = match._problem("here", row)
+    problem, _ = match._problem("here", row)
     (plain,), _ = load([{"prompt": problem.prompt, "completion": problem.expected}])
     (asked,), _ = load([row])
     assert as_tuples([asked]) == as_tuples([plain])

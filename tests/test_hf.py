@@ -16,6 +16,7 @@ from tiny_models import perturb, random_llama, torch_logits
 import genlora_jax as gl
 from genlora_jax.atomic_files import new_directory
 from genlora_jax.hf import peft_export
+from genlora_jax.hf.base_model import ModelConfig
 
 CFG = gl.GenLoRAConfig(rank=4, alpha=4.0, group_size=4, kernels=2, rbf_init=0.5)
 IDS = np.random.default_rng(0).integers(3, 61, (2, 11)).astype(np.int32)
@@ -325,6 +326,22 @@ def test_what_is_rebuilt_from_the_seed_is_not_in_the_file(make_adapter, tmp_path
     assert {name.rsplit("/", 1)[1] for name in stored} == {"weights", "residual"}
     loaded = generate(*gl.load_adapter(tmp_path / "adapter", params))
     jax.tree.map(np.testing.assert_array_equal, loaded, generate(cfg, adapter))
+
+
+@pytest.mark.parametrize(
+    ("given", "cpu", "gpu"),
+    [
+        ({}, ("float32", "float32"), ("bfloat16", "bfloat16")),
+        ({"dtype": "bfloat16"}, ("bfloat16", "bfloat16"), ("bfloat16", "bfloat16")),
+        ({"dtype": "float32"}, ("float32", "float32"), ("float32", "bfloat16")),
+        ({"param_dtype": "bfloat16"}, ("float32", "bfloat16"), ("bfloat16", "bfloat16")),
+        ({"param_dtype": "float32"}, ("float32", "float32"), ("bfloat16", "float32")),
+    ],
+)
+def test_dtypes_that_are_not_given_are_chosen_by_the_device(given, cpu, gpu):
+    config = ModelConfig(path="base", **given)
+    assert config.dtypes("cpu") == cpu
+    assert config.dtypes("gpu") == config.dtypes("tpu") == gpu
 
 
 def test_an_adapter_of_a_scanned_base_serves_an_unrolled_one(make_adapter, tmp_path):

@@ -275,7 +275,7 @@ def test_known_lengths_tell_the_steps_without_reading(epochs, pack):
 
 
 def test_unknown_lengths_are_estimated_from_a_sample():
-    source = Rows(20_000, known=False)
+    source = Rows(10_000, known=False)
     plan = Batches(source, config()).plan(2)
     assert not plan.exact
     assert len(source.asked) < 2300

@@ -26,7 +26,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 DOCS = [page for page in PAGES if page.parent == ROOT / "docs"]
 STUDY = ROOT / "train" / "benchmarks"
 FINDINGS = STUDY / "results" / "frontier" / "findings.md"
-SETTINGS = {"finetune": Recipe, "sweep": SweepRecipe, "evaluate": Evaluation}
+SETTINGS = {
+    "finetune": Recipe,
+    "sweep": SweepRecipe,
+    "tokenize": Recipe,
+    "evaluate": Evaluation,
+}
 
 
 def blocks(language, text=TEXT):
@@ -196,7 +201,7 @@ def test_contributing_names_every_room_and_no_file_that_is_not_there():
     assert {room for room in rooms if not re.search(rf"\b{room}(\.py|/)", tree)} == set()
     table = text.partition("## I want to ...")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (?!I want|---)(.*?) \| (.*) \|$", table, flags=re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for wish, files in rows:
         named = [name.removeprefix("genlora_jax/") for name in re.findall(r"`([\w/]+\.py)`", files)]
         assert named, wish
@@ -206,7 +211,7 @@ def test_contributing_names_every_room_and_no_file_that_is_not_there():
 def test_contributing_gives_a_reason_for_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"]]
-    for extra in ("train", "datasets", "lm-eval", "wandb", "docs", "test"):
+    for extra in ("train", "datasets", "gcs", "s3", "lm-eval", "wandb", "docs", "test"):
         needed += project["optional-dependencies"][extra]
     names = {re.match(r"[\w-]+", need)[0] for need in needed} - {"genlora_jax"}
     table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Why each dependency")[2]

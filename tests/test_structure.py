@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "bucket_directories": {"remote_path", "storage"},
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
-    "base": set(),
+    "base": {"targets", "validation"},
     "factors": set(),
     "targets": {"patterns", "validation"},
     "methods": {
@@ -42,8 +42,8 @@ ARROWS: dict[str, set[str]] = {
         "targets",
     },
     "mesh": set(),
-    "sharding": {"factors", "mesh", "targets"},
-    "adapter": {"methods", "sharding", "targets"},
+    "sharding": {"base", "factors", "mesh", "targets"},
+    "adapter": {"base", "methods", "sharding", "targets"},
     # What is done with factors.
     "inject": {"base", "factors"},
     "merge_gpu": set(),
@@ -53,37 +53,41 @@ ARROWS: dict[str, set[str]] = {
     "compression": {"adapter", "analysis", "deltas", "factors", "merge", "methods", "targets"},
     "deltas": {"adapter", "analysis", "targets"},
     # Models know no adapters.
-    "models": {"mesh"},
+    "models": {"base", "mesh"},
     # Files.
     "atomic_files": {"bucket_directories", "storage"},
     "adapter_files": {
-        *("adapter", "atomic_files", "methods", "sharding", "storage", "targets", "validation"),
+        *("adapter", "atomic_files", "base", "methods", "sharding", "storage", "targets"),
+        "validation",
     },
-    "data": {"atomic_files", "storage", "validation"},
+    "data": {"atomic_files", "remote_path", "storage", "validation"},
     "settings": {"methods", "storage", "validation"},
     "hf": {
         *(
             "adapter",
             "adapter_files",
+            "base",
             "data",
             "factors",
             "atomic_files",
-            "mesh",
             "methods",
             "models",
             "patterns",
             "sharding",
             "storage",
+            "targets",
             "threads",
             "validation",
         ),
     },
+    "merge_files": {"adapter_files", "base", "hf", "inject", "merge", "models"},
     # What runs.
     "generation": {"data", "hf", "inject", "mesh", "models", "validation"},
     "training": {
         *(
             "adapter",
             "adapter_files",
+            "base",
             "validation",
             "compression",
             "data",
@@ -98,14 +102,24 @@ ARROWS: dict[str, set[str]] = {
         *("data", "atomic_files", "generation", "hf", "inject", "mesh", "models", "settings"),
         *("training", "validation"),
     },
-    "plan": {"adapter", "factors", "hf", "mesh", "models", "sharding", "training"},
+    "plan": {"adapter", "base", "factors", "hf", "mesh", "models", "sharding", "training"},
 }
 ABOVE_ALL = {"cli", "__init__"}
 # Of other people's libraries: packages that only some parts may import.
 ONLY_FOR = {
     "flax": {
         *("adapter", "adapter_files", "combine", "compression", "factors", "generation", "hf"),
-        *("analysis", "inject", "merge", "models", "plan", "sharding", "targets", "training"),
+        *(
+            "analysis",
+            "base",
+            "inject",
+            "merge",
+            "models",
+            "plan",
+            "sharding",
+            "targets",
+            "training",
+        ),
         *("evaluation", "cli"),
     },
     "optax": {"compression", "training", "plan"},

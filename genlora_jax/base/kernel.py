@@ -4,18 +4,48 @@ from typing import Any
 
 import jax
 
+from genlora_jax.base.stored import StoredKernel
+
 
 def read_kernel(stored: Any, dtype: Any) -> jax.Array:
     """The array that multiplies, from the leaf that the base stores.
 
-    Injection, merging, DoRA and HiRA read kernels here and nowhere else. A base that stores its
-    kernels in another form thus changes this function alone.
+    The model, injection, merging, DoRA and HiRA read kernels here and nowhere else.
 
     Args:
-        stored: The kernel's leaf in the base's tree of parameters, `[..., d_in, d_out]`.
+        stored: The kernel's leaf in the base's tree of parameters, `[..., d_in, d_out]`: an array,
+            or a `StoredKernel`.
         dtype: Dtype of the result.
 
     Returns:
         The kernel `[..., d_in, d_out]`.
     """
-    return stored.astype(dtype)
+    kernel: jax.Array = stored.astype(dtype)
+    return kernel
+
+
+def store_kernel(kernel: jax.Array, like: Any) -> Any:
+    """Inverse of `read_kernel`, up to rounding: a kernel in the form of another leaf."""
+    return like.store(kernel) if isinstance(like, StoredKernel) else kernel.astype(like.dtype)
+
+
+def product(x: jax.Array, stored: Any, *, apart: bool = False) -> jax.Array:
+    """`x @ kernel` in the dtype of x.
+
+    A quantised kernel is dequantised for this product alone, and once more for its gradient: kept
+    in between, all layers' would take the memory of a base that is not quantised.
+
+    Args:
+        x: `[..., d_in]`.
+        stored: As for `read_kernel`, `[d_in, d_out]`.
+        apart: Keep the compiler from finding that the two are the same and keeping the first. A
+            loop over layers, or one that recomputes them, does so already.
+    """
+
+    def multiply(x: jax.Array, stored: Any) -> jax.Array:
+        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, read_kernel(stored, x.dtype), dimensions)
+
+    if isinstance(stored, StoredKernel):
+        multiply = jax.checkpoint(multiply, prevent_cse=apart)
+    return multiply(x, stored)

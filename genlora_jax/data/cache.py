@@ -6,10 +6,12 @@ example is a range of bytes, so that a bucket gives it as a file does. The direc
 digests: of tokenizer, template and settings, and of the rows.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,9 @@ import numpy as np
 
 from genlora_jax.data.config import DataConfig, MixedSource, paths_and_weights
 from genlora_jax.data.examples import Example, split_examples
-from genlora_jax.data.rows import HUB_ID, SUFFIX
+from genlora_jax.data.rows import is_hub_id
 from genlora_jax.data.sources import source_parts
-from genlora_jax.storage import is_remote, storage_path
+from genlora_jax.storage import WRITTEN, is_remote, storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 FORMAT = 1  # of what is written
 LENGTHS, INDEX = "lengths.npy", "cache.json"
 PLACES, SAMPLE = 64, 4096  # of a file whose digest is taken: how many, and their bytes
+# What is raised over files that are not as they were written.
+DAMAGE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 AGAIN = "run genlora tokenize with the recipe"
 
 
@@ -47,8 +51,8 @@ class CacheSource:
         path = storage_path(directory)
         try:
             index = json.loads((path / INDEX).read_text())
-            with (path / LENGTHS).open("rb") as file:
-                self.lengths = np.load(file, allow_pickle=False)
+            lengths = io.BytesIO((path / LENGTHS).read_bytes())
+            self.lengths = np.load(lengths, allow_pickle=False)
             self._shards = np.cumsum([0, *index["shards"]], dtype=np.int64)
             self._ends = np.cumsum(self.lengths, dtype=np.int64)
             size = file_system(directory).size
@@ -58,7 +62,14 @@ class CacheSource:
             )
             whole = whole and len(self.lengths) == sum(index["rows"])
             whole = whole and self._shards[-1] == self._ends[-1]
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (
+            FileNotFoundError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+        ) as error:
             raise ValueError(f"{directory}: damaged: {error}: remove it, and {AGAIN}") from error
         if not whole:
             raise ValueError(f"{directory}: damaged: files are too short: remove it, and {AGAIN}")
@@ -100,8 +111,9 @@ def _read(directory: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]
     if is_remote(directory):
         shards, starts, stops = zip(*ranges, strict=True)
         paths = [f"{directory}/{shard_name(shard)}" for shard in shards]
-        files = file_system(directory)
-        return list(files.cat_ranges(paths, [*starts], [*stops], on_error="raise"))
+        with naming(directory):
+            ranges_of = file_system(directory).cat_ranges
+            return list(ranges_of(paths, [*starts], [*stops], on_error="raise"))
     opened: dict[int, int] = {}
     try:
         for shard in {shard for shard, _, _ in ranges}:
@@ -114,9 +126,25 @@ def _read(directory: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]
 
 def file_system(path: str) -> Any:
     """The file system that a path or URL is of, as `fsspec` has it."""
-    import fsspec  # only where a bucket or a digest needs it
+    if is_remote(path):
+        from genlora_jax import remote_path  # only for a bucket
 
-    return fsspec.core.url_to_fs(path)[0]
+        return remote_path.file_system(path)
+    import fsspec  # only for a digest
+
+    return fsspec.filesystem("file")
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Has errors of a bucket name the URL."""
+    if not is_remote(path):
+        yield
+        return
+    from genlora_jax import remote_path  # only for a bucket
+
+    with remote_path.naming(path):
+        yield
 
 
 def find_cache(
@@ -136,7 +164,7 @@ def find_cache(
     root, key, rows = storage_path(str(cfg.cache)), _key(names, tokenizer, cfg), rows_digest(names)
     listed = [path.name for path in root.iterdir()] if root.is_dir() else []
     found = [
-        name for name in listed if name.startswith(f"{key}-") and (root / name / INDEX).is_file()
+        name for name in listed if name.startswith(f"{key}-") and (root / name / WRITTEN).is_file()
     ]
     if not found:
         raise FileNotFoundError(
@@ -185,13 +213,15 @@ def rows_digest(names: Sequence[str]) -> str | None:
     """
     digests = []
     for name in names:
-        if HUB_ID.fullmatch(name) and not SUFFIX.search(name) and not Path(name).exists():
+        if is_hub_id(name):
             digests.append(name)
             continue
-        files, place = file_system(name), name.partition(":")[0] if not is_remote(name) else name
+        files = file_system(name)
+        place = name if is_remote(name) or Path(name).exists() else name.partition(":")[0]
         try:
-            found = sorted(files.find(place))
-            digests += [_sampled(files, path) for path in found]
+            with naming(name):
+                found = sorted(files.find(place))
+                digests += [_sampled(files, path) for path in found]
         except FileNotFoundError:
             return None
         if not found:

@@ -15,7 +15,7 @@ from genlora_jax.data.config import DataConfig, MixedSource, paths_and_weights
 from genlora_jax.data.examples import Encoded, Fingerprint
 from genlora_jax.data.report import Tally, joined
 from genlora_jax.data.workers import Workers, source_pieces
-from genlora_jax.storage import storage_path
+from genlora_jax.storage import WRITTEN, storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,7 +41,7 @@ def write_cache(
     """
     names, _ = paths_and_weights(sources)
     directory = f"{cfg.cache}/{cache_name(names, tokenizer, cfg)}"
-    if (storage_path(directory) / INDEX).is_file():
+    if (storage_path(directory) / WRITTEN).is_file():
         there = CacheSource(directory)
         print_line(f"{there.report}\n{directory} is there already")
         return directory

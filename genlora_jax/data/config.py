@@ -35,6 +35,7 @@ class DataConfig:
         eval: The same for evaluation; None for none.
         cache: A directory, here or in a bucket, for what `genlora tokenize` makes of both, and
             which runs then read instead.
+        streaming: Read data sets of the hub as the run goes, without downloading them first.
         length: Tokens in a row of a batch.
         batch_size: Rows of a batch, over all micro-batches of a step.
         pack: Several examples in a row, kept apart by segment ids.
@@ -49,6 +50,7 @@ class DataConfig:
     train: str | list[str | MixedSource]
     eval: str | list[str] | None = None
     cache: str | None = None
+    streaming: bool = False
     length: int = 1024
     batch_size: int = 16
     pack: bool = True

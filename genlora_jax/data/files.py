@@ -44,7 +44,7 @@ def file_rows(path: Path) -> Rows:
         OSError: If the file cannot be read.
         ValueError: If it is none of its kind.
     """
-    reader, codec = READERS[str(file_kind(path.name))], _codec(path)
+    reader, codec = READERS[str(file_kind(path.name))], compression(path)
     if reader is _parquet_rows:
         if codec is not None:
             raise ValueError(f"{path}: a compressed file around parquet: decompress it first")
@@ -57,7 +57,7 @@ def file_rows(path: Path) -> Rows:
 def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
     """The whole lines of a file, in blocks, each with the number of its first line."""
     number, parts = 1, []
-    with _decompressed(path, _codec(path)) as stream:
+    with _decompressed(path, compression(path)) as stream:
         while block := stream.read(BLOCK):
             end = block.rfind(b"\n") + 1
             parts.append(block[:end] if end else block)
@@ -70,7 +70,7 @@ def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
         yield number, rest
 
 
-def _codec(path: Path) -> str | None:
+def compression(path: Path) -> str | None:
     """How a file is compressed, if it is; ValueError if it is no file of rows at all."""
     with path.open("rb") as file:
         start = file.read(64)

@@ -1,4 +1,4 @@
-"""Files of JSON lines too large for memory: rows are read and tokenised when they are asked for."""
+"""Data too large for memory: its rows are read and tokenised when they are asked for."""
 
 import io
 import itertools
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,65 +17,91 @@ from genlora_jax.data.examples import Example, split_examples
 from genlora_jax.data.files import json_lines
 from genlora_jax.data.report import Tally
 from genlora_jax.data.rows import checked
-from genlora_jax.data.sources import source_parts
+from genlora_jax.data.sources import Part
 from genlora_jax.data.workers import Workers
-from genlora_jax.storage import is_remote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LARGE = 256 << 20  # bytes of files that are not read into memory at the start
 BLOCK = 16 << 20  # bytes of a file that are searched for ends of lines at a time
 SAMPLE = 1000  # rows that are read at the start
 SHORT = 8  # bytes of a line that may be empty
 BLANKS = b"\xef\xbb\xbf \t\r\n"
 PROCESSES = 4  # which tokenise faster than the devices of a host train
-Line = tuple[Path, int, bytes]
 
 
-def is_large(names: Sequence[str]) -> bool:
-    """Whether sources are files of JSON lines, not compressed, and too large for memory."""
-    lines = all(
-        name.lower().endswith((".jsonl", ".ndjson")) and not is_remote(name) for name in names
-    )
-    return lines and sum(Path(n).stat().st_size for n in names if Path(n).is_file()) > LARGE
+class Table(Protocol):
+    """Rows by their numbers, as they are stored."""
+
+    @property
+    def window(self) -> int | None:
+        """See `sources.Part`."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def read(self, rows: Sequence[int]) -> list[PlacedRow]:
+        """Rows, perhaps as `Unparsed`, with their places."""
 
 
 class LazySource:
-    """The rows of files of JSON lines, encoded when they are asked for. See `sources.Source`."""
+    """Rows of tables, encoded when they are asked for. See `sources.Source`."""
 
     lengths = None
 
     def __init__(
         self,
+        tables: Sequence[Table],
         names: Sequence[str],
         tokenizer: "PreTrainedTokenizerFast",
         cfg: DataConfig,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """Finds the lines, and reads a sample of rows.
+        """Reads a sample of rows.
+
+        Args:
+            tables: Where the rows are.
+            names: Of the tables.
+            tokenizer: The tokenizer.
+            cfg: Lengths, and what becomes of bad rows.
+            weights: Of the tables, if they are a mixture.
 
         Raises:
-            FileNotFoundError: If a file is not there.
             ValueError: If a row of the sample is bad.
         """
+        self._tables, self._name = tables, ", ".join(names)
         self.fingerprint = cache_name(names, tokenizer, cfg)
-        self._paths = [Path(name) for name in names]
-        self._found = [find_lines(path) for path in self._paths]
-        counts = [len(numbers) for _, numbers in self._found]
+        counts = [len(table) for table in tables]
         self._first = np.cumsum([0, *counts])
-        self.parts = source_parts(counts, weights)
+        windows = [table.window for table in tables]
+        if weights is None and not any(windows):
+            self.parts = [Part(sum(counts))]
+        else:  # windows of several tables are read side by side
+            self.parts = [*map(Part, counts, weights or counts, windows)]
         self._cfg, self._tally = cfg, Tally()
         cores = len(os.sched_getaffinity(0))
         self._workers = Workers(tokenizer, cfg, min(PROCESSES, cores))
-        sample = np.linspace(0, len(self) - 1, min(SAMPLE, len(self)), dtype=np.int64)
-        found = [*itertools.chain.from_iterable(self.read(sample.tolist()))]
-        report = self._tally.report(f"{len(sample):,} rows of {', '.join(names)}", cfg)
+        found = [*itertools.chain.from_iterable(self.read(self._sample()))]
+        report = self._tally.report(f"{self._tally.counts['rows']:,} rows of {self._name}", cfg)
         self.mean_length = float(np.mean([len(example["input_ids"]) for example in found]))
-        self.report = (
-            f"{report}\n  a sample: all {len(self):,} are read as the run goes; genlora tokenize "
-            "reads them once, before it"
+        shuffled = (
+            f", shuffled within windows of {max(map(int, filter(None, windows))):,}"
+            if any(windows)
+            else ""
         )
+        self.report = (
+            f"{report}\n  a sample: all {len(self):,} are read as the run goes{shuffled}; genlora "
+            "tokenize reads them once, before it"
+        )
+
+    def _sample(self) -> list[int]:
+        """Rows from all over a table, or its first ones if they come in order."""
+        rows: list[int] = []
+        for table, first in zip(self._tables, self._first.tolist(), strict=False):
+            count = min(-(-SAMPLE // len(self._tables)), len(table))
+            last = count - 1 if table.window else len(table) - 1
+            rows += np.linspace(first, first + last, count, dtype=np.int64).tolist()
+        return rows
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -87,41 +113,71 @@ class LazySource:
         Raises:
             ValueError: If a row is bad and not to be skipped, or too many are.
         """
-        lines = [*self._lines(rows)]
-        share = -(-len(lines) // self._workers.processes) or 1
-        pieces = (partial(line_rows, lines[i : i + share]) for i in range(0, len(lines), share))
+        numbers = np.asarray(rows, np.int64)
+        of_table = np.searchsorted(self._first, numbers, side="right") - 1
+        read: list[PlacedRow] = [("", None)] * len(numbers)
+        for table in np.unique(of_table).tolist():
+            (places,) = np.nonzero(of_table == table)
+            own = (numbers[places] - self._first[table]).tolist()
+            for place, row in zip(places.tolist(), self._tables[table].read(own), strict=True):
+                read[place] = row
+        share = -(-len(read) // self._workers.processes) or 1
+        pieces = (partial(parsed, read[i : i + share]) for i in range(0, len(read), share))
         found: list[list[Example]] = []
         for encoded, counted in self._workers.encode(pieces):
             examples = iter(split_examples(encoded.tokens, encoded.lengths))
             found += [[*itertools.islice(examples, count)] for count in encoded.examples]
             self._tally.add(counted)
         if self._tally.counts["rows"] >= SAMPLE:
-            self._tally.check(", ".join(map(str, self._paths)), self._cfg)
+            self._tally.check(self._name, self._cfg)
         return found
 
-    def _lines(self, rows: Sequence[int]) -> Iterator[Line]:
-        """Lines with their files and numbers."""
-        files = np.searchsorted(self._first, rows, side="right") - 1
-        opened: dict[int, int] = {}
+
+class Unparsed(NamedTuple):
+    """A line of a file."""
+
+    path: Path
+    number: int
+    text: bytes
+
+
+def parsed(rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
+    """Rows, of which some may be lines still."""
+    for place, row in rows:
+        if isinstance(row, Unparsed):
+            blank = place, ValueError(f"{place}: a line of blanks: remove it")
+            yield next(checked(json_lines(row.path, io.BytesIO(row.text), row.number)), blank)
+        else:
+            yield place, row
+
+
+class LineFile:
+    """A file of JSON lines, not compressed."""
+
+    window = None
+
+    def __init__(self, path: Path) -> None:
+        """Finds its lines; OSError if it cannot be read."""
+        self.path = path
+        self._starts, self._numbers = find_lines(path)
+
+    def __len__(self) -> int:
+        """How many lines are not empty."""
+        return len(self._numbers)
+
+    def read(self, rows: Sequence[int]) -> list[PlacedRow]:
+        """Lines, as they are in the file."""
+        file, found = os.open(self.path, os.O_RDONLY), []
         try:
-            for file in {*files.tolist()}:
-                opened[file] = os.open(self._paths[file], os.O_RDONLY)
-            for row, file in zip(rows, files.tolist(), strict=True):
-                line = int(row - self._first[file])
-                starts, numbers = self._found[file]
-                start, stop = starts[line : line + 2].tolist()
-                text = os.pread(opened[file], stop - start, start)
-                yield self._paths[file], int(numbers[line]), text
+            for row in rows:
+                start, stop = self._starts[row : row + 2].tolist()
+                line = Unparsed(
+                    self.path, int(self._numbers[row]), os.pread(file, stop - start, start)
+                )
+                found.append((f"{self.path}:{line.number}", line))
         finally:
-            for descriptor in opened.values():
-                os.close(descriptor)
-
-
-def line_rows(lines: Iterable[Line]) -> Iterator[PlacedRow]:
-    """The row of each line."""
-    for path, number, text in lines:
-        blank = f"{path}:{number}", ValueError(f"{path}:{number}: a line of blanks: remove it")
-        yield next(checked(json_lines(path, io.BytesIO(text), number)), blank)
+            os.close(file)
+        return found
 
 
 def find_lines(path: Path) -> tuple[np.ndarray, np.ndarray | range]:

@@ -44,9 +44,8 @@ def packed_rows(
     if not cfg.pack or not len(lengths):
         return np.arange(len(lengths)), len(lengths)
     group = min(group, len(lengths))
-    sizes = np.zeros(-(-len(lengths) // group) * group, np.int32)
-    sizes[: len(lengths)] = lengths
-    sizes = sizes.reshape(-1, group)
+    sizes = np.zeros((-(-len(lengths) // group), group), np.int32)
+    sizes.reshape(-1)[: len(lengths)] = lengths
     longest_first = np.argsort(-sizes, axis=1, kind="stable")
     as_they_come = np.broadcast_to(np.arange(group), sizes.shape)
     ways = [_best_fit(sizes, order, cfg.length, most) for order in (longest_first, as_they_come)]

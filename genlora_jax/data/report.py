@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.forms import names_of
@@ -172,7 +173,8 @@ class Tally:
             ValueError: If more rows are bad than the config allows, or no example is left.
         """
         self.check(source, cfg)
-        counted = ("examples", "tokens", "trained_tokens", "overlong", "without_completion")
+        names = ("examples", "tokens", "trained_tokens", "overlong", "without_completion")
+        counts: dict[str, Any] = {n: self.counts[n] for n in (*names, "rewritten", "mute", "bad")}
         report = Report(
             source=source,
             overlong_are=FATES[cfg.overlong],
@@ -181,7 +183,7 @@ class Tally:
             forms=self.forms,
             unused=[*self.unused],
             first_bad=self.first_bad,
-            **{name: self.counts[name] for name in (*counted, "rewritten", "mute", "bad")},
+            **counts,
         )
         if not report.examples:
             raise ValueError(f"{report.summary}: nothing to train on")

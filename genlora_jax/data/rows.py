@@ -54,6 +54,12 @@ def checked(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row | ValueE
             yield place, ValueError(f"{place}: a row must be a JSON object")
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is not here can be a data set of the hub."""
+    name = source.partition(":")[0]
+    return not Path(name).exists() and not SUFFIX.search(name) and bool(HUB_ID.fullmatch(source))
+
+
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -64,16 +70,38 @@ def _source_rows(source: str) -> Iterator[tuple[str, Any]]:
         if file_kind(path.name) is None:
             raise ValueError(f"{source}: a file of another kind than {FILES}: convert or rename it")
         return file_rows(path)
-    name = source.partition(":")[0]
     if is_remote(source):
         raise FileNotFoundError(f"no such data file: {source}: check the bucket and the path")
-    is_id = HUB_ID.fullmatch(source) and not SUFFIX.search(name)
-    if not is_id and not Path(name).is_dir():
+    if not is_hub_id(source) and not Path(source.partition(":")[0]).is_dir():
         raise FileNotFoundError(f"no such data file: {source}")
     return _hugging_face_rows(source)
 
 
 def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
+    return placed_rows(source, hugging_face_data(source))
+
+
+def placed_rows(source: str, data: Iterable[Any], first: int = 0) -> Iterator[tuple[str, Any]]:
+    """The rows of a Hugging Face data set from a number on, with their places."""
+    number = first
+    try:
+        for number, row in enumerate(data, first + 1):
+            yield f"{source}: row {number}", without_nulls(row)
+    except Exception as error:  # of decoding images, or damaged files
+        raise ValueError(f"{source}: row {number + 1}: {_said(error)}") from error
+
+
+def hugging_face_data(source: str, *, streaming: bool = False) -> Any:
+    """A Hugging Face data set, from the hub or a directory that `datasets` saved.
+
+    Args:
+        source: `ID`, `ID:SPLIT` or the directory.
+        streaming: Whether one of the hub is not downloaded first.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If `datasets` is not installed.
+    """
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
             f"{source} is no file ({FILES}). To read it with Hugging Face datasets: "
@@ -86,17 +114,10 @@ def _hugging_face_rows(source: str) -> Iterator[tuple[str, Any]]:
         if Path(name).is_dir():
             data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, split=split or "train")
-        if isinstance(data, datasets.DatasetDict):
-            data = data[split or "train"]
+            data = datasets.load_dataset(name, split=split or "train", streaming=streaming)
+        return data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
     except Exception as error:  # whatever the library raises, the user named no data set
         raise FileNotFoundError(f"no data at {source}: {_said(error)}") from error
-    number = 0
-    try:
-        for number, row in enumerate(data, 1):
-            yield f"{source}: row {number}", without_nulls(row)
-    except Exception as error:  # of decoding images, or damaged files
-        raise ValueError(f"{source}: row {number + 1}: {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:

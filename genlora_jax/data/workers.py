@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlora_jax.data.config import DataConfig
@@ -19,6 +18,7 @@ from genlora_jax.data.examples import Encoded, Example, joined_examples
 from genlora_jax.data.files import file_kind, json_lines, line_blocks
 from genlora_jax.data.report import Tally
 from genlora_jax.data.rows import checked, rows_or_errors
+from genlora_jax.storage import storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,16 +32,16 @@ def source_pieces(source: str) -> Iterator[Piece]:
 
     Lines are parsed where the piece is read. Other files are parsed here.
     """
-    path = Path(source)
+    path = storage_path(source)
     if path.is_file() and file_kind(path.name) in (".jsonl", ".ndjson"):
         for number, lines in line_blocks(path):
-            yield partial(lines_piece, path, lines, number)
+            yield partial(lines_piece, source, lines, number)
     else:
         for batch in batches_of_rows(rows_or_errors(source)):
             yield partial(iter, batch)
 
 
-def lines_piece(path: Path, lines: bytes, first_line: int) -> Iterator[PlacedRow]:
+def lines_piece(path: Any, lines: bytes, first_line: int) -> Iterator[PlacedRow]:
     """The rows of some lines of a file."""
     return checked(json_lines(path, io.BytesIO(lines), first_line))
 

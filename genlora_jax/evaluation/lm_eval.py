@@ -31,7 +31,7 @@ class GenLoRALM(LM):
         batch_size: Rows of a batch; "auto" for the default.
         max_batch_size: Not used.
         device: Not used: JAX's default device is taken.
-        dtype: Dtype of parameters and computation.
+        dtype: Dtype of parameters and computation; None: float32 on CPUs, else bfloat16.
         seed: Seed of the sampling.
         **options: Passed on to `load_subject`.
     """
@@ -44,7 +44,7 @@ class GenLoRALM(LM):
         batch_size: int | str = ROWS,
         max_batch_size: int | None = None,
         device: str | None = None,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         seed: int = 0,
         **options: Any,
     ):

@@ -1,6 +1,5 @@
 """HiRA's factors (ICLR 2025): the kernel's elements are multiplied with 1 plus a product."""
 
-import functools
 from typing import ClassVar
 
 import jax
@@ -18,13 +17,6 @@ def as_gain(a: jax.Array, b: jax.Array) -> Leaves:
     return {"gain_a": a * a.shape[-2] ** 0.5, "gain_b": b}
 
 
-# Else every layer would keep a delta as large as its kernel for its backward pass. With barriers
-# against CSE, a sharded kernel would be all-gathered once more.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _times_gained(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return x @ (kernel * (a @ b))
-
-
 class HiRA(Kind):
     """`gain_a` `[..., d_in, r]` and `gain_b` `[..., r, d_out]`: `W (1 + gain_a @ gain_b)`."""
 
@@ -37,7 +29,14 @@ class HiRA(Kind):
 
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
         a, b = (leaves[leaf].astype(call.x.dtype) for leaf in self.axes)
-        return call.y + _times_gained(call.x, call.kernel(call.y.dtype), a, b)
+
+        def times_gained(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            return x @ (call.kernel(x.dtype) * (a @ b))
+
+        # Else every layer would keep a delta as large as its kernel for its backward pass. With
+        # barriers against CSE, a sharded kernel would be all-gathered once more.
+        times_gained = jax.checkpoint(times_gained, prevent_cse=call.apart)
+        return call.y + times_gained(call.x, a, b)
 
     def merge(self, kernel: jax.Array, leaves: Leaves) -> jax.Array:
         return kernel * (1 + exact_matmul(leaves["gain_a"], leaves["gain_b"]))

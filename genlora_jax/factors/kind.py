@@ -24,7 +24,9 @@ class DenseCall:
     Attributes:
         x: Inputs of the adapter `[..., d_in]`, after its dropout, in the dtype of `y`.
         y: Output of the Dense `[..., d_out]`.
-        kernel: Returns the frozen kernel `[d_in, d_out]` in a dtype.
+        kernel: Returns the frozen kernel `[d_in, d_out]` in a dtype; reads it anew each time.
+        apart: What is recomputed for the gradient must be kept apart from what it was computed
+            with, or the compiler would keep a dequantised kernel in between.
         bias: The Dense's bias, or None.
         dropped: Whether dropout zeroed some of `x`.
         adapter_index: Int `[batch]`, each row's adapter; None if there is one for all rows.
@@ -33,6 +35,7 @@ class DenseCall:
     x: jax.Array
     y: jax.Array
     kernel: Callable[[Any], jax.Array]
+    apart: bool
     bias: jax.Array | None
     dropped: bool
     adapter_index: jax.Array | None

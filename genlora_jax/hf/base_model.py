@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from genlora_jax.base.quantise import BaseDtype, Quantisation
 from genlora_jax.hf.checkpoint import locate, model_config
 from genlora_jax.hf.load import load_llama
 from genlora_jax.hf.tokenizer import check_rows, end_tokens, load_tokenizer
@@ -24,25 +25,48 @@ class ModelConfig:
 
     Attributes:
         path: Directory, here or at `gs://` or `s3://`, or hub id.
-        dtype: Dtype of the computation.
-        param_dtype: Dtype of the base's parameters.
+        dtype: Dtype of the computation. None: `float32` on CPUs, most of which only emulate
+            bfloat16, else `bfloat16`.
+        param_dtype: Dtype of the base's parameters. None: that of the computation on CPUs, where
+            each step would convert them, else `bfloat16`.
         revision: Branch, tag or commit on the hub.
         scan: Layers scanned (fast to compile), or unrolled (faster on GPUs, which then copy neither
             kernels nor activations from and to stacks). None: unrolled on GPUs.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
             attention (`dots`), or all (`full`).
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
+        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `int8`,
+            `nf4` or `int4`. None: as the checkpoint has them.
+        unquantised: Patterns of modules whose kernels are not quantised.
+        int4_group: Inputs that share a scale in `int4`: 64 or 128.
         shape: The fields of the checkpoint's `config.json`, for planning without it.
     """
 
     path: str
-    dtype: str = "bfloat16"
-    param_dtype: str = "bfloat16"
+    dtype: str | None = None
+    param_dtype: str | None = None
     revision: str | None = None
     scan: bool | None = None
     remat: Remat = "none"
     attention: Attention = "auto"
+    base_dtype: BaseDtype | None = None
+    unquantised: tuple[str, ...] = ("lm_head",)
+    int4_group: int = 64
     shape: LlamaConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        self.quantisation  # noqa: B018
+
+    @property
+    def quantisation(self) -> Quantisation:
+        """How kernels are quantised, if the checkpoint's are not already."""
+        return Quantisation(self.base_dtype or "bf16", self.unquantised, self.int4_group)
+
+    def dtypes(self, platform: str) -> tuple[str, str]:
+        """The dtypes of the computation and of the parameters on `"cpu"`, `"gpu"` or `"tpu"`."""
+        dtype = self.dtype or ("float32" if platform == "cpu" else "bfloat16")
+        return dtype, self.param_dtype or (dtype if platform == "cpu" else "bfloat16")
 
     def scans(self, platform: str) -> bool:
         """Whether layers are scanned on `"cpu"`, `"gpu"` or `"tpu"`."""
@@ -112,6 +136,8 @@ def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], m
     source, tokenizer = found
     stop = tuple(end_tokens(source, tokenizer))
     options = {k: v for k, v in vars(cfg).items() if k not in ("path", "shape")}
-    options["scan"] = cfg.scans(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    options["scan"] = cfg.scans(platform)
+    options["dtype"], options["param_dtype"] = cfg.dtypes(platform)
     model, params = load_llama(source, **options, mesh=mesh)
     return Base(source, tokenizer, stop, model, params)

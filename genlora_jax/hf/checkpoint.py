@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint as a directory: its config and its safetensors, one file or sharded."""
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def locate(
     directory = storage_path(path)
     if directory.is_dir():
         refuse_pointers(directory)
-        return directory  # type: ignore[no-any-return]
+        return directory
     if is_remote(path):
         raise FileNotFoundError(f"{path}: no such directory: check the bucket and the path")
     from huggingface_hub import snapshot_download
@@ -162,7 +163,7 @@ class Checkpoint:
 
     def refuse_changed(self) -> None:
         """Raises OSError if a file in a bucket is another than when its header was read."""
-        remote = {file.file: file.version for file in self._where.values() if file.version}
+        remote: dict[Any, str] = {f.file: f.version for f in self._where.values() if f.version}
         for _ in in_threads(
             lambda file: file[0].refuse_changed(file[1]), remote.items(), REMOTE_WINDOW
         ):
@@ -176,6 +177,11 @@ class Checkpoint:
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._where)
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a tensor's floats; 4 of each for one that is quantised."""
+        entry = self._where[name].entries[name]
+        return math.prod(entry.shape) * (DTYPES[entry.kind].itemsize if entry.kind in DTYPES else 4)
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""

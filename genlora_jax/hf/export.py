@@ -14,6 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.atomic_files import new_directory
+from genlora_jax.base.kernel import read_kernel
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.checkpoint import CONFIG, INDEX, TERMS, locate, model_config, read_json
 from genlora_jax.hf.names import Tensor, natural_order, tensors
 from genlora_jax.hf.tensorfile import (
@@ -54,7 +56,7 @@ def export_hf(
 
     Args:
         out_dir: The directory to make.
-        params: Parameters, merged usually; scanned or unrolled.
+        params: Parameters, merged usually; scanned or unrolled. Quantised kernels are dequantised.
         base: The checkpoint (directory or hub id) that they come from.
         adapter: Directory of the adapter that was merged: if it has a tokenizer or a chat template
             of its own, they take the place of the base's.
@@ -150,11 +152,11 @@ def _fetch(
 
     That is None on CPUs, where NumPy finds it out faster than XLA.
     """
-    if not isinstance(leaf, jax.Array):
-        leaf = jnp.asarray(leaf)
-    on_many = len(leaf.sharding.device_set) > 1
-    if index is not None or transposed or leaf.dtype != kind or on_many:
-        mesh = getattr(leaf.sharding, "mesh", None)
+    leaf = jax.tree.map(jnp.asarray, leaf)
+    sharding, quantised = jax.tree.leaves(leaf)[0].sharding, isinstance(leaf, StoredKernel)
+    on_many = len(sharding.device_set) > 1
+    if index is not None or transposed or quantised or leaf.dtype != kind or on_many:
+        mesh = getattr(sharding, "mesh", None)
         where = replicated(mesh) if on_many and mesh else None
         leaf = _select(leaf, index, kind, transposed, where)
     if on_many and leaf.is_fully_replicated:  # one device's copy is enough
@@ -167,11 +169,15 @@ def _fetch(
 
 @functools.partial(jax.jit, static_argnames=("kind", "transposed", "where"))
 def _select(
-    leaf: jax.Array, index: int | None, kind: np.dtype, transposed: bool, where: Any
+    leaf: Any, index: int | None, kind: np.dtype, transposed: bool, where: Any
 ) -> jax.Array:
     """The tensor at an index of a stacked leaf, or all of a leaf."""
-    value = leaf if index is None else jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-    value = (value.T if transposed else value).astype(kind)
+    if index is not None:
+        leaf = jax.tree.map(
+            lambda part: jax.lax.dynamic_index_in_dim(part, index, keepdims=False), leaf
+        )
+    value = read_kernel(leaf, kind)
+    value = value.T if transposed else value
     return constrain(value, where)
 
 
@@ -187,6 +193,7 @@ def _refuse_not_finite(tensor: Tensor, leaf: Any, kind: np.dtype) -> None:
 def _write_config(source: Path, directory: Path, kind: np.dtype, *, own_head: bool) -> None:
     """Writes the base's config, with the tensors' dtype and whether the head is the embedding."""
     config = read_json(source / CONFIG)
+    config.pop("quantization_config", None)  # what is written is not quantised
     field = "dtype" if "dtype" in config else "torch_dtype"
     config[field] = kind.name
     if own_head and config.get("tie_word_embeddings"):

@@ -67,8 +67,6 @@ def parse_config(file: Path, data: Mapping[str, Any]) -> LlamaConfig:
         raise ValueError(
             f"{file}: model_type {kind!r} is not supported; there are {', '.join(FAMILIES)}"
         )
-    if data.get("quantization_config"):
-        raise ValueError(f"{file}: quantized checkpoints are not supported; take the original")
     for field in SIZES:
         if field not in data:  # `transformers` would fill in the default size of the family
             raise ValueError(f"{file}: field {field!r} is missing")

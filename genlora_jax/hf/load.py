@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax import sharding
+from genlora_jax.base.kernel import store_kernel
+from genlora_jax.base.nf4 import NF4
+from genlora_jax.base.quantise import BaseDtype, Quantisation, quantise
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, locate, model_config
 from genlora_jax.hf.names import Tensor, tensors
+from genlora_jax.hf.ready_made import ReadyMade, open_checkpoint
 from genlora_jax.hf.tensorfile import transpose, transposes_on_host, window
 from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
@@ -38,6 +43,9 @@ def load_llama(
     remat: Remat = "none",
     attention: Attention = "auto",
     mesh: Mesh | None = None,
+    base_dtype: BaseDtype | None = None,
+    unquantised: Sequence[str] = ("lm_head",),
+    int4_group: int = 64,
 ) -> tuple[LlamaForCausalLM, Any]:
     """Loads a LLaMA.
 
@@ -52,6 +60,11 @@ def load_llama(
         attention: See `LlamaForCausalLM`.
         mesh: Devices that shard the parameters as `genlora_jax.sharding` says. Each process reads
             its shard of every tensor; none ever holds the whole model.
+        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised as they are
+            read, to `int8`, `nf4` or `int4`. Embeddings, norms and biases never are. None: as the
+            checkpoint has them.
+        unquantised: Patterns of modules, as of `targets`, whose kernels are not quantised either.
+        int4_group: Inputs that share a scale in `int4`: 64 or 128.
 
     Returns:
         The model and its parameters. Memory holds a handful of tensors beside them at a time.
@@ -62,7 +75,7 @@ def load_llama(
             of another shape, or the mesh does not divide one.
     """
     directory = locate(path, revision=revision, token=token)
-    config, checkpoint = model_config(directory), Checkpoint(directory)
+    config, checkpoint = model_config(directory), open_checkpoint(directory)
     if config.num_hidden_layers > (count := len(checkpoint.names())):
         raise ValueError(
             f"{directory / CONFIG}: num_hidden_layers is {config.num_hidden_layers}, of a model "
@@ -70,8 +83,14 @@ def load_llama(
         )
     config = _with_own_head(checkpoint, config)
     dtype, param_dtype = parse_dtype(dtype), parse_dtype(param_dtype)
+    quantisation = Quantisation(base_dtype or "bf16", tuple(unquantised), int4_group)
     model = LlamaForCausalLM(config, dtype, param_dtype, scan, remat, attention, mesh)
     shapes = parameter_shapes(model)
+    if base_dtype is None and isinstance(checkpoint, ReadyMade):
+        quantisation = checkpoint.quantisation(tensors(shapes))
+    shapes = quantised_shapes(shapes, quantisation)
+    if isinstance(checkpoint, ReadyMade):
+        shapes = checkpoint.shapes(shapes)
     if mesh is not None:
         shapes = sharded_shapes(mesh, shapes)
     order = list(tensors(shapes))
@@ -130,6 +149,11 @@ def _refuse_unknown(directory: Path, names: set[str], config: Any) -> None:
         )
 
 
+def quantised_shapes(shapes: Mapping[str, Any], quantisation: Quantisation) -> Any:
+    """The shapes of parameters whose kernels are quantised."""
+    return jax.eval_shape(lambda params: quantise(params, quantisation), shapes)
+
+
 def sharded_shapes(mesh: Mesh, shapes: Mapping[str, Any]) -> Any:
     """The shapes of parameters, each with its sharding.
 
@@ -148,23 +172,51 @@ def _read_leaves(
     on_host = transposes_on_host()
     leaves: dict[tuple[str, ...], jax.Array] = {}
 
-    def read(tensor: Tensor) -> jax.Array:
-        return _read(checkpoint, tensor, shapes[tensor.path], on_host)
+    def read(tensor: Tensor) -> Any:
+        leaf = shapes[tensor.path]
+        ready = checkpoint if isinstance(checkpoint, ReadyMade) else None
+        if ready is not None and isinstance(leaf, NF4) and ready.has_nf4(tensor.name):
+            return _on_devices(ready.nf4(tensor.name, leaf.dtype), leaf)
+        return _read(checkpoint, tensor, leaf, on_host)
 
-    values = in_threads(read, order, window(checkpoint.directory))
-    for tensor, value in zip(order, values, strict=True):
-        path, transposed = tensor.path, tensor.transposed and not on_host
-        if not on_host and not _fits(value, shapes[path].dtype):  # free where memory is fast
+    # With these bounds, memory holds little more than the largest tensor beside the leaves.
+    sizes = {tensor: checkpoint.size_of(tensor.name) for tensor in order}
+    values = in_threads(
+        read, order, window(checkpoint.directory), sizes.__getitem__, max(sizes.values())
+    )
+    for tensor in order:
+        value, path = next(values), tensor.path
+        stored = isinstance(value, StoredKernel)
+        transposed = tensor.transposed and not on_host and not stored
+        # Free where memory is fast.
+        if not on_host and not stored and not _fits(value, shapes[path].dtype):
             checkpoint.refuse_unfit(tensor.name, checkpoint.read(tensor.name), shapes[path].dtype)
         leaves[path] = _fill(leaves.get(path), value, tensor.index, shapes[path], transposed)
-        leaves[path].block_until_ready()  # or tensors would pile up before the device
+        del value
+        jax.block_until_ready(leaves[path])  # or tensors would pile up before the device
     checkpoint.refuse_changed()
     return leaves
 
 
-def _read(
-    checkpoint: Checkpoint, tensor: Tensor, leaf: jax.ShapeDtypeStruct, on_host: bool
-) -> jax.Array:
+def _on_devices(value: Any, leaf: Any) -> Any:
+    """Parts that every process has read, on all devices."""
+    where = jax.tree.leaves(leaf)[0].sharding
+    if where is None:
+        return jax.tree.map(jnp.asarray, value)
+    whole = NamedSharding(where.mesh, P())
+    return jax.tree.map(
+        lambda part: jax.make_array_from_callback(part.shape, whole, lambda index: part[index]),
+        value,
+    )
+
+
+def _where(leaf: Any) -> Any:
+    """The shardings of a leaf's shape, or of its parts'; None without a mesh."""
+    first = jax.tree.leaves(leaf)[0]
+    return first.sharding and jax.tree.map(lambda part: part.sharding, leaf)
+
+
+def _read(checkpoint: Checkpoint, tensor: Tensor, leaf: Any, on_host: bool) -> jax.Array:
     """One tensor on the devices; `on_host` says whether the host checks and transposes it."""
     transposed = tensor.transposed and on_host
     stored = tensor.shape_in_file(leaf.shape)
@@ -177,10 +229,11 @@ def _read(
             checkpoint.refuse_unfit(tensor.name, rows, leaf.dtype)
         return transpose(rows) if transposed else rows
 
-    where: Any = leaf.sharding
+    where: Any = jax.tree.leaves(leaf)[0].sharding
     if where is None:
         return jax.device_put(read((slice(None),) * len(shape)))
-    if where.mesh.size > 1 or shape != leaf.shape:  # else no copy is needed on the device
+    moved = where.mesh.size > 1 or shape != leaf.shape or isinstance(leaf, StoredKernel)
+    if moved:  # else no copy is needed on the device
         # All devices share the file's rows, so that each is read once in all, or as few times as
         # the number of rows allows. From there the devices send them to where they belong, faster
         # than any disk.
@@ -190,17 +243,18 @@ def _read(
     return jax.make_array_from_callback(shape, where, read)
 
 
-def _fill(
-    filled: jax.Array | None, value: jax.Array, index: int | None, leaf: Any, transposed: bool
-) -> jax.Array:
+def _fill(filled: Any, value: jax.Array, index: int | None, leaf: Any, transposed: bool) -> Any:
     """A leaf with one more tensor in it; `filled` is None before the first, and is donated."""
-    dtype, where = leaf.dtype, leaf.sharding
+    where = _where(leaf)
     if index is not None:
         if filled is None:
-            filled = jnp.zeros(leaf.shape, dtype, device=where)
+            filled = jax.tree.map(
+                lambda part: jnp.zeros(part.shape, part.dtype, device=part.sharding), leaf
+            )
         return _place(filled, value, index, transposed, where)
-    if transposed or value.dtype != dtype or (where is not None and value.sharding != where):
-        return _convert(value, dtype, transposed, where)
+    moved = where is not None and value.sharding != where
+    if transposed or moved or isinstance(leaf, StoredKernel) or value.dtype != leaf.dtype:
+        return _convert(value, leaf, transposed, where)
     return value
 
 
@@ -209,16 +263,18 @@ def _fits(value: jax.Array, dtype: Any) -> jax.Array:
     return jnp.isfinite(value.astype(dtype)).all()
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "transposed", "where"))
-def _convert(value: jax.Array, dtype: Any, transposed: bool, where: Any) -> jax.Array:
-    value = (value.T if transposed else value).astype(dtype)
+@functools.partial(jax.jit, static_argnames=("form", "transposed", "where"))
+def _convert(value: Any, form: Any, transposed: bool, where: Any) -> Any:
+    if not isinstance(value, StoredKernel):
+        value = store_kernel(value.T if transposed else value, form)
     return sharding.constrain(value, where)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "where"), donate_argnums=0)
-def _place(
-    leaf: jax.Array, value: jax.Array, index: int, transposed: bool, where: Any
-) -> jax.Array:
-    value = (value.T if transposed else value).astype(leaf.dtype)
-    updated = jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0)
+def _place(leaf: Any, value: Any, index: int, transposed: bool, where: Any) -> Any:
+    if not isinstance(value, StoredKernel):
+        value = store_kernel(value.T if transposed else value, leaf)
+    updated = jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0), leaf, value
+    )
     return sharding.constrain(updated, where)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings
 from genlora_jax.hf.peft_tensors import Parts
@@ -169,6 +170,11 @@ def _changed(leaf: Any, tensor: Tensor, changes: BaseChanges) -> jax.Array | Non
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise ValueError(
             f"{changes.file} changes {tensor.name}: give the base's parameters, not their shapes"
+        )
+    if isinstance(leaf, StoredKernel):
+        raise ValueError(
+            f"{changes.file} changes {tensor.name}, which is quantised here: name its module in "
+            "model.unquantised"
         )
     old = leaf if tensor.index is None else leaf[tensor.index]
     value = (old.T if tensor.transposed else old).astype(jnp.float32)

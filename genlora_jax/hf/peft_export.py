@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from genlora_jax.atomic_files import new_directory
+from genlora_jax.base.quantise import Quantisation
 from genlora_jax.factors import by_module
 from genlora_jax.factors.kind import Kind, Leaves
 from genlora_jax.hf.checkpoint import CONFIG
@@ -20,6 +21,14 @@ from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.storage import storage_path
 
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+MODEL_CARD = """---
+base_model: {base}
+library_name: peft
+---
+
+Trained on {base} with its kernels quantised to {form}. Load the base in that form, or merge the
+adapter onto kernels dequantised from it: on the original ones it is a little off.
+"""
 SERVED_RANK = 512  # the last of the choices for vLLM's `max_lora_rank`
 
 
@@ -30,6 +39,7 @@ def export_peft(
     *,
     base: str | Path,
     adapter: str | Path | None = None,
+    quantisation: Quantisation | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes factors as a PEFT adapter: LoRA; DoRA or HiRA if the factors are of that kind.
@@ -45,6 +55,8 @@ def export_peft(
         factors: The factors.
         base: Name or path of the base, for PEFT to find it.
         adapter: Directory of the adapter, for a tokenizer or chat template of its own.
+        quantisation: How the base was quantised that the factors were trained on: an adapter's
+            `spec.quantisation`. PEFT's config has no field for it; a `README.md` says it.
         overwrite: Replace an existing directory.
 
     Raises:
@@ -91,6 +103,9 @@ def export_peft(
         config |= {"use_rslora": False, "use_dora": kind.peft_dora, "bias": "none"}
     with new_directory(out_dir, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
+        if quantisation is not None:
+            card = MODEL_CARD.format(base=base, form=quantisation)
+            (directory / "README.md").write_text(card)
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
         if generation:
             (directory / GENERATION).write_text(json.dumps(generation, indent=1) + "\n")

@@ -30,6 +30,12 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 NAMES = {kind: name for name, kind in DTYPES.items()}
+# Those of quantised checkpoints.
+QUANTISED = DTYPES | {
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+}
 REMOTE_WINDOW = 8  # tensors in flight: an answer from a bucket takes a while to begin
 PIECES, NEAR = 32, 1 << 16  # of a remote file: asked for at once; bytes that are fetched as one
 HEADER, LONGEST = 1 << 16, 100_000_000  # bytes: what most headers fit in, and what none exceeds
@@ -78,18 +84,20 @@ class TensorFile:
             if name != "__metadata__"
         }
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(
+        self, name: str, rows: slice = slice(None), kinds: Mapping[str, np.dtype] = DTYPES
+    ) -> np.ndarray:
         """A tensor, or some of its rows (positions on its first axis); other bytes are not read.
 
         Raises:
-            ValueError: If its dtype is none of `DTYPES`, or the file ends too early.
+            ValueError: If its dtype is none of `kinds`, or the file ends too early.
         """
         entry = self.entries[name]
-        if entry.kind not in DTYPES:
+        if entry.kind not in kinds:
             raise ValueError(
                 f"{self.file}: tensor {name} is of dtype {entry.kind}; {', '.join(DTYPES)} are read"
             )
-        kind, shape, skip = DTYPES[entry.kind], entry.shape, 0
+        kind, shape, skip = kinds[entry.kind], entry.shape, 0
         if shape:
             first, last, _ = rows.indices(shape[0])
             skip = first * kind.itemsize * int(np.prod(shape[1:]))

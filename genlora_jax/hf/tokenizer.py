@@ -55,7 +55,7 @@ def load_tokenizer(directory: Path, adapter: str | Path | None = None) -> "PreTr
 def _own_tokenizer(adapter: str | Path | None) -> Path | None:
     if adapter is None or not any((storage_path(adapter) / name).is_file() for name in TOKENIZER):
         return None
-    return storage_path(adapter)  # type: ignore[no-any-return]
+    return storage_path(adapter)
 
 
 def _load(directory: Path) -> "PreTrainedTokenizerFast":

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from genlora_jax.base.kernel import read_kernel
 from genlora_jax.factors.dora import column_norm
 from genlora_jax.factors.kind import Leaves
 from genlora_jax.methods.config import Groups, Kernels
@@ -31,7 +32,13 @@ class DoRAConfig(LoRAConfig):
     ) -> tuple[Groups, Groups]:
         """LoRA's factors, and the norms of the base's columns."""
         trainable, frozen = super().init(key, target, targets, kernels)
-        norms = jnp.concatenate([column_norm(kernel) for kernel in kernels])
+        # A layer at a time: a quantised kernel is dequantised for it.
+        norms = jnp.concatenate(
+            [
+                jax.lax.map(lambda kernel: column_norm(read_kernel(kernel, jnp.float32)), stack)
+                for stack in kernels
+            ]
+        )
         return trainable | {"magnitudes": {target.name: norms}}, frozen
 
     def factors(self, groups: Groups, target: Target, targets: tuple[Target, ...]) -> Leaves:

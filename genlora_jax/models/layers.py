@@ -10,6 +10,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from genlora_jax.base.kernel import product
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.mesh import BATCH
 from genlora_jax.models.attention import Attention, attend
 from genlora_jax.models.config import LlamaConfig
@@ -37,6 +39,29 @@ class RMSNorm(nn.Module):
         return wide.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
+class Dense(nn.Dense):
+    """A Dense whose kernel may be quantised.
+
+    Attributes:
+        apart: Whether layers are neither in a loop nor recomputed; see `product`.
+    """
+
+    apart: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[..., d_in]` to `[..., d_out]` in `dtype`."""
+        kernel: Any = self.get_variable("params", "kernel")
+        if not isinstance(kernel, StoredKernel):
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        y = product(x.astype(self.dtype), kernel, apart=self.apart)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """What every module of a layer is built from."""
@@ -46,6 +71,7 @@ class Blueprint:
     param_dtype: Any
     attention: Attention
     mesh: Mesh | None
+    apart: bool = False
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """Activations `[batch, ...]` sharded over the mesh: the batch, and the last axes as named.
@@ -85,10 +111,11 @@ class Blueprint:
         """A projection of x, which `remat="dots"` keeps."""
         return checkpoint_name(self.dense(features, bias, name)(x), PROJECTION)
 
-    def dense(self, features: int, bias: bool, name: str | None = None) -> nn.Dense:
+    def dense(self, features: int, bias: bool, name: str | None = None) -> Dense:
         """A Dense layer."""
-        return nn.Dense(
+        return Dense(
             features,
+            apart=self.apart,
             use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

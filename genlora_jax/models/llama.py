@@ -116,7 +116,10 @@ class LlamaForCausalLM(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        blueprint = Blueprint(self.config, self.dtype, self.param_dtype, self.attention, self.mesh)
+        apart = not self.scan and self.remat == "none"
+        blueprint = Blueprint(
+            self.config, self.dtype, self.param_dtype, self.attention, self.mesh, apart
+        )
         self.model = LlamaModel(blueprint, self.scan, self.remat)
         if not self.config.tie_word_embeddings:
             self.lm_head = blueprint.dense(self.config.vocab_size, False)

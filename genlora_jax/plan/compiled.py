@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import init_adapter
-from genlora_jax.hf.load import sharded_shapes
+from genlora_jax.hf.load import quantised_shapes, sharded_shapes
 from genlora_jax.mesh import BATCH, MeshConfig, make_mesh
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Topology
@@ -61,16 +61,19 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
     Raises:
         ValueError: If the mesh does not divide the model or the batch.
     """
+    platform = mesh.devices.flat[0].platform
+    dtype, param_dtype = recipe.model.dtypes(platform)
     model = LlamaForCausalLM(
         model_shape(recipe),
-        dtype=jnp.dtype(recipe.model.dtype),
-        param_dtype=jnp.dtype(recipe.model.param_dtype),
-        scan=recipe.model.scans(mesh.devices.flat[0].platform),
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        scan=recipe.model.scans(platform),
         remat=recipe.model.remat,
         attention=recipe.model.attention,
         mesh=mesh,
     )
     shapes = parameter_shapes(model.clone(mesh=None))
+    shapes = quantised_shapes(shapes, recipe.model.quantisation)
     params = sharded_shapes(mesh, shapes)
     optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
     adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), shapes)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.models.attention import choose, keeps_scores
-from genlora_jax.plan.sizes import FLOAT32, Step, shard_values
+from genlora_jax.plan.sizes import FLOAT32, Step, shard_bytes, shard_values
 from genlora_jax.sharding import factor_specs, param_specs, state_specs
 
 # Derived: three int32 (ids, segments, positions) and one bool (the loss's mask).
@@ -51,10 +52,10 @@ def argument_bytes(step: Step) -> int:
     adapter, mesh = step.shapes.adapter, step.mesh
     trained = shard_values(mesh, adapter.trainable, state_specs(adapter.trainable))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(adapter.frozen))
-    base = shard_values(mesh, step.shapes.params, param_specs(step.shapes.params))
+    base = shard_bytes(mesh, step.shapes.params, param_specs(step.shapes.params))
     batch = step.tokens * step.recipe.train.accumulate
     state = FLOAT32 * (COPIES_OF_TRAINED * trained + frozen)
-    return base * _stored_bytes(step) + state + BATCH_BYTES_PER_TOKEN * batch
+    return base + state + BATCH_BYTES_PER_TOKEN * batch
 
 
 def temporary_bytes(step: Step) -> int:
@@ -69,13 +70,9 @@ def temporary_bytes(step: Step) -> int:
     return peak + _transposed_values(step) * _stored_bytes(step)
 
 
-def _platform(step: Step) -> str:
-    return "tpu" if step.chip.tpu else "gpu"
-
-
 def _stored_bytes(step: Step) -> int:
     """Bytes of a value of the base."""
-    return jnp.dtype(step.recipe.model.param_dtype).itemsize
+    return jnp.dtype(step.recipe.model.dtypes(step.platform)[1]).itemsize
 
 
 def _kept_bytes(step: Step) -> int:
@@ -86,7 +83,7 @@ def _kept_bytes(step: Step) -> int:
         return cfg.num_hidden_layers * (step.tokens * cfg.hidden_size * step.width // tensor)
     if model.remat == "dots":
         return cfg.num_hidden_layers * _values(step, KEPT_BY_DOTS) * step.width
-    if not model.scans(_platform(step)):
+    if not model.scans(step.platform):
         kept = _values(step, KEPT_UNROLLED) * step.width + _score_bytes(step)
         return cfg.num_hidden_layers * kept
     swiglu = SWIGLU_ACTIVATIONS * cfg.intermediate_size * step.width
@@ -120,7 +117,7 @@ def _packed_bytes(step: Step) -> int:
 def _score_bytes(step: Step) -> int:
     """Bytes of attention's scores in float32, their softmax, and their gradient in float32."""
     supported = step.chip.tpu or step.width < FLOAT32  # cuDNN's takes half precision
-    if not keeps_scores(choose(step.recipe.model.attention, _platform(step), supported=supported)):
+    if not keeps_scores(choose(step.recipe.model.attention, step.platform, supported=supported)):
         return 0
     heads = step.rows * step.config.num_attention_heads // step.mesh.tensor
     return heads * step.recipe.data.length**2 * (FLOAT32 + step.width + FLOAT32)
@@ -133,7 +130,9 @@ def _layer_bytes(step: Step) -> int:
     deltas = deltas // step.config.num_hidden_layers * step.width // step.mesh.tensor
     recomputed = _activation_bytes(step) if step.recipe.model.remat == "full" else 0
     gathered = _gathered_copies(step) * step.layer_bytes
-    return gathered + recomputed + deltas + _packed_bytes(step)
+    # A layer's kernels are dequantised together, or gathered so.
+    dequantised = step.dequantised_values * step.width // step.mesh.tensor
+    return max(gathered, dequantised) + recomputed + deltas + _packed_bytes(step)
 
 
 def _head_bytes(step: Step) -> int:
@@ -154,9 +153,13 @@ def _gathered_copies(step: Step) -> int:
 
 def _transposed_values(step: Step) -> int:
     """Values of the kernels that the compiler keeps a second time, transposed."""
-    if not step.recipe.model.scans(_platform(step)) or (step.mesh.fsdp == 1 and not step.chip.tpu):
+    if not step.recipe.model.scans(step.platform) or (step.mesh.fsdp == 1 and not step.chip.tpu):
         return 0
     pattern = TRANSPOSED_ON_TPU if step.chip.tpu else TRANSPOSED_ON_GPU
     layers: dict[tuple[str, ...], Any] = flatten_dict(step.shapes.params["model"]["layers"])
-    kernels = {path: x for path, x in layers.items() if pattern.fullmatch(".".join(path[-2:]))}
+    kernels = {
+        path: leaf
+        for path, leaf in layers.items()
+        if pattern.fullmatch(".".join(path[-2:])) and not isinstance(leaf, StoredKernel)
+    }
     return shard_values(step.mesh, kernels, flatten_dict(param_specs(unflatten_dict(kernels))))

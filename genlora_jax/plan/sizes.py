@@ -2,15 +2,19 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from genlora_jax.adapter import Adapter, generate_factors, init_adapter
+from genlora_jax.base.stored import StoredKernel
 from genlora_jax.factors import by_module
 from genlora_jax.hf.checkpoint import CONFIG, locate, model_config
+from genlora_jax.hf.load import quantised_shapes
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
@@ -43,7 +47,8 @@ class Shapes:
 def shapes_of(recipe: Recipe) -> Shapes:
     """The shapes of a recipe's base, adapter and factors."""
     config = model_shape(recipe)
-    params = parameter_shapes(LlamaForCausalLM(config))
+    model = LlamaForCausalLM(config, param_dtype=jnp.dtype(recipe.model.dtypes("tpu")[1]))
+    params = quantised_shapes(parameter_shapes(model), recipe.model.quantisation)
     adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), params)
     factors = jax.eval_shape(lambda a: generate_factors(recipe.adapter, a), adapter)
     return Shapes(config, params, adapter, factors)
@@ -51,11 +56,22 @@ def shapes_of(recipe: Recipe) -> Shapes:
 
 def shard_values(mesh: MeshConfig, tree: Any, specs: Any) -> int:
     """Values that one chip holds of a tree that is sharded as its specs say."""
+    return sum(shards(mesh, tree, specs, lambda _: 1))
 
-    def count(leaf: Any, spec: Any) -> int:
-        return leaf.size // math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
 
-    return sum(jax.tree.leaves(jax.tree.map(count, tree, specs)))
+def shard_bytes(mesh: MeshConfig, tree: Any, specs: Any) -> int:
+    """Bytes that one chip holds of such a tree."""
+    return sum(shards(mesh, tree, specs, lambda leaf: leaf.dtype.itemsize))
+
+
+def shards(mesh: MeshConfig, tree: Any, specs: Any, size: Callable[[Any], int]) -> list[int]:
+    """What one chip holds of each array, where `size` is that of a value."""
+
+    def held(leaf: Any, spec: Any) -> int:
+        parts = math.prod(getattr(mesh, axis) for axis in spec if axis is not None)
+        return leaf.size * size(leaf) // parts
+
+    return jax.tree.leaves(jax.tree.map(held, tree, specs))
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ class Step:
         return self.shapes.config
 
     @property
+    def platform(self) -> str:
+        """What JAX calls the chips."""
+        return "tpu" if self.chip.tpu else "gpu"
+
+    @property
     def rows(self) -> int:
         """Rows of a micro-batch in one shard of the batch."""
         shards = self.mesh.data * self.mesh.fsdp * self.recipe.train.accumulate
@@ -89,7 +110,7 @@ class Step:
     @property
     def width(self) -> int:
         """Bytes of a value in the dtype of the computation."""
-        return jnp.dtype(self.recipe.model.dtype).itemsize
+        return jnp.dtype(self.recipe.model.dtypes(self.platform)[0]).itemsize
 
     @property
     def passes(self) -> int:
@@ -99,7 +120,15 @@ class Step:
     @property
     def layers_values(self) -> int:
         """Parameters of all layers."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params["model"]["layers"]))
+        layers: dict[Any, Any] = flatten_dict(self.shapes.params["model"]["layers"])
+        return sum(leaf.size for leaf in layers.values())
+
+    @property
+    def dequantised_values(self) -> int:
+        """Values of the quantised kernels of one layer."""
+        layers: dict[Any, Any] = flatten_dict(self.shapes.params["model"]["layers"])
+        stored = [leaf.size for leaf in layers.values() if isinstance(leaf, StoredKernel)]
+        return sum(stored) // self.config.num_hidden_layers
 
     @property
     def layer_bytes(self) -> int:

@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from genlora_jax.adapter_files import spec_to_json
 from genlora_jax.atomic_files import disk_full
+from genlora_jax.base.quantise import Quantisation
 from genlora_jax.methods import config_from_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.storage import is_remote
@@ -242,6 +243,14 @@ class Checkpoints:
                 raise _MisfitError(
                     f"{place} was trained on another base: the {part} of model.path differ"
                 )
+        stored = settings["base"].get("quantisation")
+        then, now = stored and Quantisation(**stored), state.adapter.spec.quantisation
+        if then != now:
+            raise _MisfitError(
+                f"{place} was trained on a base in {then or 'bf16'}; the recipe's is in "
+                f"{now or 'bf16'}. Set model.base_dtype to what it was, or start a new run from "
+                "its adapter, with train.init_from"
+            )
         for field, digest in self._origin.items():
             if saved.get(ORIGIN, {}).get(field, digest) != digest:
                 raise _MisfitError(

@@ -38,11 +38,11 @@ class Feed:
         self._batches.close()
         self._maker.shutdown(cancel_futures=True)
 
-    def take(self, running: jax.Array | None = None) -> Any:
+    def take(self, running: Any = None) -> Any:
         """The next batch.
 
         Args:
-            running: What the device computes before it needs the batch.
+            running: An array that the device computes before it needs the batch.
         """
         while len(self._made) < AHEAD:
             self._made.append(self._maker.submit(self._make))

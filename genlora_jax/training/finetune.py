@@ -56,7 +56,7 @@ def finetune(recipe: Recipe) -> int | None:
         processes.join(settings.heartbeat)
     primary = processes.is_primary()
     print_line = print if primary else lambda _: None
-    claim = claimed if primary else contextlib.nullcontext
+    claim: Any = claimed if primary else lambda _: contextlib.nullcontext(dict)  # no check
     with claim(recipe):  # checked now, before minutes of loading, and again when it is made
         source = check_start(recipe.adapter, settings.init_from)
     processes.keep_logs(settings.output)
@@ -72,7 +72,7 @@ def finetune(recipe: Recipe) -> int | None:
         Path(settings.output).mkdir(parents=True, exist_ok=True)
     with claim(recipe) as held:
         source = source or "the initial adapter"
-        return run_in_output(recipe, run, state, source, print_line, held or dict)
+        return run_in_output(recipe, run, state, source, print_line, held)
 
 
 def run_in_output(
@@ -171,7 +171,7 @@ def train(
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
         with pace.step(step):
-            batch = batches.take(pending and pending["loss"])
+            batch = batches.take(None if pending is None else pending["loss"])
             state, metrics = train_step(state, params, batch)
             # Reading the metrics of the step before does not keep the device waiting.
             if pending is not None:

@@ -1,6 +1,5 @@
 """Processes: how those of a run find one another, share values, and stop on a signal."""
 
-import atexit
 import contextlib
 import functools
 import os
@@ -100,8 +99,6 @@ def keep_logs(output: str) -> None:
     devices = ", ".join(map(str, jax.local_devices()))
     heading = f"process {index} of {count}, {os.getpid()} on {socket.gethostname()}: {devices}"
     keep_log(f"{output}/{LOGS}/process-{index}.log", heading)
-    # Before the log ends: it has its say if another process is lost.
-    atexit.register(jax.distributed.shutdown)
 
 
 def gather_to_primary(tree: Any) -> Any:

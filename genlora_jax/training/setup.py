@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from genlora_jax.adapter import Adapter, init_adapter
-from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_config, spec_to_json
+from genlora_jax.adapter_files import config_fingerprint, load_adapter, load_spec, spec_to_json
 from genlora_jax.compression import lora_from_factors
 from genlora_jax.data.packing import Batch
 from genlora_jax.data.sources import Source
@@ -98,8 +97,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     steps = run_length(recipe, objective.train_batches(source, recipe.data), print_line)
     base = load_base(recipe.model, (directory, tokenizer), mesh)
     print_line(f"attention: {base.attention}")
-    lengths = [recipe.data.length] if source.lengths is None else source.lengths
-    longest = int(np.max(lengths))
+    longest = 0 if source.lengths is None else int(source.lengths.max())  # 0: nobody knows
     if longest > (positions := base.model.config.max_position_embeddings):
         print_line(
             f"note: the longest example has {longest:,} tokens, but the model was made for "
@@ -172,7 +170,7 @@ def check_start(cfg: AdapterConfig, source: str | None) -> str | None:
             f"train.init_from: {source} is a run: several processes need its adapter's directory"
         )
     if not is_peft(source):
-        if difference := adapter_difference(cfg, config_to_json(load_config(source))):
+        if difference := adapter_difference(cfg, config_to_json(load_spec(source).config)):
             raise ValueError(f"train.init_from: {source} was made {difference}")
     elif not cfg.starts_from_peft:
         raise ValueError(

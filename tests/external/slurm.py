@@ -39,7 +39,10 @@ SlurmctldLogFile={here}/slurmctld.log
 SlurmdLogFile={here}/slurmd.log
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=15
+KillWait=60
+# What SLURM tells a step once more, a minute after a timeout, would meet the new one, which has the
+# same number: the two minutes before a job starts again are cut here.
+MessageTimeout=100
 SchedulerParameters=batch_sched_delay=1,bf_interval=1,sched_interval=1
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=spot Nodes={host} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
@@ -131,8 +134,7 @@ def starts_again(job, here):
     """Waits until the job has put itself back; SLURM's two minutes before it starts are cut."""
     text = (here / "job.txt").read_text
     wait_until(lambda: state_of(job) == "PENDING", 90, lambda: state_of(job) + text())
-    # What SLURM does to a step after KillWait would meet the new one, which has the same number.
-    said("scontrol", "update", f"JobId={job}", "StartTime=now+20")
+    said("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
 
 def test_two_tasks_train_together_and_go_on_whatever_ends_them(cluster, tmp_path):

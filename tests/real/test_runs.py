@@ -182,6 +182,8 @@ def test_two_commands_do_not_write_one_output(tmp_path):
             with pytest.raises(FileExistsError, match="being written by another command"):
                 refuse_existing(tmp_path / "out", overwrite=overwrite)
     assert listing(tmp_path) == {"out/result.txt": b"first"}
+    with pytest.raises(FileExistsError, match=r"out exists: .*--overwrite in a command"):
+        refuse_existing(tmp_path / "out", overwrite=False)
     with (
         pytest.raises(FileExistsError, match="made by something else meanwhile"),
         new_directory(tmp_path / "other"),

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import genlora_jax as gl
+from genlora_jax.base.quantise import BaseDtype
 from genlora_jax.hf.tokenizer import load_tokenizer
 from genlora_jax.training.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
@@ -68,12 +69,22 @@ def batch(rows: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def ours(model_path: Path, text: Path, arm: Arm) -> dict[str, Any]:
+def ours(
+    model_path: Path,
+    text: Path,
+    arm: Arm,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    base_dtype: BaseDtype | None = None,
+) -> dict[str, Any]:
     """Trains an arm with this library."""
     train, held = read_rows(model_path, text)
-    model, params = gl.load_llama(model_path, dtype="float32", param_dtype="float32", scan=False)
-    adapter = gl.init_adapter(arm.config, jax.random.key(0), params)
-    optimizer = make_optimizer(OptimConfig(learning_rate=arm.learning_rate), STEPS)
+    model, params = gl.load_llama(
+        model_path, dtype="float32", param_dtype="float32", scan=False, base_dtype=base_dtype
+    )
+    adapter = gl.init_adapter(arm.config, jax.random.key(seed), params)
+    optimizer = make_optimizer(OptimConfig(learning_rate=arm.learning_rate), steps)
     state = init_state(adapter, optimizer)
     step = make_train_step(model, arm.config, optimizer)
     eval_step = make_eval_step(model)
@@ -81,7 +92,7 @@ def ours(model_path: Path, text: Path, arm: Arm) -> dict[str, Any]:
     factors = gl.generate_factors(arm.config, adapter)
     before = evaluate(eval_step, params, factors, held_batches)
     seconds = []
-    for rows in train:
+    for rows in train[:steps]:
         began = time.perf_counter()
         state, metrics = step(state, params, batch(rows))
         metrics["loss"].block_until_ready()
@@ -96,8 +107,16 @@ def ours(model_path: Path, text: Path, arm: Arm) -> dict[str, Any]:
     }
 
 
-def peft(model_path: Path, text: Path, arm: Arm, seed: int = 0) -> dict[str, Any]:
-    """Trains LoRA with PyTorch and PEFT on the same batches."""
+def peft(
+    model_path: Path,
+    text: Path,
+    arm: Arm,
+    seed: int = 0,
+    *,
+    steps: int = STEPS,
+    **load: Any,
+) -> dict[str, Any]:
+    """Trains LoRA with PyTorch and PEFT on the same batches; `load` are options of the base."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -105,11 +124,11 @@ def peft(model_path: Path, text: Path, arm: Arm, seed: int = 0) -> dict[str, Any
     train, held = read_rows(model_path, text)
     cfg = arm.config
     torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32, **load)
     lora = LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules="all-linear")
     model = get_peft_model(model, lora)
     trained = [p for p in model.parameters() if p.requires_grad]
-    schedule = learning_rate_schedule(OptimConfig(learning_rate=arm.learning_rate), STEPS)
+    schedule = learning_rate_schedule(OptimConfig(learning_rate=arm.learning_rate), steps)
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
 
     def held_out() -> float:
@@ -120,7 +139,7 @@ def peft(model_path: Path, text: Path, arm: Arm, seed: int = 0) -> dict[str, Any
         return float(np.mean(losses))
 
     before, seconds = held_out(), []
-    for i, rows in enumerate(train):
+    for i, rows in enumerate(train[:steps]):
         began = time.perf_counter()
         ids = torch.tensor(rows).long()
         model(input_ids=ids, labels=ids).loss.backward()

@@ -2,8 +2,8 @@
 
     python -m train.benchmarks.input_pipeline [--rows 10000000] [--counted 300000]
 
-No device is used. Lengths are log-normal about 130 tokens; tokens lie in a memory-mapped file. Pods
-are simulated process after process: each makes its rows of the batches, which are counted.
+No device is used. Lengths are log-normal about 130 tokens. Pods are simulated process by process:
+each makes its rows of the batches, which are counted.
 """
 
 import argparse
@@ -24,7 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from genlora_jax.data.batches import Batches
+from genlora_jax.data.cache import INDEX, CacheSource
+from genlora_jax.data.cache_writing import Shards
 from genlora_jax.data.config import DataConfig
+from genlora_jax.data.examples import Encoded
 from genlora_jax.data.packing import Batch, max_in_row
 from genlora_jax.data.sources import Part
 from genlora_jax.training.provenance import provenance
@@ -41,12 +44,12 @@ LENGTH = 512
 class Synthetic:
     """Rows of made-up lengths, whose tokens are the row's number."""
 
-    def __init__(self, rows: int, *, known: bool = True, tokens: np.ndarray | None = None):
+    def __init__(self, rows: int, *, known: bool = True):
         normal = np.random.default_rng(0).standard_normal(rows, np.float32)
         self.sizes = np.clip(np.exp(normal * 0.5 + math.log(130)), 8, LENGTH).astype(np.int32)
         self.lengths = self.sizes if known else None
         self.mean_length = float(self.sizes[:100_000].mean())
-        self.parts, self.fingerprint, self.tokens = (Part(rows),), "synthetic", tokens
+        self.parts, self.fingerprint = (Part(rows),), "synthetic"
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -56,12 +59,7 @@ class Synthetic:
 
     def example(self, row: int) -> dict[str, np.ndarray]:
         size = self.sizes[row]
-        if self.tokens is None:
-            ids = np.full(size, row, np.int32)
-        else:  # rows lie at random places of the file
-            start = row * 7919 % (len(self.tokens) - LENGTH)
-            ids = np.array(self.tokens[start : start + size])
-        return {"input_ids": ids, "loss_mask": np.ones(size, bool)}
+        return {"input_ids": np.full(size, row, np.int32), "loss_mask": np.ones(size, bool)}
 
 
 def config(batch_size: int, length: int = LENGTH) -> DataConfig:
@@ -113,13 +111,22 @@ def planning(rows: int) -> dict[str, Any]:
     }
 
 
-def rate(rows: int, batches: int = 400) -> dict[str, Any]:
-    """Tokens/s of batches of 16 rows, padding included, from a file of 400 MB."""
+def write_cache(directory: Path, rows: int) -> None:
+    """A cache as `genlora tokenize` writes it, of random tokens."""
+    shards, rng, sizes = Shards(directory), np.random.default_rng(0), Synthetic(rows).sizes
+    for some in np.array_split(sizes, -(-rows // 50_000)):
+        tokens = rng.integers(0, 100_000, int(some.sum()), np.uint32)
+        shards.write(Encoded(tokens, some, np.ones(len(some), np.int32)))
+    shards.close()
+    index = {"rows": [rows], "shards": shards.tokens, "fingerprint": "random", "report": ""}
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def rate(rows: int = 1_000_000, batches: int = 400) -> dict[str, Any]:
+    """Tokens/s of batches of 16 rows, padding included, from a cache of 580 MB."""
     with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "tokens"
-        np.random.default_rng(0).integers(0, 50_000, 100_000_000, np.int32).tofile(file)
-        source = Synthetic(rows, tokens=np.memmap(file, np.int32))
-        made = Batches(source, config(16))
+        write_cache(Path(directory), rows)
+        made = Batches(CacheSource(directory), config(16))
         next(made)
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(batches):
@@ -222,7 +229,7 @@ def main() -> None:
     parser.add_argument("--counted", type=int, default=300_000, help="rows that a pod counts")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"planning": planning(arguments.rows), "padding": padding()}
-    result["rate"] = rate(arguments.rows) | {"assumed_tokens_per_second": DEVICE}
+    result["rate"] = rate() | {"assumed_tokens_per_second": DEVICE}
     pods = {"known": pod_of_known, "slots": pod_of_slots}
     result["pods"] = {
         kind: {str(count): pod(arguments.counted, count) for count in PODS}

@@ -32,12 +32,38 @@ def build(options: argparse.Namespace, device: str) -> Any:
     with torch.device(device):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    if options.nf4:
+        _to_nf4(model, device)
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS)
     model = get_peft_model(model, lora).train()
     return torch.compile(model) if options.compile else model
+
+
+def _to_nf4(model: Any, device: str) -> None:
+    """The linear layers but the head in bitsandbytes' NF4 with double quantisation."""
+    import bitsandbytes as bnb
+    import torch
+
+    for module in list(model.model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is not torch.nn.Linear:
+                continue
+            new = bnb.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            new.weight = bnb.nn.Params4bit(
+                layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+            )
+            setattr(module, name, new.to(device))
+    model.is_loaded_in_4bit = True
 
 
 def main() -> None:
@@ -48,7 +74,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    for name in ("liger", "checkpointing", "compile"):
+    for name in ("liger", "checkpointing", "compile", "nf4"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     import torch

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from genlora_jax.base.quantise import Quantisation
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.sharding import constrain, param_specs
@@ -64,6 +65,7 @@ def _size(
 
 SIZES = {
     "llama-8b": _size(4096, 14336, 32, 32, 8, 128256, (1, 2048)),
+    "llama-70b": _size(8192, 28672, 80, 64, 8, 128256, (1, 2048)),
     "llama3.2-1b": _size(2048, 8192, 16, 32, 8, 128256, (2, 2048)),
     "llama-1b": _size(2048, 5632, 22, 32, 4, 32000, (2, 2048)),  # TinyLlama
     "small": _size(1024, 2816, 4, 16, 16, 8192, (2, 256)),
@@ -72,7 +74,11 @@ SIZES = {
 
 
 def random_base(
-    size: Size, mesh: Mesh | None = None, *, scan: bool = True
+    size: Size,
+    mesh: Mesh | None = None,
+    *,
+    scan: bool = True,
+    quantisation: Quantisation | None = None,
 ) -> tuple[LlamaForCausalLM, Any]:
     """A model that recomputes everything in its backward pass, and random parameters for it.
 
@@ -80,6 +86,7 @@ def random_base(
         size: Its shape.
         mesh: Devices over which the parameters are sharded; None for one device.
         scan: Whether its layers are stacked.
+        quantisation: How its layers' kernels are quantised, one after another; on one device.
 
     Returns:
         The model and its parameters, the same on every mesh.
@@ -99,27 +106,33 @@ def random_base(
     for i, (path, leaf) in enumerate(flatten_dict(shapes).items()):
         key = jax.random.fold_in(jax.random.key(0), i)
         where = None if mesh is None else NamedSharding(mesh, specs[path])
-        flat[path] = _draw(key, leaf.shape, path[-1], where)
+        form = quantisation if path[-1] == "kernel" and path[0] != "lm_head" else None
+        flat[path] = _draw(key, leaf.shape, path[-1], where, form)
     return model, unflatten_dict(flat)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "name", "where"))
+@functools.partial(jax.jit, static_argnames=("shape", "name", "where", "form"))
 def _draw(
-    key: jax.Array, shape: tuple[int, ...], name: str, where: NamedSharding | None
-) -> jax.Array:
+    key: jax.Array,
+    shape: tuple[int, ...],
+    name: str,
+    where: NamedSharding | None,
+    form: Quantisation | None = None,
+) -> Any:
     """A parameter: norms 1, matrices N(0, 1 / d_in), a stack of them a layer at a time."""
     if len(shape) == 3:
         each = None if where is None else NamedSharding(where.mesh, P(*where.spec[1:]))
         # The random bits of a whole stack would take several times its memory.
         layers = jax.lax.map(
-            lambda layer_key: _draw(layer_key, shape[1:], name, each),
+            lambda layer_key: _draw(layer_key, shape[1:], name, each, form),
             jax.random.split(key, shape[0]),
         )
         return constrain(layers, where)
     if name == "scale":
         return constrain(jnp.ones(shape, jnp.bfloat16), where)
     d_in = shape[-1] if name == "embedding" else shape[-2]
-    return constrain(d_in**-0.5 * jax.random.normal(key, shape, jnp.bfloat16), where)
+    value = d_in**-0.5 * jax.random.normal(key, shape, jnp.bfloat16)
+    return constrain(value, where) if form is None else form.kernel(value)
 
 
 def random_batch(size: Size, segments: int = 2) -> dict[str, np.ndarray]:

@@ -1,0 +1,87 @@
+"""Which kernels of a base are quantised, and how."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from genlora_jax.base.int4 import GROUPS, Int4
+from genlora_jax.base.int8 import Int8
+from genlora_jax.base.nf4 import NF4
+from genlora_jax.base.stored import StoredKernel
+from genlora_jax.targets import matching, split_layer
+from genlora_jax.validation import require, require_choice
+
+BaseDtype = Literal["bf16", "int8", "nf4", "int4"]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a base stores its kernels.
+
+    Embeddings, norms and biases are no kernels and stay as they are.
+
+    Attributes:
+        form: `int8`, `nf4` or `int4`.
+        unquantised: Patterns of modules whose kernels stay as they are too; see
+            `TargetSelection`. One that the base lacks is no error: its head may be tied.
+        group: Inputs that share a scale in `int4`: 64 or 128.
+    """
+
+    form: BaseDtype
+    unquantised: tuple[str, ...] = ("lm_head",)
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field at fault."""
+        require_choice("base_dtype", self.form, ("bf16", "int8", "nf4", "int4"))
+        require_choice("int4_group", self.group, GROUPS)
+        object.__setattr__(self, "unquantised", tuple(self.unquantised))
+        listed = all(isinstance(pattern, str) for pattern in self.unquantised)
+        require(listed, f"unquantised must be a list of patterns, got {self.unquantised!r}")
+
+    def __str__(self) -> str:
+        group = f" in groups of {self.group}" if self.form == "int4" else ""
+        left = [f", not {name}" for name in self.unquantised if name != "lm_head"]
+        return "".join([self.form, group, *left])
+
+    def kernel(self, kernel: jax.Array) -> Any:
+        """A kernel `[..., d_in, d_out]` in this form."""
+        if self.form == "int4":
+            return Int4.of(kernel, kernel.dtype, self.group)
+        form: Any = {"int8": Int8, "nf4": NF4}[self.form]
+        return form.of(kernel, kernel.dtype)
+
+    def quantises(self, names: Any) -> set[str]:
+        """Of dotted module names without layer index, those whose kernels are quantised."""
+        kept = [matching(pattern, names) for pattern in self.unquantised]
+        return set() if self.form == "bf16" else set(names).difference(*kept)
+
+
+def quantise(params: Mapping[str, Any], quantisation: Quantisation) -> Any:
+    """A base's parameters with quantised kernels; under `jax.eval_shape`, their shapes."""
+    flat = flatten_dict(dict(params))
+    names = {path: split_layer(path[:-1])[0] for path in flat if path[-1] == "kernel"}
+    chosen = quantisation.quantises(set(names.values()))
+    return unflatten_dict(
+        {
+            path: quantisation.kernel(leaf) if names.get(path) in chosen else leaf
+            for path, leaf in flat.items()
+        }
+    )
+
+
+def quantisation_of(params: Mapping[str, Any]) -> Quantisation | None:
+    """How a base's kernels are quantised; None if none is.
+
+    Its `unquantised` names the modules whose kernels are not.
+    """
+    flat = {path: leaf for path, leaf in flatten_dict(dict(params)).items() if path[-1] == "kernel"}
+    stored = [leaf for leaf in flat.values() if isinstance(leaf, StoredKernel)]
+    if not stored:
+        return None
+    plain = {path[-2] for path, leaf in flat.items() if not isinstance(leaf, StoredKernel)}
+    form: Any = stored[0].name
+    return Quantisation(form, tuple(sorted(plain)), getattr(stored[0], "group", GROUPS[0]))

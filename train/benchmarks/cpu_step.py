@@ -1,0 +1,138 @@
+"""A training step on CPUs: recipes as they ship beside PyTorch with PEFT, processes in turn.
+
+    python -m train.benchmarks.cpu_step --model SmolLM2-135M --text grimm.txt --rows 4 --length 128
+
+Every arm is a process of its own, and all arms are run `--rounds` times, one after another. Ours
+are `genlora finetune` on the text, packed, with a recipe that names model, data, adapter and length
+alone. The first round's compilations are kept, so that later rounds are a second start.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from train.benchmarks.measuring import RESULTS, write_result
+
+PEFT = "PEFT, LoRA r=8"
+ADAPTERS = {
+    "LoRA r=8": {
+        "class_path": "genlora_jax.LoRAConfig",
+        "init_args": {"rank": 8, "alpha": 16.0},
+    },
+    "GenLoRA r=10 g=16": {
+        "class_path": "genlora_jax.GenLoRAConfig",
+        "init_args": {"rank": 10, "alpha": 20.0, "group_size": 16},
+    },
+}
+
+
+def peft(options: argparse.Namespace) -> None:
+    """Times steps of PEFT's LoRA on random tokens, and prints when each ended."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    model = get_peft_model(model, lora).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(0, model.config.vocab_size, (options.rows, options.length))
+    for _ in range(options.steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print("step", time.time(), flush=True)
+
+
+def run_peft(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The arm of PEFT, in a process."""
+    began = time.time()
+    command = [sys.executable, "-m", "train.benchmarks.cpu_step", "--peft"]
+    for name in ("model", "text", "rows", "length", "steps"):
+        command += [f"--{name}", str(getattr(options, name))]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    ends = [float(line.split()[1]) for line in out.splitlines() if line.startswith("step ")]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
+    return {"first_step_s": ends[0] - began, "step_s": statistics.median(seconds)}
+
+
+def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, float]:
+    """An arm of ours: `genlora finetune`, in a process."""
+    output = folder / f"run-{time.time()}"
+    recipe = folder / "recipe.yaml"
+    data = {"train": str(folder / "rows.jsonl"), "length": options.length}
+    settings = {
+        "model": {"path": str(options.model)},
+        "data": data | {"batch_size": options.rows, "overlong": "split"},
+        "adapter": ADAPTERS[name],
+        "train": {"output": str(output), "steps": options.steps, "progress": False},
+    }
+    recipe.write_text(yaml.safe_dump(settings))
+    began = time.time()
+    command = [sys.executable, "-m", "genlora_jax.cli", "finetune", "--config", str(recipe)]
+    compiled = 0.0
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout or ():
+            if line.startswith("compiled in"):
+                compiled = time.time() - began
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed")
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    # The first record's time holds the compilation, the last one's the end of the run.
+    rates = [r["tokens"] / r["tokens_per_second"] for r in records if "tokens_per_second" in r]
+    seconds = statistics.median(rates[1:-1])
+    return {"first_step_s": compiled + seconds, "step_s": seconds}
+
+
+def main() -> None:
+    """Runs all arms, prints a table and writes the result."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peft", action="store_true", help="be the process of PEFT")
+    options = parser.parse_args()
+    if options.peft:
+        peft(options)
+        return
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEFT, *ADAPTERS)}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        parts = [part.strip() for part in options.text.read_text().split("\n\n")]
+        rows = [json.dumps({"text": part}) for part in parts if part]
+        (folder / "rows.jsonl").write_text("\n".join(rows))
+        for _ in range(options.rounds):
+            runs[PEFT].append(run_peft(options, folder))
+            for name in ADAPTERS:
+                runs[name].append(run_ours(options, folder, name))
+    shape = {name: getattr(options, name) for name in ("rows", "length", "steps", "rounds")}
+    file = RESULTS / f"cpu_step_{options.model.name}.json"
+    write_result(file, {"model": options.model.name, **shape, "arms": runs})
+    table = Table("arm", "step, s", "over PEFT's rate", "first step, s", "second start, s")
+    of_peft = min(run["step_s"] for run in runs[PEFT])
+    for name, found in runs.items():
+        step = min(run["step_s"] for run in found)
+        firsts = [f"{run['first_step_s']:.1f}" for run in (found[0], found[-1])]
+        table.add_row(name, f"{step:.3f}", f"{of_peft / step:.2f}", *firsts)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
