@@ -203,9 +203,12 @@ def test_no_dequantised_kernel_is_kept_for_the_backward_pass(scan):
     def loss(adapter, params):
         return gl.apply(model, params, gl.generate_factors(LORA, adapter), ids).sum()
 
-    compiled = jax.jit(jax.grad(loss)).lower(adapter, params).compile()
-    kernels = sum(4 * x.size for x in jax.tree.leaves(dequantised(params["model"]["layers"])))
-    assert compiled.memory_analysis().temp_size_in_bytes < kernels / 3
+    lowered = jax.jit(jax.grad(loss)).lower(adapter, params)
+    if scan:
+        kernels = sum(4 * x.size for x in jax.tree.leaves(dequantised(params["model"]["layers"])))
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < kernels / 3
+    else:  # XLA for CPUs drops these barriers, and keeps what it finds to be computed twice
+        assert lowered.as_text().count("optimization_barrier") >= 7 * sizes["num_hidden_layers"]
 
 
 def test_sharded_parts_are_cut_as_kernels_are():
@@ -267,28 +270,28 @@ def test_an_adapter_remembers_its_base_and_a_mismatch_is_said(base, trained):
 
 
 def test_merging_is_onto_the_dequantised_base(base, trained, run_main, tmp_path):
-    path, _, params, factors = trained
+    path, _, _, factors = trained
     status, out, _ = run_main(
         cli.main, "merge", "--base", base, "--adapter", path, "--out", tmp_path / "merged"
     )
     assert status == 0, out
     assert "onto the kernels dequantised from nf4" in out
     _, merged = gl.load_llama(tmp_path / "merged", param_dtype=jnp.float32)
-    plain = jax.tree.map(lambda x: read_kernel(x, jnp.float32), params, is_leaf=is_stored)
-    expected = flatten_dict(gl.merge(plain, factors))
+    _, params = gl.load_llama(base, param_dtype=jnp.float32, base_dtype="nf4")
+    expected = flatten_dict(gl.merge(dequantised(params), factors))
     for leaf, value in flatten_dict(merged).items():
-        np.testing.assert_allclose(
-            value, expected[leaf], atol=2e-2 if leaf[-1] != "kernel" else 1e-6
-        )
+        np.testing.assert_allclose(value, expected[leaf], atol=1e-6)
 
 
 def test_merging_onto_the_original_says_how_logits_differ(base, trained, run_main, tmp_path):
     path, _, _, factors = trained
     arguments = ("merge", "--base", base, "--adapter", path, "--out", tmp_path / "merged")
-    status, _, err = run_main(cli.main, *arguments, "--onto", "original")
+    message = (
+        r"kernels in nf4 and is merged onto the original ones\. Logits of 64 random tokens differ"
+    )
+    with pytest.warns(UserWarning, match=message):
+        status, _, err = run_main(cli.main, *arguments, "--onto", "original")
     assert status == 0, err
-    assert "trained on kernels in nf4 and is merged onto the original ones" in err
-    assert "Logits of 64 random tokens differ by" in err
     _, merged = gl.load_llama(tmp_path / "merged", param_dtype=jnp.float32)
     _, plain = gl.load_llama(base, param_dtype=jnp.float32)
     expected = flatten_dict(gl.merge(plain, factors))
@@ -400,7 +403,8 @@ def test_a_checkpoint_of_bitsandbytes_is_read_to_the_bit(ready_made, double):
         np.testing.assert_array_equal(read(whole[int(name[2])]), value)
     ids = np.arange(12).reshape(1, 12)
     logits = model.apply({"params": params}, ids)
-    np.testing.assert_allclose(logits, torch_logits(peer.float(), ids), atol=2e-2)
+    expected = torch_logits(peer, ids)  # which computes in bfloat16
+    np.testing.assert_allclose(logits, expected, atol=2**-6 * np.abs(expected).max())
 
 
 def test_fp8_is_read_as_it_is_scaled(tmp_path):
@@ -419,8 +423,9 @@ def test_fp8_is_read_as_it_is_scaled(tmp_path):
         blocks = torch.rand(-(-down // 16), -(-across // 16)) + 0.5
         scale = {"q_proj": torch.tensor(0.5), "k_proj": torch.rand(down, 1) + 0.5}
         given = scale.get(name.split(".")[-2], blocks)
-        wide = given.repeat_interleave(16, 0).repeat_interleave(16, 1)[:down, :across]
-        wide = wide if given is blocks else given
+        wide = given
+        if given is blocks:
+            wide = given.repeat_interleave(16, 0).repeat_interleave(16, 1)[:down, :across]
         expected[name] = (codes.float() * wide).numpy()
         suffix = "weight_scale_inv" if given is blocks else "weight_scale"
         tensors |= {name: codes, name.replace("weight", suffix): given}

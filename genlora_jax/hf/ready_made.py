@@ -145,7 +145,7 @@ class ReadyMade(Checkpoint):
 
     def _scaled(self, name: str, value: np.ndarray, rows: slice) -> np.ndarray:
         """FP8 times its scale: one of a tensor, of each row, or of each block."""
-        found = [name + suffix for suffix in (SCALE, INVERSE) if name + suffix in super().names()]
+        found = [name + suffix for suffix in (SCALE, INVERSE) if name + suffix in self._where]
         if not found:
             raise ValueError(f"{self.file(name)}: tensor {name} is FP8 and has no {name}{SCALE}")
         scale = self._stored(found[0]).astype(np.float32)
