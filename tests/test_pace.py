@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from genlora_jax.training import pace
+from genlora_jax.training import pace, processes
 from genlora_jax.training.pace import Watchdog
 
 
@@ -119,3 +121,18 @@ def test_a_log_in_a_bucket_is_written_whole_at_the_end_and_taken_up_again(tmp_pa
     for count in (4, 8):
         _, lines = speak(tmp_path, "", scheme="file://")  # to fsspec a URL like any other
         assert len(lines) == count
+
+
+def test_processes_that_read_other_files_are_told_apart(monkeypatch):
+    rows = []
+
+    def gather(row):  # the second process's row beside this one's
+        rows.append(row)
+        return np.stack([row, row if len(rows) == 1 else row + 1])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "host_names", lambda: ["host-0", "host-1"])
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    with pytest.raises(ValueError, match=r"data.train is not the same in process 1 \(host-1\)"):
+        processes.check_same({"model.path": "a", "data.train": "b"})
+    assert len(rows) == 2
