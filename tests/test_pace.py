@@ -19,10 +19,15 @@ def watchdog(monkeypatch):
     """One that has seen steps of a hundredth of a second, and waits for 0.2 s."""
     monkeypatch.setattr(pace, "SHORTEST", 0.2)
     monkeypatch.setattr(pace, "GIL_SECONDS", 0.2)
+    return used_to(0.01)
+
+
+def used_to(seconds):
+    """A watchdog that has seen steps of so many seconds."""
     found = Watchdog()
     for step in range(pace.FEWEST):
         with found.step(step):
-            time.sleep(0.01)
+            time.sleep(seconds)
     return found
 
 
@@ -59,17 +64,18 @@ def test_a_step_that_hangs_outside_python_shows_them_as_well(watchdog, capfd):
 
 
 def test_what_hangs_before_any_step_is_usual_and_what_is_ten_times_it_are_told_apart(
-    watchdog, capfd, monkeypatch
+    capfd, monkeypatch
 ):
     monkeypatch.setattr(pace, "SHORTEST", 0.0)
+    watchdog = used_to(0.1)
     with watchdog.step(11):
-        time.sleep(0.06)  # six times the median
+        time.sleep(0.3)  # three times the median
     fresh = Watchdog()
     with fresh.step(1):  # compiles
         time.sleep(0.3)
     assert capfd.readouterr().err == ""
     with watchdog.step(12):
-        time.sleep(0.4)
+        time.sleep(1.5)
     assert "step 12 has not ended" in capfd.readouterr().err
 
 
