@@ -144,7 +144,7 @@ def _interceptor(
             x=x,
             y=y,
             kernel=functools.partial(read_kernel, kernel),
-            apart=isinstance(kernel, StoredKernel) and getattr(module, "apart", True),
+            prevent_cse=isinstance(kernel, StoredKernel) and getattr(module, "prevent_cse", True),
             bias=module.get_variable("params", "bias") if module.use_bias else None,
             dropped=dropout > 0.0,
             adapter_index=adapter_index,

@@ -11,7 +11,7 @@ import numpy as np
 
 from genlora_jax.adapter_files import load_spec
 from genlora_jax.base.quantise import BaseDtype, Quantisation, quantisation_of
-from genlora_jax.hf.checkpoint import checkpoint_dtype
+from genlora_jax.hf.checkpoint import CONFIG, checkpoint_dtype, read_json
 from genlora_jax.hf.export import export_hf
 from genlora_jax.hf.load import load_llama, parse_dtype
 from genlora_jax.hf.peft_import import is_peft, load_onto
@@ -41,13 +41,18 @@ def merge_files(
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
         base_dtype: How the base was quantised when the adapter was trained; by default what the
-            adapter says.
+            adapter says, which also counts for the rest where the form is the same.
         onto: The kernels that the adapter was trained on, or those of the checkpoint.
         overwrite: Replace an existing directory.
 
     Returns:
         What was written, in words.
+
+    Raises:
+        ValueError: If the original kernels are asked for and the checkpoint has quantised ones.
     """
+    if onto == "original":
+        _refuse_quantised(source)
     changed_generation_config(source, adapter)  # refuses a tokenizer that does not fit
     stored_dtype = checkpoint_dtype(source)
     out_dtype = parse_dtype(dtype or stored_dtype)
@@ -55,7 +60,7 @@ def merge_files(
     with jax.numpy_dtype_promotion("standard"):
         merge_dtype = jnp.promote_types(stored_dtype, out_dtype)
     trained_on = None if is_peft(adapter) else load_spec(adapter).quantisation
-    if base_dtype is not None:
+    if base_dtype is not None and (trained_on is None or trained_on.form != base_dtype):
         trained_on = Quantisation(base_dtype)
 
     def load(quantisation: Quantisation | None) -> tuple[LlamaForCausalLM, Any, Any]:
@@ -69,8 +74,10 @@ def merge_files(
         model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype, **options)
         return load_onto(adapter, model, params, source)
 
-    if onto == "original" and trained_on is not None:
-        trained = _logits(*load(trained_on))
+    quantised = trained_on is not None and trained_on.form != "bf16"
+    compared = trained_on if quantised and onto == "original" else None
+    if compared is not None:
+        trained = _logits(*load(compared))
         with warnings.catch_warnings():  # that the base is stored otherwise: this says more
             warnings.filterwarnings("ignore", message=".* was trained on a base in ")
             model, params, factors = load(Quantisation("bf16"))
@@ -78,11 +85,21 @@ def merge_files(
         model, params, factors = load(trained_on)
     quantisation = quantisation_of(params)
     merged = merge(params, factors, donate=True)
-    if onto == "original" and trained_on is not None:
-        _warn_of_difference(trained, _logits(model, merged, {}), trained_on)
+    if compared is not None:
+        _warn_of_difference(trained, _logits(model, merged, {}), compared)
     export_hf(out, merged, base=source, adapter=adapter, dtype=out_dtype, overwrite=overwrite)
     onto_what = f", onto the kernels dequantised from {quantisation}" if quantisation else ""
     return f"{out} ({out_dtype}{onto_what})"
+
+
+def _refuse_quantised(source: Path) -> None:
+    """Raises ValueError if a checkpoint is quantised, and so does not hold the original kernels."""
+    if made := read_json(source / CONFIG).get("quantization_config"):
+        method = made.get("quant_method") if isinstance(made, dict) else made
+        raise ValueError(
+            f"--onto original: {source} is itself quantised (quant_method {method!r}) and does not "
+            "hold the original kernels; leave it out, or give the original model as --base"
+        )
 
 
 def _logits(model: LlamaForCausalLM, params: Any, factors: Mapping[str, Any]) -> np.ndarray:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import jax
@@ -12,7 +14,7 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from tiny_base import write_base
 from tiny_models import TINY, perturb, random_llama, torch_logits
@@ -25,10 +27,12 @@ from genlora_jax.base.kernel import read_kernel
 from genlora_jax.base.nf4 import NF4, SCALES
 from genlora_jax.base.quantise import Quantisation, quantisation_of, quantise
 from genlora_jax.base.stored import StoredKernel, block_absmax
+from genlora_jax.hf.ready_made import open_checkpoint, stated_quantisation
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.plan.chips import CHIPS
 from genlora_jax.plan.compiled import build
 from genlora_jax.plan.estimate import estimate
+from genlora_jax.plan.sizes import shapes_of
 from genlora_jax.settings import parse
 from genlora_jax.sharding import check_params, named, param_specs
 from genlora_jax.training import finetune
@@ -37,6 +41,7 @@ from genlora_jax.training.recipe import Recipe
 FORMS = ("int8", "nf4", "int4")
 EACH = [("int8", True), ("nf4", False), ("int4", True)]  # form, and whether layers are scanned
 LORA = gl.LoRAConfig(rank=2)
+DOWN = "model.layers.0.mlp.down_proj.weight"
 # 64 divides these, as it does all real models' sizes.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
 
@@ -299,6 +304,45 @@ def test_merging_onto_the_original_says_how_logits_differ(base, trained, run_mai
         np.testing.assert_allclose(value, expected[leaf], atol=1e-6)
 
 
+def test_onto_original_in_full_precision_compares_nothing(base, run_main, tmp_path, recwarn):
+    model, params = gl.load_llama(base)
+    adapter = perturb(gl.init_adapter(LORA, jax.random.key(0), params))
+    gl.save_adapter(tmp_path / "adapter", LORA, adapter, model=model)
+    paths = ("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    options = ("--onto", "original", "--base_dtype", "bf16")
+    status, _, err = run_main(cli.main, "merge", *paths, *options)
+    assert status == 0, err
+    assert not [w for w in recwarn if "is merged onto the original" in str(w.message)]
+
+
+def test_onto_original_is_refused_where_the_checkpoint_is_quantised(
+    ready_made, trained, run_main, tmp_path
+):
+    path, _ = ready_made(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    paths = ("--base", path, "--adapter", trained[0], "--out", tmp_path / "merged")
+    status, _, err = run_main(cli.main, "merge", *paths, "--onto", "original")
+    assert status
+    assert "is itself quantised (quant_method 'bitsandbytes')" in err
+
+
+def test_repeating_the_form_keeps_what_the_adapter_knows(base, run_main, tmp_path):
+    options = {"base_dtype": "int4", "int4_group": 128, "unquantised": ["lm_head", "o_proj"]}
+    model, params = gl.load_llama(base, **options)
+    adapter = perturb(gl.init_adapter(LORA, jax.random.key(0), params))
+    gl.save_adapter(tmp_path / "adapter", LORA, adapter, model=model)
+    paths = ("--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    status, out, err = run_main(cli.main, "merge", *paths, "--base_dtype", "int4")
+    assert status == 0, err
+    assert "dequantised from int4 in groups of 128, not o_proj" in out
+
+
+def test_a_peft_export_without_a_base_has_a_card_without_front_matter(trained, run_main, tmp_path):
+    arguments = ("--adapter", trained[0], "--out", tmp_path / "peft")
+    status, _, err = run_main(cli.main, "export-peft", *arguments)
+    assert status == 0, err
+    assert (tmp_path / "peft" / "README.md").read_text().startswith("Trained on a base with")
+
+
 def test_a_peft_export_says_how_the_base_was_quantised(trained, run_main, tmp_path):
     out = tmp_path / "peft"
     arguments = ("--adapter", trained[0], "--out", out, "--base", "some/base")
@@ -438,6 +482,35 @@ def test_fp8_is_read_as_it_is_scaled(tmp_path):
         np.testing.assert_array_equal(leaf, value.T)
 
 
+def test_blocks_of_fp8_as_many_as_rows_are_blocks(tmp_path):
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 8]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    codes = torch.randn(16, 32).to(torch.float8_e4m3fn)  # 32 = 4 * 8: 4 x 4 blocks of 16 rows
+    blocks = torch.rand(4, 4) + 0.5
+    save_torch({"w": codes, "w_scale_inv": blocks}, tmp_path / "model.safetensors")
+    wide = blocks.repeat_interleave(4, 0).repeat_interleave(8, 1)
+    checkpoint = open_checkpoint(tmp_path)
+    np.testing.assert_array_equal(checkpoint.read("w"), codes.float() * wide)
+    np.testing.assert_array_equal(checkpoint.read("w", slice(3, 9)), (codes.float() * wide)[3:9])
+
+
+@pytest.mark.parametrize(("double", "part"), [(True, "nested_absmax"), (False, "absmax")])
+def test_scales_of_nf4_that_are_not_finite_are_refused(ready_made, tmp_path, double, part):
+    made, _ = ready_made(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    path = shutil.copytree(made, tmp_path / "damaged")
+    tensors, name = load_file(path / "model.safetensors"), f"{DOWN}.{part}"
+    tensors[name] = np.full_like(tensors[name], np.inf)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model.safetensors: tensor {name} holds a NaN or an"):
+        gl.load_llama(path)
+
+
+def test_the_size_of_a_tensor_in_nf4_is_that_of_its_floats(ready_made):
+    made, _ = ready_made(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    checkpoint = open_checkpoint(made)
+    assert checkpoint.size_of(DOWN) == checkpoint.read(DOWN).nbytes
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -483,6 +556,39 @@ def test_the_plan_counts_the_parts_of_quantised_kernels(form, tmp_path):
         for leaf in jax.tree.leaves((program.state, program.params, program.batch))
     )
     assert estimate(recipe, CHIPS["v5e"], mesh).arguments == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_plan_counts_a_checkpoint_of_bitsandbytes_as_it_is_read(ready_made, tmp_path, double):
+    path, _ = ready_made(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    model = {"path": str(path), "param_dtype": "float32"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(PLANNED | {"model": model}))
+    recipe = parse(Recipe, ["--config", str(tmp_path / "recipe.yaml")])
+    _, params = gl.load_llama(path, param_dtype=jnp.float32)
+    planned = shapes_of(recipe).params
+    assert jax.tree.structure(planned) == jax.tree.structure(params)
+    for got, read in zip(*map(jax.tree.leaves, (planned, params)), strict=True):
+        assert (got.shape, got.dtype) == (read.shape, read.dtype)
+    compiled = build(recipe, make_mesh(MeshConfig(data=8))).params
+    assert [leaf.size for leaf in jax.tree.leaves(planned)] == [
+        leaf.size for leaf in jax.tree.leaves(compiled)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "left"),
+    [
+        (None, {"lm_head"}),
+        (["lm_head", "model.layers.1.mlp"], {"lm_head", "up_proj", "down_proj"}),
+        (["q_proj"], {"q_proj"}),
+    ],
+)
+def test_the_modules_that_a_config_skips_are_left(skipped, left):
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    found = stated_quantisation(Path("config.json"), settings | {"llm_int8_skip_modules": skipped})
+    ends = {"lm_head": "lm_head", "q_proj": "model.layers.self_attn.q_proj"}
+    ends |= {name: f"model.layers.mlp.{name}" for name in ("up_proj", "down_proj")}
+    assert found.quantises(ends.values()) == {ends[name] for name in ends.keys() - left}
 
 
 def test_a_sweep_trains_several_adapters_over_one_quantised_base():

@@ -29,7 +29,7 @@ def store_kernel(kernel: jax.Array, like: Any) -> Any:
     return like.store(kernel) if isinstance(like, StoredKernel) else kernel.astype(like.dtype)
 
 
-def product(x: jax.Array, stored: Any, *, apart: bool = False) -> jax.Array:
+def product(x: jax.Array, stored: Any, *, prevent_cse: bool = False) -> jax.Array:
     """`x @ kernel` in the dtype of x.
 
     A quantised kernel is dequantised for this product alone, and once more for its gradient: kept
@@ -38,8 +38,8 @@ def product(x: jax.Array, stored: Any, *, apart: bool = False) -> jax.Array:
     Args:
         x: `[..., d_in]`.
         stored: As for `read_kernel`, `[d_in, d_out]`.
-        apart: Keep the compiler from finding that the two are the same and keeping the first. A
-            loop over layers, or one that recomputes them, does so already.
+        prevent_cse: True where layers are unrolled and nothing is rematerialised: XLA would
+            otherwise merge the forward and backward dequantisation and keep the float kernel.
     """
 
     def multiply(x: jax.Array, stored: Any) -> jax.Array:
@@ -47,5 +47,5 @@ def product(x: jax.Array, stored: Any, *, apart: bool = False) -> jax.Array:
         return jax.lax.dot_general(x, read_kernel(stored, x.dtype), dimensions)
 
     if isinstance(stored, StoredKernel):
-        multiply = jax.checkpoint(multiply, prevent_cse=apart)
+        multiply = jax.checkpoint(multiply, prevent_cse=prevent_cse)
     return multiply(x, stored)

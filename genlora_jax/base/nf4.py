@@ -1,7 +1,7 @@
 """NF4 with double quantisation (QLoRA, arXiv 2305.14314), with bitsandbytes' values.
 
 A block of 64 inputs of an output has 16 levels, the quantiles of a normal distribution, and the
-block's largest magnitude for a scale. These scales, less their mean, are quantised too: in blocks
+block's largest magnitude for a scale. These scales, minus their mean, are quantised too: in blocks
 of 256, by 8-bit numbers of a sign, an exponent and a fraction.
 
 bitsandbytes cuts the flat weight `[out, in]` into blocks. Where 64 divides `d_in`, those are the

@@ -58,7 +58,7 @@ class DoRA(Kind):
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
         change = low_rank_change(call, leaves)
         if call.dropped:  # as in PEFT, the dropped inputs' part of the output is rescaled
-            read = jax.checkpoint(lambda x: x @ call.kernel(x.dtype), prevent_cse=call.apart)
+            read = jax.checkpoint(lambda x: x @ call.kernel(x.dtype), prevent_cse=call.prevent_cse)
             base = read(call.x)
         else:
             base = call.y if call.bias is None else call.y - _row(call.bias, call.y)

@@ -35,7 +35,7 @@ class HiRA(Kind):
 
         # Else every layer would keep a delta as large as its kernel for its backward pass. With
         # barriers against CSE, a sharded kernel would be all-gathered once more.
-        times_gained = jax.checkpoint(times_gained, prevent_cse=call.apart)
+        times_gained = jax.checkpoint(times_gained, prevent_cse=call.prevent_cse)
         return call.y + times_gained(call.x, a, b)
 
     def merge(self, kernel: jax.Array, leaves: Leaves) -> jax.Array:

@@ -25,8 +25,9 @@ class DenseCall:
         x: Inputs of the adapter `[..., d_in]`, after its dropout, in the dtype of `y`.
         y: Output of the Dense `[..., d_out]`.
         kernel: Returns the frozen kernel `[d_in, d_out]` in a dtype; reads it anew each time.
-        apart: What is recomputed for the gradient must be kept apart from what it was computed
-            with, or the compiler would keep a dequantised kernel in between.
+        prevent_cse: True where the kernel is quantised, layers are unrolled and nothing is
+            rematerialised: XLA would otherwise merge the forward and backward dequantisation and
+            keep the float kernel.
         bias: The Dense's bias, or None.
         dropped: Whether dropout zeroed some of `x`.
         adapter_index: Int `[batch]`, each row's adapter; None if there is one for all rows.
@@ -35,7 +36,7 @@ class DenseCall:
     x: jax.Array
     y: jax.Array
     kernel: Callable[[Any], jax.Array]
-    apart: bool
+    prevent_cse: bool
     bias: jax.Array | None
     dropped: bool
     adapter_index: jax.Array | None

@@ -21,13 +21,15 @@ from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.storage import storage_path
 
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-MODEL_CARD = """---
+FRONT_MATTER = """---
 base_model: {base}
 library_name: peft
 ---
 
-Trained on {base} with its kernels quantised to {form}. Load the base in that form, or merge the
-adapter onto kernels dequantised from it: on the original ones it is a little off.
+"""
+MODEL_CARD = """Trained on {base} with its kernels quantised to {form}.
+Load the base in that form, or merge the adapter onto kernels dequantised from it: on the original
+ones it is a little off.
 """
 SERVED_RANK = 512  # the last of the choices for vLLM's `max_lora_rank`
 
@@ -104,7 +106,9 @@ def export_peft(
     with new_directory(out_dir, overwrite=overwrite) as directory:
         save_file(arrays, directory / TENSORS, metadata={"format": "pt"})
         if quantisation is not None:
-            card = MODEL_CARD.format(base=base, form=quantisation)
+            card = MODEL_CARD.format(base=base or "a base", form=quantisation)
+            if base:
+                card = FRONT_MATTER.format(base=base) + card
             (directory / "README.md").write_text(card)
         (directory / SETTINGS).write_text(json.dumps(config, indent=1) + "\n")
         if generation:

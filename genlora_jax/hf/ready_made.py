@@ -7,11 +7,11 @@ codes and scales are taken as they are.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -75,6 +75,29 @@ def refuse_other_formats(file: Path, settings: Any) -> None:
     raise ValueError(f"{file}: quantized by {found}, which is not read; take the original ({READ})")
 
 
+def stated_quantisation(file: Path, settings: Any) -> Quantisation:
+    """How kernels are quantised already, by a config's `quantization_config` alone.
+
+    Raises:
+        ValueError: If it is in a way that is not read.
+    """
+    refuse_other_formats(file, settings)
+    if settings["quant_method"] != "bitsandbytes":
+        return Quantisation("bf16")
+    # Parts of modules' paths, with the index of a layer: there, the module is left in all layers.
+    skipped = settings.get("llm_int8_skip_modules") or ["lm_head"]
+    parts = [re.escape(split_layer(tuple(name.split(".")))[0]) for name in skipped]
+    return Quantisation("nf4", tuple(rf"(.*\.)?{part}(\..*)?" for part in parts))
+
+
+def with_plain_scales(leaf: Any) -> Any:
+    """The shapes of a kernel in NF4 whose scales are not quantised in turn; others as they are."""
+    if not isinstance(leaf, NF4):
+        return leaf
+    absmax = leaf.absmax.update(dtype=np.float32)
+    return dataclasses.replace(leaf, absmax=absmax, nested=None, offset=None)
+
+
 class ReadyMade(Checkpoint):
     """A checkpoint with quantised tensors, which reads as the one it was made from."""
 
@@ -129,6 +152,11 @@ class ReadyMade(Checkpoint):
                 beside |= {name + SCALE, name + INVERSE}
         return names - beside
 
+    def size_of(self, name: str) -> int:
+        if name not in self._states:
+            return super().size_of(name)
+        return math.prod(self._states[name]["shape"]) * LEVELS.itemsize
+
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._states:
             super().check_shape(name, shape)
@@ -151,18 +179,19 @@ class ReadyMade(Checkpoint):
         scale = self._stored(found[0]).astype(np.float32)
         shape = self._where[name].entries[name].shape
         first, last, _ = rows.indices(shape[0])
-        if scale.size == 1:
+        down, across = self._block
+        # Blocks first: of some sizes there are as many as rows.
+        if down and scale.shape == (-(-shape[0] // down), -(-shape[1] // across)):
+            scale = scale[np.arange(first, last) // down].repeat(across, axis=1)[:, : shape[1]]
+        elif scale.size == 1:
             scale = scale.reshape(1, 1)
-        elif scale.size == shape[0]:
+        elif scale.shape in ((shape[0],), (shape[0], 1)):
             scale = scale.reshape(-1, 1)[first:last]
         else:
-            down, across = self._block
-            if not down or scale.shape != (-(-shape[0] // down), -(-shape[1] // across)):
-                raise ValueError(
-                    f"{self.file(name)}: tensor {found[0]} has shape {scale.shape}, which is not "
-                    f"one scale for each block of weight_block_size {self._block}"
-                )
-            scale = scale[np.arange(first, last) // down].repeat(across, axis=1)[:, : shape[1]]
+            raise ValueError(
+                f"{self.file(name)}: tensor {found[0]} has shape {scale.shape}, which is not one "
+                f"scale for each block of weight_block_size {self._block}"
+            )
         return value.astype(np.float32) * scale
 
     def _scales(self, name: str) -> np.ndarray:
@@ -209,17 +238,17 @@ class ReadyMade(Checkpoint):
         """Shapes of parameters, for tensors in NF4 whose scales are not quantised in turn."""
         flat = flatten_dict(shapes)
         for tensor in tensors(shapes):
-            leaf = flat[tensor.path]
-            if not isinstance(leaf, NF4) or not self.has_nf4(tensor.name):
-                continue
-            if not self._states[tensor.name].get("nested_blocksize"):
-                absmax = jax.ShapeDtypeStruct(leaf.absmax.shape, np.float32)
-                leaf = dataclasses.replace(leaf, absmax=absmax, nested=None, offset=None)
-            flat[tensor.path] = leaf
+            state = self._states.get(tensor.name, {})
+            if self.has_nf4(tensor.name) and not state.get("nested_blocksize"):
+                flat[tensor.path] = with_plain_scales(flat[tensor.path])
         return unflatten_dict(flat)
 
     def nf4(self, name: str, dtype: Any) -> NF4:
-        """A tensor in NF4 as a kernel in NF4, of NumPy arrays."""
+        """A tensor in NF4 as a kernel in NF4, of NumPy arrays.
+
+        Raises:
+            ValueError: If its scales are not finite, or a weight would not be in the dtype.
+        """
         state = self._states[name]
         d_out, d_in = state["shape"]
         packed = self._stored(name).reshape(d_out, -1, RUN // 2)
@@ -231,5 +260,8 @@ class ReadyMade(Checkpoint):
         if state.get("nested_blocksize"):
             nested = self._stored(f"{name}.nested_absmax")
             offset = np.float32(state["nested_offset"])
+            self.refuse_unfit(f"{name}.nested_absmax", nested, nested.dtype)
+        # The largest level is 1: where its scale is finite, so is a weight.
+        self.refuse_unfit(f"{name}.absmax", self._scales(name), dtype)
         codes = np.ascontiguousarray(codes.reshape(d_out, -1).T)
         return NF4(codes, np.ascontiguousarray(absmax.T), nested, offset, d_in, dtype)

@@ -43,10 +43,11 @@ class Dense(nn.Dense):
     """A Dense whose kernel may be quantised.
 
     Attributes:
-        apart: Whether layers are neither in a loop nor recomputed; see `product`.
+        prevent_cse: True where layers are unrolled and nothing is rematerialised: XLA would
+            otherwise merge the forward and backward dequantisation and keep the float kernel.
     """
 
-    apart: bool = False
+    prevent_cse: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -55,7 +56,7 @@ class Dense(nn.Dense):
         if not isinstance(kernel, StoredKernel):
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        y = product(x.astype(self.dtype), kernel, apart=self.apart)
+        y = product(x.astype(self.dtype), kernel, prevent_cse=self.prevent_cse)
         if not self.use_bias:
             return y
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
@@ -71,7 +72,7 @@ class Blueprint:
     param_dtype: Any
     attention: Attention
     mesh: Mesh | None
-    apart: bool = False
+    prevent_cse: bool = False
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """Activations `[batch, ...]` sharded over the mesh: the batch, and the last axes as named.
@@ -115,7 +116,7 @@ class Blueprint:
         """A Dense layer."""
         return Dense(
             features,
-            apart=self.apart,
+            prevent_cse=self.prevent_cse,
             use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -116,9 +116,9 @@ class LlamaForCausalLM(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        apart = not self.scan and self.remat == "none"
+        prevent_cse = not self.scan and self.remat == "none"
         blueprint = Blueprint(
-            self.config, self.dtype, self.param_dtype, self.attention, self.mesh, apart
+            self.config, self.dtype, self.param_dtype, self.attention, self.mesh, prevent_cse
         )
         self.model = LlamaModel(blueprint, self.scan, self.remat)
         if not self.config.tie_word_embeddings:

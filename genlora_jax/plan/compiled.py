@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from genlora_jax.adapter import init_adapter
-from genlora_jax.hf.load import quantised_shapes, sharded_shapes
+from genlora_jax.hf.load import sharded_shapes
 from genlora_jax.mesh import BATCH, MeshConfig, make_mesh
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.plan.chips import Topology
-from genlora_jax.plan.sizes import model_shape
+from genlora_jax.plan.sizes import base_shapes, model_shape
 from genlora_jax.sharding import state_shardings
 from genlora_jax.training.optim import make_optimizer
 from genlora_jax.training.recipe import Recipe
@@ -72,8 +72,7 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
         attention=recipe.model.attention,
         mesh=mesh,
     )
-    shapes = parameter_shapes(model.clone(mesh=None))
-    shapes = quantised_shapes(shapes, recipe.model.quantisation)
+    shapes = base_shapes(recipe, parameter_shapes(model.clone(mesh=None)))
     params = sharded_shapes(mesh, shapes)
     optimizer = make_optimizer(recipe.optim, recipe.train.steps or 1)
     adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), shapes)

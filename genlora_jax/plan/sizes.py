@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ from flax.traverse_util import flatten_dict
 from genlora_jax.adapter import Adapter, generate_factors, init_adapter
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.factors import by_module
-from genlora_jax.hf.checkpoint import CONFIG, locate, model_config
+from genlora_jax.hf.checkpoint import CONFIG, locate, model_config, read_json
 from genlora_jax.hf.load import quantised_shapes
+from genlora_jax.hf.ready_made import stated_quantisation, with_plain_scales
 from genlora_jax.mesh import MeshConfig
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
@@ -29,8 +31,29 @@ FLOAT32 = 4  # bytes
 
 def model_shape(recipe: Recipe) -> LlamaConfig:
     """The shape of a recipe's model: its `model.shape`, or else the checkpoint's."""
-    model = recipe.model
-    return model.shape or model_config(locate(model.path, revision=model.revision, files=[CONFIG]))
+    return recipe.model.shape or model_config(_directory(recipe))
+
+
+def base_shapes(recipe: Recipe, shapes: Any) -> Any:
+    """The shapes of parameters that are stored as `model.base_dtype` says, else the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is quantised in a way that is not read.
+    """
+    if recipe.model.base_dtype is None and recipe.model.shape is None:
+        file = _directory(recipe) / CONFIG
+        if settings := read_json(file).get("quantization_config"):
+            shapes = quantised_shapes(shapes, stated_quantisation(file, settings))
+            if settings.get("bnb_4bit_use_double_quant"):
+                return shapes
+            return jax.tree.map(
+                with_plain_scales, shapes, is_leaf=lambda leaf: isinstance(leaf, StoredKernel)
+            )
+    return quantised_shapes(shapes, recipe.model.quantisation)
+
+
+def _directory(recipe: Recipe) -> Path:
+    return locate(recipe.model.path, revision=recipe.model.revision, files=[CONFIG])
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
     """The shapes of a recipe's base, adapter and factors."""
     config = model_shape(recipe)
     model = LlamaForCausalLM(config, param_dtype=jnp.dtype(recipe.model.dtypes("tpu")[1]))
-    params = quantised_shapes(parameter_shapes(model), recipe.model.quantisation)
+    params = base_shapes(recipe, parameter_shapes(model))
     adapter = jax.eval_shape(lambda p: init_adapter(recipe.adapter, jax.random.key(0), p), params)
     factors = jax.eval_shape(lambda a: generate_factors(recipe.adapter, a), adapter)
     return Shapes(config, params, adapter, factors)
