@@ -12,8 +12,6 @@ from tiny_models import random_llama
 import genlora_jax as gl
 from genlora_jax import sharding
 from genlora_jax.factors import KINDS, kind_of, refuse_uncombinable
-from genlora_jax.factors.kind import DenseCall
-from genlora_jax.factors.low_rank import low_rank_change
 
 L, D_IN, D_OUT, RANK = 3, 16, 12, 2
 SIZES = {"in": D_IN, "out": D_OUT, "rank": RANK}
@@ -189,28 +187,3 @@ def test_singular_values_are_those_of_the_delta_or_of_the_gain(kind):
     ours = np.asarray(kind.singular_values(leaves))
     theirs = np.linalg.svd(delta, compute_uv=False)[:, : ours.shape[-1]]
     assert_close(ours, theirs, 2 * (D_IN + D_OUT))
-
-
-def test_gradients_of_a_and_b_are_exact_and_transpose_no_wide_array():
-    rows, length, d_in, rank, d_out = 2, 24, 40, 4, 320
-    rng = np.random.default_rng(3)
-    shapes = ((rows, length, d_in), (d_in, rank), (rank, d_out), (rows, length, d_out))
-    x, a, b, weights = (jnp.asarray(rng.standard_normal(shape), "f4") for shape in shapes)
-
-    def loss(x, a, b, weights):
-        y = jnp.zeros((rows, length, d_out))
-        call = DenseCall(x=x, y=y, kernel=None, bias=None, dropped=False, adapter_index=None)
-        # Not linear, so that XLA has a wide gradient to compute, which it may write as it likes.
-        return (jnp.tanh(low_rank_change(call, {"a": a, "b": b})) * weights).sum()
-
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, a, b, weights).compile()
-    wide_x, wide_a, wide_b, wide_w = (np.asarray(v, np.float64) for v in (x, a, b, weights))
-    change = (1 - np.tanh(wide_x @ wide_a @ wide_b) ** 2) * wide_w
-    expected = (
-        change @ wide_b.T @ wide_a.T,
-        np.einsum("nld,nlo->do", wide_x, change @ wide_b.T),
-        np.einsum("nlr,nlo->ro", wide_x @ wide_a, change),
-    )
-    for ours, theirs in zip(compiled(x, a, b, weights), expected, strict=True):
-        assert_close(ours, theirs, d_out)
-    assert f"f32[{d_out},{rows * length}]" not in compiled.as_text()

@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from genlora_jax.training import host_log, pace
+from genlora_jax.training import host_log, pace, processes
 from genlora_jax.training.pace import Watchdog
 
 
@@ -18,10 +20,15 @@ def watchdog(monkeypatch):
     """One that has seen steps of a hundredth of a second, and waits for 0.2 s."""
     monkeypatch.setattr(pace, "SHORTEST", 0.2)
     monkeypatch.setattr(pace, "GIL_SECONDS", 0.2)
+    return used_to(0.01)
+
+
+def used_to(seconds):
+    """A watchdog that has seen steps of so many seconds."""
     found = Watchdog()
     for step in range(pace.FEWEST):
         with found.step(step):
-            time.sleep(0.01)
+            time.sleep(seconds)
     return found
 
 
@@ -58,17 +65,18 @@ def test_a_step_that_hangs_outside_python_shows_them_as_well(watchdog, capfd):
 
 
 def test_what_hangs_before_any_step_is_usual_and_what_is_ten_times_it_are_told_apart(
-    watchdog, capfd, monkeypatch
+    capfd, monkeypatch
 ):
     monkeypatch.setattr(pace, "SHORTEST", 0.0)
+    watchdog = used_to(0.1)
     with watchdog.step(11):
-        time.sleep(0.06)  # six times the median
+        time.sleep(0.3)  # three times the median
     fresh = Watchdog()
     with fresh.step(1):  # compiles
         time.sleep(0.3)
     assert capfd.readouterr().err == ""
     with watchdog.step(12):
-        time.sleep(0.4)
+        time.sleep(1.5)
     assert "step 12 has not ended" in capfd.readouterr().err
 
 
@@ -157,3 +165,18 @@ def test_a_log_in_a_bucket_is_uploaded_also_when_nothing_more_is_said(tmp_path, 
         "a heading",
         "stacks of a hung step",
     ]
+
+
+def test_processes_that_read_other_files_are_told_apart(monkeypatch):
+    rows = []
+
+    def gather(row):  # the second process's row beside this one's
+        rows.append(row)
+        return np.stack([row, row if len(rows) == 1 else row + 1])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "host_names", lambda: ["host-0", "host-1"])
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    with pytest.raises(ValueError, match=r"data.train is not the same in process 1 \(host-1\)"):
+        processes.check_same({"model.path": "a", "data.train": "b"})
+    assert len(rows) == 2

@@ -98,7 +98,7 @@ class Checkpoints:
             )
         self._base_config = base_config
         self._origin = dict(origin or {})
-        self._before_save = before_save
+        self.before_save = before_save
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
@@ -148,7 +148,7 @@ class Checkpoints:
             ORIGIN: self._origin,
             SUMS: checksums(leaves),
         }
-        self._before_save()
+        self.before_save()
         with self._reporting_full_disk():
             self._check_room(leaves)
             self._checkpointer.save_checkpointables_async(

@@ -185,6 +185,7 @@ def train(
             continue
         recorder.record(step, pending)
         pending, loss = None, None
+        checkpoints.before_save()
         if evaluating:
             factors = generate_factors(recipe.adapter, state.adapter)
             loss = evaluate(eval_step, params, factors, held_out)

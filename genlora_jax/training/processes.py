@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import hashlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -70,6 +71,23 @@ def text_of_primary(find: Callable[[], str]) -> str:
     return (
         bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))).decode().rstrip()
     )
+
+
+def check_same(values: Mapping[str, object]) -> None:
+    """Checks that all processes have the same values, by name; all must call it together.
+
+    Raises:
+        ValueError: In all of them, if one has another value.
+    """
+    for name, value in values.items() if jax.process_count() > 1 else ():
+        digest = np.frombuffer(hashlib.sha256(str(value).encode()).digest()[:8], np.uint8)
+        gathered = np.atleast_2d(multihost_utils.process_allgather(digest))
+        others = np.flatnonzero((gathered != gathered[0]).any(axis=1))
+        if len(others):
+            raise ValueError(
+                f"{name} is not the same in process {others[0]} ({host_names()[others[0]]}) as in "
+                "process 0: give all hosts the same files"
+            )
 
 
 def gather_values(values: list[float]) -> np.ndarray:

@@ -24,7 +24,7 @@ from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training.checkpoint import adapter_difference
 from genlora_jax.training.find_adapter import find_adapter, remark_on_base
 from genlora_jax.training.objectives import Objective, find_objective
-from genlora_jax.training.processes import text_of_primary
+from genlora_jax.training.processes import check_same, text_of_primary
 from genlora_jax.training.provenance import checkpoint_digest
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.show import shown
@@ -106,6 +106,7 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
     known = [count for count in most if count is not None]
     bound = max(known) if len(known) == len(most) else None
     options = replace(recipe.step_options, max_segments=bound)
+    check_same(origin | {"the number of steps": steps})
     return Run(mesh, base, objective, source, held_out, steps, options, origin)
 
 
