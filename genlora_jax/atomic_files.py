@@ -171,6 +171,7 @@ def _uploaded_directory(url: str, overwrite: bool) -> Iterator[Path]:
                     "there and then uploaded; make room, or set TMPDIR"
                 ) from error
             raise
+        refuse_existing(url, overwrite=overwrite)  # hours may have passed
         _in_bucket().publish(scratch, url)
 
 

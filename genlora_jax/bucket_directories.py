@@ -15,8 +15,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from genlora_jax.remote_path import file_system, naming
+from genlora_jax.remote_path import REQUESTS, file_system, naming
 from genlora_jax.storage import WRITTEN, listed
+from genlora_jax.threads import in_threads
 
 # Without these no reader takes a directory for a model or an adapter.
 REPLACED = ".genlora-replaced.json"  # beside: what was at the place, and goes
@@ -96,7 +97,12 @@ def _marker_last(names: Iterable[str]) -> list[str]:
 
 
 def _remove(url: str, names: Iterable[str]) -> None:
-    # A removal whose answer got lost is asked for again, and finds nothing.
-    if paths := [f"{url}/{name}" for name in names]:
-        with contextlib.suppress(FileNotFoundError), naming(url):
-            file_system(url).rm(paths)
+    """Removes objects by their names, in which `rm` of `fsspec` would see patterns."""
+
+    def remove(name: str) -> None:
+        # A removal whose answer got lost is asked for again, and finds nothing.
+        with contextlib.suppress(FileNotFoundError), naming(f"{url}/{name}"):
+            file_system(url).rm_file(f"{url}/{name}")
+
+    for _ in in_threads(remove, names, REQUESTS):
+        pass

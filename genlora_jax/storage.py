@@ -1,17 +1,30 @@
 """Paths, on this machine or in a bucket: `gs://` and `s3://` URLs beside local ones."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 REMOTE = ("gs://", "s3://")
+URL = re.compile(r"[A-Za-z][\w+.-]+:/")  # nor `C:/`, nor `ID:SPLIT`
 WRITTEN = ".genlora.json"  # lists the files of a directory that `atomic_files` made
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL of an object store."""
-    return os.fspath(path).startswith(REMOTE)
+    """Whether a path is a URL of an object store.
+
+    Raises:
+        ValueError: If it is another URL, which would else be taken for a local path.
+    """
+    text = os.fspath(path)
+    if text.startswith(REMOTE):
+        return True
+    if URL.match(text):
+        raise ValueError(
+            f"{text}: of URLs, gs:// and s3:// are read and written (as str: Path drops a slash)"
+        )
+    return False
 
 
 def storage_path(path: str | os.PathLike[str]) -> Path:

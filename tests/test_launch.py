@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -109,7 +110,13 @@ def test_processes_find_one_another_by_what_google_tells_them(cloud):
 
 
 def test_the_jobset_is_of_one_slice_and_its_command_of_a_recipe():
-    (hosts,) = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    # As the command in its first lines fills it in.
+    text = (LAUNCH / "jobset.yaml").read_text()
+    command = re.search(r"sed '.*?' \\\n#\s*\S+", text)[0].replace("\n#", "\n")
+    filled = subprocess.check_output(["bash", "-c", command], cwd=REPOSITORY, text=True)
+    filled = yaml.safe_load(filled)
+    assert not re.search(r"[A-Z]{4,}", yaml.safe_dump(filled["spec"]["replicatedJobs"]))
+    (hosts,) = filled["spec"]["replicatedJobs"]
     job = hosts["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]

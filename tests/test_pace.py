@@ -1,6 +1,7 @@
 """The watchdog over steps, and the logs of processes."""
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from genlora_jax.training import pace, processes
+from genlora_jax.training import host_log, pace, processes
 from genlora_jax.training.pace import Watchdog
 
 
@@ -127,6 +128,43 @@ def test_a_log_in_a_bucket_is_written_whole_at_the_end_and_taken_up_again(tmp_pa
     for count in (4, 8):
         _, lines = speak(tmp_path, "", scheme="file://")  # to fsspec a URL like any other
         assert len(lines) == count
+
+
+@pytest.mark.parametrize(
+    "place", ["/dev/full", "{here}/file/process-1.log", "file://{here}/old", "s4://bucket/log"]
+)
+def test_a_log_that_cannot_be_kept_does_not_end_a_run(place, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "old").mkdir()  # an old log that cannot be read
+    code = SPEAKER.format(place=place.format(here=tmp_path), last="sys.exit(3)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "of Python\nno end of line")
+    assert "cut in two\n" in done.stderr
+    assert done.stderr.count("is not kept, or not whole: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_log_in_a_bucket_is_uploaded_also_when_nothing_more_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_log, "REMOTE_SECONDS", 0.5)
+    monkeypatch.setattr(host_log.signal, "signal", lambda *_: None)  # this process is no copier
+    log, (end, into), seen = tmp_path / "log", os.pipe(), []
+
+    def speak_and_hang():
+        os.write(into, b"stacks of a hung step\n")
+        last = time.monotonic() + 20
+        while not seen and time.monotonic() < last:
+            time.sleep(0.05)
+            seen.extend(log.read_text().splitlines() if log.exists() else [])
+        os.close(into)
+
+    speaker = threading.Thread(target=speak_and_hang)
+    speaker.start()
+    host_log.copy(f"file://{log}", "a heading", str(end))
+    speaker.join()
+    assert [line[len("2026-01-01 00:00:00 ") :] for line in seen] == [
+        "a heading",
+        "stacks of a hung step",
+    ]
 
 
 def test_processes_that_read_other_files_are_told_apart(monkeypatch):

@@ -1,6 +1,8 @@
 """Files in buckets, over a file system in memory: what is asked for, and which answers pass."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,8 +11,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import save_file
 
 import genlora_jax as gl
-from genlora_jax import remote_path
-from genlora_jax.adapter_files import load_config
+from genlora_jax import bucket_directories, remote_path
+from genlora_jax.adapter_files import load_spec
+from genlora_jax.atomic_files import new_directory
 from genlora_jax.data.rows import read_rows
 from genlora_jax.hf.tensorfile import TensorFile
 from genlora_jax.remote_path import FIRST, PART
@@ -31,16 +34,21 @@ class Store(MemoryFileSystem):
     def info(self, path, **options):
         return super().info(path, **options) | {"generation": self.generation}
 
+    def find(self, path, **options):
+        return [name.removeprefix("s3://") for name in super().find(path, **options)]
+
     def cat_file(self, path, start=None, end=None, **options):
         self.asked.append((start, end))
-        return super().cat_file(path, start=start, end=end - self.short, **options)
+        end = end and end - self.short
+        return super().cat_file(path, start=start, end=end, **options)
 
 
 @pytest.fixture
 def store(monkeypatch):
     store = Store()
     store.store.clear()
-    monkeypatch.setattr(remote_path, "file_system", lambda url: store)
+    for module in (remote_path, bucket_directories):
+        monkeypatch.setattr(module, "file_system", lambda url: store)
     return store
 
 
@@ -52,6 +60,27 @@ def put(store, path, content):
 def test_a_local_path_is_none_of_these(tmp_path):
     assert type(storage_path(tmp_path)) is type(tmp_path)
     assert not is_remote(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["org/name:train", "name:train[:10%]", "C:/rows", r"C:\rows", "runs/a:/b", "/runs:/a", "12:/a"],
+)
+def test_a_local_path_or_an_id_may_have_a_colon(path):
+    assert not is_remote(path)
+    assert storage_path(path) == Path(path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["gcs://b/a", "S3://b/a", "az://b/a", "abfs://c@b/a", "file:///a", Path("gs://b/a"), "s3:/b/a"],
+)
+def test_another_url_is_not_taken_for_a_local_path(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for take in (is_remote, storage_path, lambda url: new_directory(url).__enter__()):
+        with pytest.raises(ValueError, match=re.escape(f"{url}: of URLs, gs:// and s3://")):
+            take(url)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [0, 1, FIRST, FIRST + 1, PART, 2 * PART + FIRST + 7])
@@ -148,11 +177,29 @@ def test_an_adapter_in_a_bucket_is_the_local_one(store, tmp_path):
     gl.save_adapter(tmp_path / "adapter", cfg, adapter)
     for file in (tmp_path / "adapter").iterdir():
         put(store, f"adapter/{file.name}", file.read_bytes())
-    assert load_config("s3://bucket/adapter") == cfg
+    assert load_spec("s3://bucket/adapter").config == cfg
     found = gl.load_adapter("s3://bucket/adapter", params)[1]
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
         np.testing.assert_array_equal(leaf, expected)
     settings = json.loads((tmp_path / "adapter" / "adapter.json").read_text()) | {"format": 99}
     put(store, "adapter/adapter.json", json.dumps(settings).encode())
     with pytest.raises(ValueError, match=r"s3://bucket/adapter/adapter.json: its format is 99"):
-        load_config("s3://bucket/adapter")
+        load_spec("s3://bucket/adapter")
+
+
+def test_a_directory_that_came_meanwhile_is_not_replaced(store):
+    for overwrite, match in ((False, "out exists"), (True, r"genlora wrote .*theirs")):
+        writing = new_directory("s3://bucket/out", overwrite=overwrite)
+        (writing.__enter__() / "ours").touch()
+        put(store, "out/theirs", b"")
+        with pytest.raises(FileExistsError, match=match):
+            writing.__exit__(None, None, None)
+        assert bucket_directories.listed("s3://bucket/out") == ["theirs"]
+        store.rm_file("s3://bucket/out/theirs")
+
+
+def test_removal_takes_names_and_no_patterns(store):
+    for name in ("[ab]", "a", "b", "x?", "xy", "*"):
+        put(store, f"d/{name}", b"")
+    bucket_directories._remove("s3://bucket/d", ["[ab]", "x?", "*", "gone"])
+    assert bucket_directories.listed("s3://bucket/d") == ["a", "b", "xy"]

@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "threads": set(),
     "remote_path": {"threads"},
     "storage": {"remote_path"},
-    "bucket_directories": {"remote_path", "storage"},
+    "bucket_directories": {"remote_path", "storage", "threads"},
     "basis_functions": set(),
     "generators": {"basis_functions", "seeded_random"},
     "base": {"targets", "validation"},

@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 REMOTE_SECONDS = 30  # between two writes of a file that lies in a bucket, which are whole
 WAIT_SECONDS = 60  # for the copier, at the end
@@ -27,12 +28,7 @@ def keep_log(place: str, heading: str) -> None:
     Args:
         place: The file, here or in a bucket; its folder is made.
         heading: A first line, which is not shown.
-
-    Raises:
-        OSError: If the folder cannot be made.
     """
-    if "://" not in place:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
     shown = [os.dup(stream) for stream in (1, 2)]
     pipes = [os.pipe() for _ in shown]
     ends = [end for end, _ in pipes]
@@ -61,43 +57,60 @@ def _finish(copier: "subprocess.Popen[bytes]", shown: list[int]) -> None:
 
 
 class _File:
-    """The log: a local file, or one in a bucket, which is written whole now and then."""
+    """The log: a local file, or one in a bucket, which is written whole now and then.
+
+    One that cannot be kept is no reason to end a run: that is said once.
+    """
 
     def __init__(self, place: str):
-        self._remote = place if "://" in place else None
-        self._written, self._failed = time.monotonic(), False
-        if self._remote is None:
-            self._file: BinaryIO = open(place, "ab", buffering=0)  # noqa: SIM115
-            return
+        self._place, self._remote = place, "://" in place
+        self._uploaded, self._unsaved, self._said = time.monotonic(), False, False
+        self._file: Any = None  # also if an old log cannot be read, which an upload would replace
+        with self._noting():
+            self._file = self._opened()
+
+    def _opened(self) -> BinaryIO:
+        if not self._remote:
+            Path(self._place).parent.mkdir(parents=True, exist_ok=True)
+            return open(self._place, "ab", buffering=0)
         import tempfile
 
         import fsspec
 
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._open = fsspec.open
-        with contextlib.suppress(FileNotFoundError), self._open(place, "rb") as before:
-            self._file.write(before.read())
+        file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
+        with contextlib.suppress(FileNotFoundError), self._open(self._place, "rb") as before:
+            file.write(before.read())
+        return file
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # those of buckets have no common base class
+            if not self._said:
+                with contextlib.suppress(OSError):  # a terminal that is gone
+                    said = f"note: the log {self._place} is not kept, or not whole: {error}"
+                    print(said, file=sys.stderr)
+            self._said = True
 
     def add(self, lines: list[bytes]) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S ").encode()
-        for line in lines:
-            self._file.write(stamp + line + b"\n")
-        if time.monotonic() - self._written > REMOTE_SECONDS:
-            self.upload()
+        with self._noting():
+            for line in lines if self._file else []:
+                self._file.write(stamp + line + b"\n")
+                self._unsaved = self._remote
 
-    def upload(self) -> None:
-        """Writes the whole log to its bucket; a failure, said once, is no reason to end a run."""
-        if self._remote is None:
+    def upload(self, after: float = 0) -> None:
+        """Writes the whole log to its bucket if lines are new, and the last time is long ago."""
+        if not self._unsaved or time.monotonic() - self._uploaded < after:
             return
-        self._written = time.monotonic()
-        self._file.seek(0)
-        try:
-            with self._open(self._remote, "wb") as stream:
+        with self._noting():
+            self._file.seek(0)
+            with self._open(self._place, "wb") as stream:
                 stream.write(self._file.read())
-        except Exception as error:
-            if not self._failed:
-                print(f"note: {self._remote} is not written: {error}", file=sys.stderr)
-            self._failed = True
+            self._unsaved = False
+        self._uploaded = time.monotonic()
 
 
 def copy(place: str, heading: str, *ends: str) -> None:
@@ -112,7 +125,7 @@ def copy(place: str, heading: str, *ends: str) -> None:
             selector.register(int(end), selectors.EVENT_READ, shown)
             rest[shown] = b""
         while selector.get_map():
-            for key, _ in selector.select():
+            for key, _ in selector.select(REMOTE_SECONDS):
                 data = os.read(key.fd, 2**16)
                 if not data:
                     selector.unregister(key.fd)
@@ -120,6 +133,7 @@ def copy(place: str, heading: str, *ends: str) -> None:
                     os.write(key.data, data)
                 *lines, rest[key.data] = (rest[key.data] + data).split(b"\n")
                 file.add(lines)
+            file.upload(after=REMOTE_SECONDS)  # also when nothing more is said, as in a hung step
     file.add([line for line in rest.values() if line])
     file.upload()
 
