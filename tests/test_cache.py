@@ -26,6 +26,7 @@ from genlora_jax.data.encode import load_examples
 from genlora_jax.data.examples import examples_fingerprint
 from genlora_jax.data.lazy import LazySource, LineFile
 from genlora_jax.data.open_source import load_source
+from genlora_jax.data.sources import source_parts
 from genlora_jax.data.tokens import Text, tokenized
 from genlora_jax.settings import dump, parse
 from genlora_jax.training.recipe import Recipe
@@ -355,6 +356,16 @@ def test_a_bad_row_of_a_large_file_names_its_line(tmp_path, tokenizer, here, mon
     cfg = DataConfig(train=file, bad_rows="skip")
     with pytest.raises(ValueError, match=r"1 of 32 rows are bad, more than data\.bad_rows_limit"):
         LazySource([LineFile(path)], [file], tokenizer, cfg).read(range(31))
+
+
+def test_an_empty_file_is_refused_by_name(tmp_path, tokenizer, here, monkeypatch):
+    file, empty = write(tmp_path / "rows.jsonl", ROWS), write(tmp_path / "none.jsonl", ["", " "])
+    mixture = [MixedSource(path=file, weight=1), MixedSource(path=empty, weight=1)]
+    with pytest.raises(ValueError, match="source 2 of the mixture has no rows: leave it out"):
+        source_parts([6, 0], [1, 1])
+    monkeypatch.setattr(open_source, "LARGE", 10)
+    with pytest.raises(ValueError, match=r"none\.jsonl has no rows: leave it out"):
+        load_source(mixture, tokenizer, DataConfig(train=mixture))
 
 
 # Data sets of the hub, as they come.

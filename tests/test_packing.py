@@ -127,6 +127,11 @@ def test_a_mixture_takes_of_each_part_its_share_evenly_and_all_its_rows():
     np.testing.assert_allclose(times[1050:], 5, atol=1)
 
 
+def test_a_part_without_rows_is_refused():
+    with pytest.raises(ValueError, match="a part without rows"):
+        rows_at([Part(5, 1.0), Part(0, 1.0)], 0, np.arange(4))
+
+
 # Packing.
 
 

@@ -18,7 +18,12 @@ def rows_at(parts: Sequence[Part], seed: int, positions: np.ndarray) -> np.ndarr
 
     A part is shuffled anew each time that it begins, as a whole or window by window. Several parts
     alternate evenly, as their weights say.
+
+    Raises:
+        ValueError: If a part has no rows.
     """
+    if not all(part.rows for part in parts):
+        raise ValueError("a part without rows has no order")
     part, place = _shares(parts, positions)
     sizes = np.array([p.rows for p in parts])
     spans = np.array([p.window or p.rows for p in parts])[part]
