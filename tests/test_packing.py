@@ -262,6 +262,24 @@ def test_a_place_in_another_order_is_refused_by_field(field, changes):
         Batches(Rows(50), config(**changes)).set_state(state)
 
 
+def test_a_place_in_another_mixture_is_refused():
+    def batches(*parts):
+        source = Rows(50)
+        source.parts = parts
+        return Batches(source, config())
+
+    mixture = batches(Part(20, 1.0), Part(30, 2.0))
+    state = json.loads(json.dumps(mixture.get_state()))
+    mixture.set_state(state)
+    for other in (
+        batches(Part(20, 1.0), Part(30, 3.0)),
+        batches(Part(50)),
+        batches(Part(30, 1.0), Part(20, 2.0)),
+    ):
+        with pytest.raises(ValueError, match=r"with \[rows, weight, window\] of the sources \[\["):
+            other.set_state(state)
+
+
 # How long a run is.
 
 

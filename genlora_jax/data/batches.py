@@ -114,8 +114,9 @@ class Batches:
                 "has its place in the data as an older version counted it. End the run with that "
                 "version, or start a new one from its adapter, with train.init_from"
             )
+        one = len(self._source.parts) == 1  # older versions did not save the parts
         for name, value in self._settings().items():
-            if (saved := state["order"].get(name)) != value:
+            if (saved := state["order"].get(name, value if one else "not known")) != value:
                 raise ValueError(
                     f"has its place in an order of the data with {name} {saved}, which is now "
                     f"{value}; resume with the data settings that the run was started with"
@@ -164,6 +165,9 @@ class Batches:
             "rows": len(self._source),
             "streams": self._count,
             "rows of a window": self._window,
+            "[rows, weight, window] of the sources": [
+                [part.rows, part.weight, part.window] for part in self._source.parts
+            ],
         }
 
     def _own_streams(self) -> list[int]:
