@@ -284,6 +284,21 @@ def test_a_cache_of_other_rows_or_settings_is_not_used(tmp_path, tokenizer, here
         find_cache(file, tokenizer, cfg)
 
 
+def test_an_edit_that_keeps_a_file_s_size_is_seen(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    edited = bytearray(b"a" * 1_000_000)
+    edited[5000] = 0  # between the places
+    for whole in (1_000_000, 999_999):
+        monkeypatch.setattr(cache_module, "WHOLE", whole)
+        path.write_bytes(b"a" * 1_000_000)
+        os.utime(path, (1, 1))
+        before = cache_module.rows_digest([str(path)])
+        assert cache_module.rows_digest([str(path)]) == before
+        path.write_bytes(edited)
+        os.utime(path, (1, 1) if whole == 1_000_000 else (2, 2))
+        assert cache_module.rows_digest([str(path)]) != before
+
+
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "lengths.npy", "cache.json"])
 def test_a_damaged_cache_is_refused(tmp_path, tokenizer, here, name):
     file = write(tmp_path / "rows.jsonl", ROWS * 9)
