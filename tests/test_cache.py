@@ -386,7 +386,7 @@ def test_an_empty_file_is_refused_by_name(tmp_path, tokenizer, here, monkeypatch
 # Data sets of the hub, as they come.
 
 
-def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
+def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch, capsys):
     rows = [{"prompt": f"{i} pies?", "completion": f" {i}"} for i in range(100)]
     walks = []
 
@@ -400,6 +400,7 @@ def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(streaming, "WINDOW", 10)
     monkeypatch.setattr(streaming, "KEPT", 30)
+    monkeypatch.setattr(streaming, "WALKS", 2)
     monkeypatch.setattr(lazy, "SAMPLE", 5)
     name = "someone/pies:test"
     cfg = DataConfig(train=name, streaming=True)
@@ -412,12 +413,27 @@ def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
     for row in [*order[:90].tolist(), 95, 3, 99, 5, 98]:
         same(source.read([row])[0], expected[row])
     assert len(walks) == 2
+    assert capsys.readouterr().out == ""
     same(flat(source.read([60])), expected[60])
+    same(flat(source.read([20])), expected[20])
+    assert capsys.readouterr().out == f"{name}: reads it from its begin again, for row 21\n"
     with pytest.raises(ValueError, match=r"data\.streaming: rows\.jsonl is no data set"):
         load_source("rows.jsonl", tokenizer, cfg)
     rows.pop()
     with pytest.raises(ValueError, match="ends after 99 rows, fewer than stated"):
         load_source(name, tokenizer, cfg)[0].read([99])
+
+
+def test_an_error_of_a_stream_comes_again():
+    def rows():
+        yield {"text": "one"}
+        raise OSError("the line is cut")
+
+    walk = streaming._Walk("pies", rows())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="pies: row 2: the line is cut"):
+            walk.row(3)
+    assert walk.row(0)[1] == {"text": "one"}
 
 
 # Processes.
