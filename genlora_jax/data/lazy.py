@@ -80,7 +80,7 @@ class LazySource:
         if weights is None and not any(windows):
             self.parts = [Part(sum(counts))]
         else:  # windows of several tables are read side by side
-            self.parts = [*map(Part, counts, weights or counts, windows)]
+            self.parts = [*map(Part, counts, weights or itertools.repeat(None), windows)]
         self._cfg, self._tally = cfg, Tally()
         cores = len(os.sched_getaffinity(0))
         self._workers = Workers(tokenizer, cfg, min(PROCESSES, cores))

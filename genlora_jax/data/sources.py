@@ -33,7 +33,7 @@ class Source(Protocol):
 
     @property
     def parts(self) -> Sequence[Part]:
-        """The rows' ranges in order; one, unless it is a mixture."""
+        """The rows' ranges in order; one, unless it is a mixture or some have windows."""
 
     @property
     def lengths(self) -> np.ndarray | None:
