@@ -26,6 +26,7 @@ from genlora_jax.data.encode import load_examples
 from genlora_jax.data.examples import examples_fingerprint
 from genlora_jax.data.lazy import LazySource, LineFile
 from genlora_jax.data.open_source import load_source
+from genlora_jax.data.sources import source_parts
 from genlora_jax.data.tokens import Text, tokenized
 from genlora_jax.settings import dump, parse
 from genlora_jax.training.recipe import Recipe
@@ -283,6 +284,21 @@ def test_a_cache_of_other_rows_or_settings_is_not_used(tmp_path, tokenizer, here
         find_cache(file, tokenizer, cfg)
 
 
+def test_an_edit_that_keeps_a_file_s_size_is_seen(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    edited = bytearray(b"a" * 1_000_000)
+    edited[5000] = 0  # between the places
+    for whole in (1_000_000, 999_999):
+        monkeypatch.setattr(cache_module, "WHOLE", whole)
+        path.write_bytes(b"a" * 1_000_000)
+        os.utime(path, (1, 1))
+        before = cache_module.rows_digest([str(path)])
+        assert cache_module.rows_digest([str(path)]) == before
+        path.write_bytes(edited)
+        os.utime(path, (1, 1) if whole == 1_000_000 else (2, 2))
+        assert cache_module.rows_digest([str(path)]) != before
+
+
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "lengths.npy", "cache.json"])
 def test_a_damaged_cache_is_refused(tmp_path, tokenizer, here, name):
     file = write(tmp_path / "rows.jsonl", ROWS * 9)
@@ -357,10 +373,20 @@ def test_a_bad_row_of_a_large_file_names_its_line(tmp_path, tokenizer, here, mon
         LazySource([LineFile(path)], [file], tokenizer, cfg).read(range(31))
 
 
+def test_an_empty_file_is_refused_by_name(tmp_path, tokenizer, here, monkeypatch):
+    file, empty = write(tmp_path / "rows.jsonl", ROWS), write(tmp_path / "none.jsonl", ["", " "])
+    mixture = [MixedSource(path=file, weight=1), MixedSource(path=empty, weight=1)]
+    with pytest.raises(ValueError, match="source 2 of the mixture has no rows: leave it out"):
+        source_parts([6, 0], [1, 1])
+    monkeypatch.setattr(open_source, "LARGE", 10)
+    with pytest.raises(ValueError, match=r"none\.jsonl has no rows: leave it out"):
+        load_source(mixture, tokenizer, DataConfig(train=mixture))
+
+
 # Data sets of the hub, as they come.
 
 
-def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
+def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch, capsys):
     rows = [{"prompt": f"{i} pies?", "completion": f" {i}"} for i in range(100)]
     walks = []
 
@@ -374,6 +400,7 @@ def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(streaming, "WINDOW", 10)
     monkeypatch.setattr(streaming, "KEPT", 30)
+    monkeypatch.setattr(streaming, "WALKS", 2)
     monkeypatch.setattr(lazy, "SAMPLE", 5)
     name = "someone/pies:test"
     cfg = DataConfig(train=name, streaming=True)
@@ -386,12 +413,27 @@ def test_a_data_set_of_the_hub_is_streamed(tokenizer, here, monkeypatch):
     for row in [*order[:90].tolist(), 95, 3, 99, 5, 98]:
         same(source.read([row])[0], expected[row])
     assert len(walks) == 2
+    assert capsys.readouterr().out == ""
     same(flat(source.read([60])), expected[60])
+    same(flat(source.read([20])), expected[20])
+    assert capsys.readouterr().out == f"{name}: reads it from its begin again, for row 21\n"
     with pytest.raises(ValueError, match=r"data\.streaming: rows\.jsonl is no data set"):
         load_source("rows.jsonl", tokenizer, cfg)
     rows.pop()
     with pytest.raises(ValueError, match="ends after 99 rows, fewer than stated"):
         load_source(name, tokenizer, cfg)[0].read([99])
+
+
+def test_an_error_of_a_stream_comes_again():
+    def rows():
+        yield {"text": "one"}
+        raise OSError("the line is cut")
+
+    walk = streaming._Walk("pies", rows())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="pies: row 2: the line is cut"):
+            walk.row(3)
+    assert walk.row(0)[1] == {"text": "one"}
 
 
 # Processes.

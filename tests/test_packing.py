@@ -127,6 +127,25 @@ def test_a_mixture_takes_of_each_part_its_share_evenly_and_all_its_rows():
     np.testing.assert_allclose(times[1050:], 5, atol=1)
 
 
+@pytest.mark.parametrize("counts", [[1000, 1, 60], [2, 2, 2], [7, 9_999]])
+def test_parts_without_weights_have_each_row_once_an_epoch_and_alternate_evenly(counts):
+    parts, total = [Part(count, window=50) for count in counts], sum(counts)
+    rows = rows_at(parts, 0, np.arange(2 * total)).reshape(2, total)
+    np.testing.assert_array_equal(np.sort(rows), np.tile(np.arange(total), (2, 1)))
+    part = np.searchsorted(np.cumsum(counts), rows[0], side="right")
+    for number, count in enumerate(counts):
+        taken = np.cumsum(part == number)
+        expected = np.arange(1, total + 1) * count / total
+        np.testing.assert_allclose(taken, expected, atol=len(counts))
+    far = 10**10 * total + np.arange(total)  # of products beyond int64
+    np.testing.assert_array_equal(np.sort(rows_at(parts, 0, far)), np.arange(total))
+
+
+def test_a_part_without_rows_is_refused():
+    with pytest.raises(ValueError, match="a part without rows"):
+        rows_at([Part(5, 1.0), Part(0, 1.0)], 0, np.arange(4))
+
+
 # Packing.
 
 
@@ -233,11 +252,19 @@ def test_rows_without_an_example_and_rows_of_several_are_all_read():
     assert counts == {row: row % 3 * 2 for row in range(300) if row % 3}
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_fewer_rows_than_slots_fill_what_they_can(known):
-    batches = list(itertools.islice(Batches(Rows(3, known=known), config(pack=False)), 6))
+def test_fewer_rows_than_slots_fill_what_they_can():
+    batches = list(itertools.islice(Batches(Rows(3), config(pack=False)), 6))
     counts = collections.Counter(itertools.chain(*map(seen, batches)))
     assert set(counts) == {0, 1, 2}
+    with pytest.raises(ValueError, match=r"3 rows are fewer than data\.batch_size 8: lower"):
+        Batches(Rows(3, known=False), config())
+
+
+def test_a_process_without_examples_goes_on_with_padding_if_there_is_no_end():
+    source = Rows(SLOTS, known=False, copies=lambda _: 0)
+    made = [*itertools.islice(Batches(source, config(), slots=[2, 3]), 3)]
+    assert [batch["segment_ids"].any() for batch in made] == [False] * 3
+    assert [*Batches(source, config(), slots=[2, 3], epochs=1)] == []
 
 
 def test_a_source_of_which_nothing_is_left_ends():
@@ -255,6 +282,24 @@ def test_a_place_in_another_order_is_refused_by_field(field, changes):
     state = Batches(Rows(50), config()).get_state()
     with pytest.raises(ValueError, match=rf"order of the data with data\.{field} "):
         Batches(Rows(50), config(**changes)).set_state(state)
+
+
+def test_a_place_in_another_mixture_is_refused():
+    def batches(*parts):
+        source = Rows(50)
+        source.parts = parts
+        return Batches(source, config())
+
+    mixture = batches(Part(20, 1.0), Part(30, 2.0))
+    state = json.loads(json.dumps(mixture.get_state()))
+    mixture.set_state(state)
+    for other in (
+        batches(Part(20, 1.0), Part(30, 3.0)),
+        batches(Part(50)),
+        batches(Part(30, 1.0), Part(20, 2.0)),
+    ):
+        with pytest.raises(ValueError, match=r"with \[rows, weight, window\] of the sources \[\["):
+            other.set_state(state)
 
 
 # How long a run is.

@@ -61,6 +61,9 @@ class Batches:
         cfg: Shape, packing and seed.
         epochs: How often each row is seen; None for ever. Every epoch has another order.
         slots: The rows of a batch to make; None for all.
+
+    Raises:
+        ValueError: If rows whose lengths are not known are too few for the slots.
     """
 
     def __init__(
@@ -78,6 +81,11 @@ class Batches:
         self._group = group_size(source, cfg)
         self._window = self._group * GROUPS if self._known else self._group
         self._count = 1 if self._known else cfg.batch_size
+        if len(source) < self._count and not self._known:
+            raise ValueError(
+                f"data.train: its {len(source):,} rows are fewer than data.batch_size "
+                f"{cfg.batch_size}: lower data.batch_size, or use a cache"
+            )
         self._places: list[Place | None] = [None] * self._count
         for stream in self._own_streams():
             self._places[stream] = [0, 0]
@@ -91,7 +99,8 @@ class Batches:
     def __next__(self) -> Batch:
         each = self._cfg.batch_size // self._count  # rows of a batch from each stream
         taken = {stream: self._take(stream, each) for stream in self._own_streams()}
-        if not any(taken.values()):
+        # Without an end, other processes may have rows still where this one's slots have none.
+        if not any(taken.values()) and (self._epochs is not None or len(taken) == self._count):
             raise StopIteration
         rows = [dict(enumerate(taken[s // each])).get(s % each, []) for s in self._slots]
         if self._known:
@@ -114,8 +123,9 @@ class Batches:
                 "has its place in the data as an older version counted it. End the run with that "
                 "version, or start a new one from its adapter, with train.init_from"
             )
+        one = len(self._source.parts) == 1  # older versions did not save the parts
         for name, value in self._settings().items():
-            if (saved := state["order"].get(name)) != value:
+            if (saved := state["order"].get(name, value if one else "not known")) != value:
                 raise ValueError(
                     f"has its place in an order of the data with {name} {saved}, which is now "
                     f"{value}; resume with the data settings that the run was started with"
@@ -164,6 +174,9 @@ class Batches:
             "rows": len(self._source),
             "streams": self._count,
             "rows of a window": self._window,
+            "[rows, weight, window] of the sources": [
+                [part.rows, part.weight, part.window] for part in self._source.parts
+            ],
         }
 
     def _own_streams(self) -> list[int]:

@@ -26,9 +26,12 @@ from genlora_jax.storage import WRITTEN, is_remote, storage_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of what is written
+FORMAT = 2  # of what is written, and of its name
 LENGTHS, INDEX = "lengths.npy", "cache.json"
-PLACES, SAMPLE = 64, 4096  # of a file whose digest is taken: how many, and their bytes
+WHOLE = 4 << 30  # bytes of a local file up to which all of it is in its digest
+PLACES, SAMPLE = 64, 4096  # of any other file: at how many places it is looked at, and their bytes
+# What a file system may say of a file that differs once it is written anew.
+VERSIONS = ("generation", "ETag", "etag", "LastModified", "mtime")
 # What is raised over files that are not as they were written.
 DAMAGE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 AGAIN = "run genlora tokenize with the recipe"
@@ -207,7 +210,7 @@ def _key(names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataCo
 
 
 def rows_digest(names: Sequence[str]) -> str | None:
-    """A digest of files' sizes and of what they hold at some places; None if one is not there.
+    """A digest of files' content; None if one is not there.
 
     Of a data set on the hub it sees the name alone.
     """
@@ -221,7 +224,7 @@ def rows_digest(names: Sequence[str]) -> str | None:
         try:
             with naming(name):
                 found = sorted(files.find(place))
-                digests += [_sampled(files, path) for path in found]
+                digests += [_file_digest(files, path, is_remote(name)) for path in found]
         except FileNotFoundError:
             return None
         if not found:
@@ -229,9 +232,15 @@ def rows_digest(names: Sequence[str]) -> str | None:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 
-def _sampled(files: Any, path: str) -> str:
-    size = int(files.info(path)["size"])
+def _file_digest(files: Any, path: str, remote: bool) -> str:
+    """A digest of a file: of all of it, or if that takes long of its version and some places."""
+    info = files.info(path)
+    size = int(info["size"])
+    if not remote and size <= WHOLE:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
     starts = sorted({*np.linspace(0, max(size - SAMPLE, 0), PLACES, dtype=np.int64).tolist()})
     stops = [min(start + SAMPLE, size) for start in starts]
     parts = files.cat_ranges([path] * len(starts), starts, stops, on_error="raise") if size else []
-    return hashlib.sha256(b"".join([str(size).encode(), *parts])).hexdigest()
+    return hashlib.sha256(b"".join([f"{size} {version} ".encode(), *parts])).hexdigest()

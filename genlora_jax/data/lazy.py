@@ -67,17 +67,20 @@ class LazySource:
             weights: Of the tables, if they are a mixture.
 
         Raises:
-            ValueError: If a row of the sample is bad.
+            ValueError: If a row of the sample is bad, or a table has none.
         """
         self._tables, self._name = tables, ", ".join(names)
         self.fingerprint = cache_name(names, tokenizer, cfg)
         counts = [len(table) for table in tables]
+        for name, count in zip(names, counts, strict=True):
+            if not count:
+                raise ValueError(f"{name} has no rows: leave it out")
         self._first = np.cumsum([0, *counts])
         windows = [table.window for table in tables]
         if weights is None and not any(windows):
             self.parts = [Part(sum(counts))]
         else:  # windows of several tables are read side by side
-            self.parts = [*map(Part, counts, weights or counts, windows)]
+            self.parts = [*map(Part, counts, weights or itertools.repeat(None), windows)]
         self._cfg, self._tally = cfg, Tally()
         cores = len(os.sched_getaffinity(0))
         self._workers = Workers(tokenizer, cfg, min(PROCESSES, cores))

@@ -17,8 +17,13 @@ def rows_at(parts: Sequence[Part], seed: int, positions: np.ndarray) -> np.ndarr
     """The rows at positions of the shuffled order, which goes on for ever; int64.
 
     A part is shuffled anew each time that it begins, as a whole or window by window. Several parts
-    alternate evenly, as their weights say.
+    alternate evenly, as their weights say; without weights, so that an epoch has every row once.
+
+    Raises:
+        ValueError: If a part has no rows.
     """
+    if not all(part.rows for part in parts):
+        raise ValueError("a part without rows has no order")
     part, place = _shares(parts, positions)
     sizes = np.array([p.rows for p in parts])
     spans = np.array([p.window or p.rows for p in parts])[part]
@@ -36,6 +41,8 @@ def _shares(parts: Sequence[Part], positions: np.ndarray) -> tuple[np.ndarray, n
     """Which part each position takes from, and how often that part was taken from before."""
     if len(parts) == 1:
         return np.zeros_like(positions), positions
+    if parts[0].weight is None:
+        return _shares_of_epoch([part.rows for part in parts], positions)
     weights = np.array([part.weight for part in parts], float)
     ends = np.rint(np.cumsum(weights / weights.sum()) * BLOCK).astype(int)
     counts = np.maximum(np.diff(ends, prepend=0), 1)
@@ -45,6 +52,23 @@ def _shares(parts: Sequence[Part], positions: np.ndarray) -> tuple[np.ndarray, n
     block, index = np.divmod(positions, len(part))
     chosen = part[evenly][index]
     return chosen, block * counts[chosen] + rank[evenly][index]
+
+
+def _shares_of_epoch(rows: list[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `_shares`, where all of each part's rows come in an epoch.
+
+    A part is taken evenly from the positions that those before it leave.
+    """
+    total = sum(rows)
+    epoch, left = np.divmod(positions, total)
+    left = left.astype(object)  # products may be too large for int64
+    chosen, place = np.full(len(positions), -1), np.zeros(len(positions), np.int64)
+    for part, count in enumerate(rows):
+        before = left * count // total
+        own = (chosen < 0) & ((left + 1) * count // total > before).astype(bool)
+        chosen[own], place[own] = part, (epoch * count + before)[own]
+        left, total = left - before, total - count
+    return chosen, place
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ class Source(Protocol):
 
     @property
     def parts(self) -> Sequence[Part]:
-        """The rows' ranges in order; one, unless it is a mixture."""
+        """The rows' ranges in order; one, unless it is a mixture or some have windows."""
 
     @property
     def lengths(self) -> np.ndarray | None:
@@ -87,7 +87,13 @@ class MemorySource:
 
 
 def source_parts(rows: Sequence[int], weights: Sequence[float] | None) -> list[Part]:
-    """The parts of sources of so many rows: one, unless they are a mixture."""
+    """The parts of sources of so many rows: one, unless they are a mixture.
+
+    Raises:
+        ValueError: If one of a mixture has none.
+    """
     if weights is None:
         return [Part(sum(rows))]
+    if 0 in rows:
+        raise ValueError(f"source {rows.index(0) + 1} of the mixture has no rows: leave it out")
     return [Part(count, weight) for count, weight in zip(rows, weights, strict=True)]

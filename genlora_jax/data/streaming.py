@@ -1,5 +1,7 @@
 """Data sets of the Hugging Face hub, read as a run goes, without a download before it."""
 
+import pickle
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,14 +9,17 @@ from genlora_jax.data.encode import PlacedRow
 from genlora_jax.data.rows import checked, hugging_face_data, placed_rows
 
 WINDOW = 10_000  # rows that are shuffled among themselves
-KEPT = 10 * WINDOW  # rows that may be asked for again, or late
+# Slots take rows at their own pace: after as many rows as a large data set has, they are some
+# hundred thousand apart.
+KEPT = 50 * WINDOW  # rows that may be asked for again, or late
+WALKS = 4
 
 
 class Stream:
     """A data set of the hub by its rows' numbers. See `lazy.Table`.
 
-    Rows are to be asked for in order, but for those of some windows. Two walks through the data set
-    go on side by side: some rows of a batch may have begun the next epoch.
+    Rows are to be asked for in order, but for those of some windows. Some walks through the data
+    set go on side by side: some rows of a batch may have begun the next epoch.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,8 +50,10 @@ class Stream:
         for row in sorted({*rows}):
             able = [walk for walk in self._walks if walk.gives(row)]
             if not able:
+                if row >= self.window:  # else an epoch begins
+                    print(f"{self.name}: reads it from its begin again, for row {row + 1:,}")
                 able = [_Walk(self.name, hugging_face_data(self.name, streaming=True))]
-                self._walks = [able[0], *self._walks][:2]
+                self._walks = [able[0], *self._walks][:WALKS]
             walk = max(able, key=lambda walk: walk.passed)
             # The last of them may go.
             self._walks = [walk, *(other for other in self._walks if other is not walk)]
@@ -60,7 +67,8 @@ class _Walk:
     def __init__(self, name: str, data: Any) -> None:
         self.name, self.passed = name, 0
         self._rows = checked(placed_rows(name, data))
-        self._kept: dict[int, PlacedRow] = {}
+        self._kept: dict[int, bytes] = {}
+        self._error: Exception | None = None
 
     def gives(self, row: int) -> bool:
         """Whether a row lies ahead, or is remembered."""
@@ -69,10 +77,21 @@ class _Walk:
     def row(self, row: int) -> PlacedRow:
         """A row, up to which the walk goes on."""
         while self.passed <= row:
-            found = next(self._rows, None)
+            found = self._next()
             if found is None:
                 raise ValueError(f"{self.name}: ends after {self.passed} rows, fewer than stated")
-            self._kept[self.passed] = found
+            self._kept[self.passed] = zlib.compress(pickle.dumps(found), 1)
             self._kept.pop(self.passed - KEPT, None)
             self.passed += 1
-        return self._kept[row]
+        kept: PlacedRow = pickle.loads(zlib.decompress(self._kept[row]))
+        return kept
+
+    def _next(self) -> PlacedRow | None:
+        """The next row; None at the end, and after an error that error again."""
+        if self._error is not None:
+            raise self._error
+        try:
+            return next(self._rows, None)
+        except Exception as error:  # after which a generator has ended
+            self._error = error
+            raise
