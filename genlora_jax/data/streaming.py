@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, read as a run goes, without a download before it."""
 
-import pickle
+import contextlib
+import json
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +68,7 @@ class _Walk:
     def __init__(self, name: str, data: Any) -> None:
         self.name, self.passed = name, 0
         self._rows = checked(placed_rows(name, data))
-        self._kept: dict[int, bytes] = {}
+        self._kept: dict[int, PlacedRow] = {}
         self._error: Exception | None = None
 
     def gives(self, row: int) -> bool:
@@ -80,11 +81,11 @@ class _Walk:
             found = self._next()
             if found is None:
                 raise ValueError(f"{self.name}: ends after {self.passed} rows, fewer than stated")
-            self._kept[self.passed] = zlib.compress(pickle.dumps(found), 1)
+            self._kept[self.passed] = (found[0], _packed(found[1]))
             self._kept.pop(self.passed - KEPT, None)
             self.passed += 1
-        kept: PlacedRow = pickle.loads(zlib.decompress(self._kept[row]))
-        return kept
+        place, kept = self._kept[row]
+        return place, json.loads(zlib.decompress(kept)) if isinstance(kept, bytes) else kept
 
     def _next(self) -> PlacedRow | None:
         """The next row; None at the end, and after an error that error again."""
@@ -95,3 +96,10 @@ class _Walk:
         except Exception as error:  # after which a generator has ended
             self._error = error
             raise
+
+
+def _packed(row: Any) -> Any:
+    """A row in little memory; what is no JSON, such as an error, as it is."""
+    with contextlib.suppress(TypeError):
+        return zlib.compress(json.dumps(row).encode(), 1)
+    return row
