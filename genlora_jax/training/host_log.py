@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,8 @@ def keep_log(place: str, heading: str) -> None:
         place: The file, here or in a bucket; its folder is made.
         heading: A first line, which is not shown.
     """
+    # Started later, it would hold the pipes open until this process ends, and so the copier.
+    resource_tracker.ensure_running()
     shown = [os.dup(stream) for stream in (1, 2)]
     pipes = [os.pipe() for _ in shown]
     ends = [end for end, _ in pipes]
