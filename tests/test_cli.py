@@ -376,7 +376,8 @@ def test_a_peft_adapter_is_merged_like_ours(shop, genlora, tmp_path):
 def test_a_target_that_cannot_be_written_is_refused_before_the_work(
     shop, genlora, tmp_path, monkeypatch, command
 ):
-    monkeypatch.setattr(gl.cli, "load_llama", lambda *_, **__: pytest.fail("too late"))
+    for module, name in ((gl.merge_files, "load_llama"), (gl.cli, "load_adapter")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("too late"))
     (tmp_path / "file").write_text("no directory")
     arguments = [shop / "float32", shop / "float32-adapter", tmp_path / "file" / "out"]
     status, _, err = genlora(command, *(arguments if command == "merge" else arguments[1:]))

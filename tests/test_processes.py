@@ -184,16 +184,17 @@ import os, time
 from genlora_jax.training import finetune, pace
 
 pace.EVERY, pace.SHORTEST = 20, 1.0
-place, calls = finetune.place_batch, 0
+record = finetune.Recorder.record
 
-def hindered(*args, **named):
-    global calls
-    calls += 1
+def hang(seconds):
+    time.sleep(seconds)
+
+def hindered(self, step, metrics):
     if os.environ["JAX_PROCESS_ID"] == "1":
-        time.sleep(4.0 if calls == 32 else 0.1)
-    return place(*args, **named)
+        hang(4.0 if step == 27 else 0.1)  # after which none is saved
+    record(self, step, metrics)
 
-finetune.place_batch = hindered
+finetune.Recorder.record = hindered
 if __name__ == "__main__":
     finetune.main()
 """
@@ -214,7 +215,7 @@ def test_the_slowest_process_is_named_and_a_hung_step_shows_all_stacks(launch, t
         log = (tmp_path / "out" / "logs" / f"process-{index}.log").read_text()
         for text in (err, log):
             assert f"has not ended after 1 s, process {index} of 2 on" in text
-        assert ("in hindered" in err.partition("has not ended")[2]) == (index == 1)
+        assert ("in hang" in err.partition("has not ended")[2]) == (index == 1)
         assert err.count("has not ended") == 1
 
 

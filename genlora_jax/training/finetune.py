@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from genlora_jax.adapter import count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, write_adapter
@@ -164,14 +165,15 @@ def train(
     output, start = storage_path(recipe.train.output), int(state.step)
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
-    schedule = learning_rate_schedule(recipe.optim, steps)
+    rates = np.asarray(jax.vmap(learning_rate_schedule(recipe.optim, steps))(np.arange(steps)))
     pace = Pace(log)
-    recorder = Recorder(schedule, checkpoints, log, params, pace.on_device(read), batches)
+    recorder = Recorder(rates, checkpoints, log, params, pace.on_device(read), batches)
     train_step = pace.on_device(announced(train_step, log.print_line))
+    take = pace.on_device(batches.take)  # which waits for the device as well
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
         with pace.step(step):
-            batch = batches.take(None if pending is None else pending["loss"])
+            batch = take(None if pending is None else pending["loss"])
             state, metrics = train_step(state, params, batch)
             # Reading the metrics of the step before does not keep the device waiting.
             if pending is not None:

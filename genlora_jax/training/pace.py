@@ -23,7 +23,8 @@ RECENT, FEWEST = 100, 10  # steps whose median says what is usual; fewer say not
 TIMES, SHORTEST = 10, 10.0  # a step hangs that takes so many medians, and so many seconds
 GIL_SECONDS = 1.0  # after which stacks are printed without Python's help
 EVERY = 50  # steps between two comparisons of the processes
-SLOW = 2.0  # times the median; of the hosts' shares of a step, those over a twentieth of it count
+# Times the others' median; of the hosts' shares of a step, those over a twentieth of it count.
+SLOW = 2.0
 PROBE_SIZE, PROBE_SIZE_CPU = 4096, 256
 
 
@@ -124,7 +125,8 @@ class Pace:
         names = processes.host_names()
         record: dict[str, float] = {}
         for kind, seconds in zip(mine, found.T, strict=True):
-            slowest, median = int(seconds.argmax()), float(np.median(seconds))
+            slowest = int(seconds.argmax())
+            median = float(np.median(np.delete(seconds, slowest)))  # of two, the other's
             most = float(seconds[slowest])
             record[f"slowest_{kind}"] = slowest
             record[f"slowest_{kind}_seconds"] = most
@@ -134,7 +136,7 @@ class Pace:
                 what = "a step's work on its host" if kind == "host" else "a product on its device"
                 self._log.print_line(
                     f"step {step}: process {slowest} ({names[slowest]}) is the slowest: {what} "
-                    f"took {most:.3g} s, the median is {median:.3g} s"
+                    f"took {most:.3g} s, the median of the others is {median:.3g} s"
                 )
         self._log.write(step, record)
 

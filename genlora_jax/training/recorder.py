@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.divergence import check_finite
@@ -20,7 +21,8 @@ class Recorder:
     """Waits for the metrics of steps, checks and writes them.
 
     Attributes:
-        schedule: Learning rate by step.
+        rates: Learning rate of each step, on the host: computed on the device it would wait there
+            for the step under way.
         checkpoints: Where a run can go back to.
         log: Where metrics go.
         params: The base's parameters.
@@ -28,7 +30,7 @@ class Recorder:
         batches: Whose waits are recorded.
     """
 
-    schedule: Callable[[int], Any]
+    rates: np.ndarray
     checkpoints: Checkpoints
     log: MetricsLog
     params: Any
@@ -56,7 +58,7 @@ class Recorder:
         seconds, waited = self._clock - before, self._waited - waited
         values["tokens_per_second"] = values["tokens"] / seconds
         values["input_wait"] = waited / seconds
-        values["learning_rate"] = float(self.schedule(step - 1))
+        values["learning_rate"] = float(self.rates[step - 1])
         check_finite(step, values, self.params, self.checkpoints.latest())
         del values["adapter_finite"]
         self.log.write(step, values)

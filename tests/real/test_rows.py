@@ -386,7 +386,8 @@ def test_ids_of_the_hub_are_sought_there(monkeypatch, tmp_path, source):
     name, _, split = source.partition(":")
     asked = []
 
-    def load_dataset(name, split):
+    def load_dataset(name, split, streaming):
+        assert not streaming
         asked.append((name, split))
         return datasets.Dataset.from_list([PLAIN])
 

@@ -693,7 +693,7 @@ def test_examples_longer_than_the_models_positions_are_remarked_on(workshop, tmp
     given = ["--config", workshop / "recipe.yaml", "--data.train", rows, "--data.length", 256]
     recipe = parse(Recipe, [str(argument) for argument in given])
     run = setup.prepare(recipe, make_mesh(recipe.mesh), said.append)
-    longest = len(run.examples[0]["input_ids"])
+    longest = int(run.source.lengths[0])
     assert longest > 64
     (note,) = (line for line in said if str(line).startswith("note: "))
     assert f"the longest example has {longest} tokens" in note
