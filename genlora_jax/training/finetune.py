@@ -165,7 +165,8 @@ def train(
     output, start = storage_path(recipe.train.output), int(state.step)
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
     best = processes.broadcast_from_primary(best)
-    rates = np.asarray(jax.vmap(learning_rate_schedule(recipe.optim, steps))(np.arange(steps)))
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts by floats
+        rates = np.asarray(jax.vmap(learning_rate_schedule(recipe.optim, steps))(np.arange(steps)))
     pace = Pace(log)
     recorder = Recorder(rates, checkpoints, log, params, pace.on_device(read), batches)
     train_step = pace.on_device(announced(train_step, log.print_line))
