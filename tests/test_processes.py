@@ -191,7 +191,7 @@ def hang(seconds):
 
 def hindered(self, step, metrics):
     if os.environ["JAX_PROCESS_ID"] == "1":
-        hang(4.0 if step == 27 else 0.1)  # after which none is saved
+        hang(6.0 if step == 27 else 0.1)  # after which none is saved
     record(self, step, metrics)
 
 finetune.Recorder.record = hindered
@@ -214,7 +214,7 @@ def test_the_slowest_process_is_named_and_a_hung_step_shows_all_stacks(launch, t
     for index, (_, err) in enumerate(outputs):
         log = (tmp_path / "out" / "logs" / f"process-{index}.log").read_text()
         for text in (err, log):
-            assert f"has not ended after 1 s, process {index} of 2 on" in text
+            assert re.search(rf"has not ended after \d s, process {index} of 2 on", text)
         assert ("in hang" in err.partition("has not ended")[2]) == (index == 1)
         assert err.count("has not ended") == 1
 
