@@ -88,7 +88,7 @@ def test_command_lines_of_the_readme_run_in_order(checkout):
         *cli.COMMANDS,
         *cli.RECIPES,
     }
-    assert len(commands) == 9
+    assert len(commands) == 10
     # Here most of the time goes into steps, and users' programs are optimised.
     users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
