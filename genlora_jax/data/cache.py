@@ -65,14 +65,7 @@ class CacheSource:
             )
             whole = whole and len(self.lengths) == sum(index["rows"])
             whole = whole and self._shards[-1] == self._ends[-1]
-        except (
-            FileNotFoundError,
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-            AttributeError,
-        ) as error:
+        except DAMAGE as error:
             raise ValueError(f"{directory}: damaged: {error}: remove it, and {AGAIN}") from error
         if not whole:
             raise ValueError(f"{directory}: damaged: files are too short: remove it, and {AGAIN}")

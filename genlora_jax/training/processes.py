@@ -67,10 +67,7 @@ def text_of_primary(find: Callable[[], str]) -> str:
     """What the primary finds, at most 64 bytes, in all processes; all must call it together."""
     if jax.process_count() == 1:
         return find()
-    text = (find() if is_primary() else "").encode().ljust(64)
-    return (
-        bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))).decode().rstrip()
-    )
+    return _text(multihost_utils.broadcast_one_to_all(_bytes(find() if is_primary() else "")))
 
 
 def check_same(values: Mapping[str, object]) -> None:
@@ -79,10 +76,12 @@ def check_same(values: Mapping[str, object]) -> None:
     Raises:
         ValueError: In all of them, if one has another value.
     """
-    for name, value in values.items() if jax.process_count() > 1 else ():
-        digest = np.frombuffer(hashlib.sha256(str(value).encode()).digest()[:8], np.uint8)
-        gathered = np.atleast_2d(multihost_utils.process_allgather(digest))
-        others = np.flatnonzero((gathered != gathered[0]).any(axis=1))
+    if jax.process_count() == 1:
+        return
+    digests = [_bytes(hashlib.sha256(str(value).encode()).hexdigest()) for value in values.values()]
+    gathered = _gather(np.stack(digests))
+    for name, found in zip(values, gathered.swapaxes(0, 1), strict=True):
+        others = np.flatnonzero((found != found[0]).any(axis=1))
         if len(others):
             raise ValueError(
                 f"{name} is not the same in process {others[0]} ({host_names()[others[0]]}) as in "
@@ -92,17 +91,28 @@ def check_same(values: Mapping[str, object]) -> None:
 
 def gather_values(values: list[float]) -> np.ndarray:
     """Each process's values, to float32, in a row of its own; all must call it together."""
-    return np.atleast_2d(multihost_utils.process_allgather(np.array(values, np.float32)))
+    return _gather(np.array(values, np.float32))
 
 
 @functools.cache
 def host_names() -> list[str]:
     """The name of each process's host, at most 64 bytes of it; all must call it together."""
-    name = np.zeros(64, np.uint8)
-    mine = socket.gethostname().encode()[:64]
-    name[: len(mine)] = list(mine)
-    gathered = np.atleast_2d(multihost_utils.process_allgather(name))
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
+    return [_text(name) for name in _gather(_bytes(socket.gethostname()))]
+
+
+def _gather(values: np.ndarray) -> np.ndarray:
+    """Each process's values along a first axis, also if there is one process."""
+    gathered = np.asarray(multihost_utils.process_allgather(values))
+    return gathered.reshape(-1, *values.shape)
+
+
+def _bytes(text: str) -> np.ndarray:
+    """At most 64 bytes of a text, uint8 `[64]`; see `_text`."""
+    return np.frombuffer(text.encode()[:64].ljust(64, b"\0"), np.uint8)
+
+
+def _text(values: Any) -> str:
+    return np.asarray(values).tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def keep_logs(output: str) -> None:

@@ -79,20 +79,16 @@ def saved(output):
     return [int(f.name) for f in (output / "checkpoints").glob("*") if f.name.isdecimal()]
 
 
-def test_no_kill_at_any_moment_changes_a_run(tmp_path):
-    workshop(tmp_path)
-    alone = launch(tmp_path, "--train.output", tmp_path / "alone")
-    assert alone.wait() == 0, alone.stderr.read()
+def live(start, kill, most, complete, note=str):
+    """Starts a run until it ends by itself; `kill(life, number)` ends at most so many lives.
 
-    output, newest, arguments, kills = tmp_path / "out", 0, [], 0
+    `complete` has the steps of its checkpoints, none of which a kill may take away; `note` adds to
+    what is printed.
+    """
+    newest, arguments, kills = 0, [], 0
     while True:
-        life = launch(tmp_path, *arguments)
-        # Every third while it starts, the others once it has begun to train; at the end it is left
-        # alone.
-        starting = kills % 3 == 0
-        moments = (0.5, 12.0) if starting else (0.0, 6.0)
-        begun = None if starting else changed(output / "metrics.jsonl")
-        if kills < KILLS and killed(life, *moments, begun=begun):
+        life = start(*arguments)
+        if kills < most and kill(life, kills):
             kills += 1
         elif life.wait():
             # The other command, because the message names it.
@@ -103,12 +99,28 @@ def test_no_kill_at_any_moment_changes_a_run(tmp_path):
             arguments = RESUME.split()
             continue
         else:
-            break
-        complete = saved(output)
-        assert max(complete, default=0) >= newest, f"kill {kills}: step {newest} is gone"
-        newest = max(complete, default=0)
-        arguments = []
-        print(f"kill {kills}: newest checkpoint {newest}", flush=True)
+            return
+        last = max(complete(), default=0)
+        assert last >= newest, f"kill {kills}: step {newest} is gone"
+        newest, arguments = last, []
+        print(f"kill {kills}: newest checkpoint {newest}{note()}", flush=True)
+
+
+def test_no_kill_at_any_moment_changes_a_run(tmp_path):
+    workshop(tmp_path)
+    alone = launch(tmp_path, "--train.output", tmp_path / "alone")
+    assert alone.wait() == 0, alone.stderr.read()
+
+    output = tmp_path / "out"
+
+    def kill(life, kills):
+        # Every third while it starts, the others once it has begun to train.
+        starting = kills % 3 == 0
+        moments = (0.5, 12.0) if starting else (0.0, 6.0)
+        begun = None if starting else changed(output / "metrics.jsonl")
+        return killed(life, *moments, begun=begun)
+
+    live(lambda *arguments: launch(tmp_path, *arguments), kill, KILLS, lambda: saved(output))
     ours, theirs = losses(output), losses(tmp_path / "alone")
     assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
     np.testing.assert_array_equal(list(ours.values()), list(theirs.values()))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from finetune_process import start_finetune
 from servers import Faults, faulty_proxy, gcs_server, s3_server
-from soak import RESUME, files, rng, workshop
+from soak import files, live, rng, workshop
 
 from genlora_jax.cli import main
 from genlora_jax.storage import listed, storage_path
@@ -115,28 +115,18 @@ def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
     }[kind]
     with start() as store, faulty_proxy(store, faults, seed=SEED) as proxy:
         store.reach(monkeypatch)
-        url, newest, arguments, kill = f"{store.url}/runs/1", 0, [], 0
-        while True:
-            life = launch(here, url, *arguments, **store.environment(proxy.endpoint))
-            moment = rng.randint(1, min(500, 25 * STEPS))
-            if kill < kills and killed_at_request(life, proxy, moment):
-                kill += 1
-            elif life.wait():
-                message = life.stderr.read()
-                assert not arguments, message
-                assert RESUME in message, message
-                assert message.count("\n") == 1, message
-                arguments = RESUME.split()
-                continue
-            else:
-                break
-            complete, names = completed(url), listed(url)
-            assert max(complete, default=0) >= newest, f"kill {kill}: step {newest} is gone"
-            newest, arguments = max(complete, default=0), []
-            print(
-                f"kill {kill}: newest checkpoint {newest}, {len(names)} objects, "
-                f"{len(proxy.requests)} requests; {proxy.injected}",
-                flush=True,
-            )
+        url = f"{store.url}/runs/1"
+
+        def begin(*arguments):
+            return launch(here, url, *arguments, **store.environment(proxy.endpoint))
+
+        def kill(life, _):
+            return killed_at_request(life, proxy, rng.randint(1, min(500, 25 * STEPS)))
+
+        def note():
+            counts = f"{len(listed(url))} objects, {len(proxy.requests)} requests"
+            return f", {counts}; {proxy.injected}"
+
+        live(begin, kill, kills, lambda: completed(url), note)
         compare(here, url)
         compare_exports(here, url)
