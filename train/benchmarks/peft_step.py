@@ -82,6 +82,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = build(options, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the steps, not of making the model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda")
     shape = (options.rows, options.length)
