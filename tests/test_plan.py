@@ -233,9 +233,29 @@ def test_estimates_for_tpus_are_what_the_compiler_said_but_for_the_margin(stored
     assert guess.arguments + guess.temporaries == pytest.approx(held, rel=MARGIN)
 
 
+SEVERAL = json.loads((RESULTS / "several_gpus.json").read_text())["arms"]
+# Not `tensor=4` and `fsdp=4`: the benchmark's README says by how much their estimates are wrong.
+UNROLLED = [
+    arm
+    for arm in SEVERAL.values()
+    if "planned_gib" in arm and arm["tensor"] == 1 and arm["fsdp"] < 4
+]
+
+
+@pytest.mark.parametrize("arm", UNROLLED, ids=lambda arm: f"data={arm['data']},fsdp={arm['fsdp']}")
+def test_estimates_of_the_recipe_for_several_gpus_are_what_was_measured_but_for_the_margin(arm):
+    file = REPOSITORY / "train" / "recipes" / "llama3_8b_gpu_8.yaml"
+    rows = ["--data.batch_size", str(4 * arm["gpus"])]
+    recipe = parse(Recipe, ["--config", str(file), *rows])
+    mesh = MeshConfig(data=arm["data"], fsdp=arm["fsdp"])
+    guess = estimate(recipe, parse_topology(f"gpu:{arm['gpus']}x80").chip, mesh)
+    held = (guess.arguments + guess.temporaries) / GIB
+    assert held == pytest.approx(arm["peak_gib"], rel=MARGIN)
+
+
 @pytest.mark.parametrize("arm", GPU_PROGRAMS.values(), ids=GPU_PROGRAMS)
 def test_estimates_for_gpus_are_what_the_compiler_said_but_for_the_margin(arm):
-    # Compiled and run by `python -m train.benchmarks.two_gpus`.
+    # Compiled and run by an earlier form of `python -m train.benchmarks.several_gpus`.
     size = GPUS["size"]
     overrides = {
         "adapter.rank": 16,

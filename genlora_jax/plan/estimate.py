@@ -14,7 +14,7 @@ from genlora_jax.sharding import check_params
 from genlora_jax.training.recipe import Recipe
 
 # Measured: estimates of memory are this near to the compilers' figures, or nearer
-# (train/benchmarks/results: plan.json, two_gpus.json).
+# (train/benchmarks/results: plan.json, two_gpus.json, several_gpus.json, with exceptions).
 MARGIN = 0.15
 FLOP_PER_PRODUCT = 2  # derived: a multiplication and an addition
 # Derived: those of a query with all keys, and of its weights with all values. The masked half

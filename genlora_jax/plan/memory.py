@@ -1,7 +1,7 @@
 """Bytes that a step holds on a chip: its arguments, and all else that is alive at once.
 
 Arguments are exact but for padding. Temporaries are the largest terms. Where a comment says
-"measured", the compilers' figures are in the results of the benchmarks `plan` and `two_gpus`.
+"measured", the compilers' figures are in the results of the benchmarks `plan` and `several_gpus`.
 """
 
 import re
@@ -30,6 +30,9 @@ ACTIVATIONS = (6, 2, 2, 4)
 # what goes into each half's products; measured: and a third array of the feed-forward size.
 KEPT_BY_DOTS = (2, 2, 2, 2)
 KEPT_UNROLLED = (4, 2, 2, 3)
+# Derived, the same for the gradients of all factors: inputs of the products and gradients of their
+# outputs. Measured: on GPUs that share the batch and no more, the compiler computes these last.
+FACTOR_PRODUCTS = (4, 2, 2, 3)
 # Derived: a scan without remat stacks whatever the backward pass reads: all activations, SwiGLU's
 # parts that are no product's input or output, and two float32 arrays in each of the two norms.
 SWIGLU_ACTIVATIONS = 2
@@ -80,7 +83,10 @@ def _kept_bytes(step: Step) -> int:
     cfg, tensor = step.config, step.mesh.tensor
     model = step.recipe.model
     if model.remat == "full":  # what passes from layer to layer
-        return cfg.num_hidden_layers * (step.tokens * cfg.hidden_size * step.width // tensor)
+        kept = step.tokens * cfg.hidden_size * step.width // tensor
+        if _factor_gradients_come_last(step):
+            kept += _values(step, FACTOR_PRODUCTS) * step.width
+        return cfg.num_hidden_layers * kept
     if model.remat == "dots":
         return cfg.num_hidden_layers * _values(step, KEPT_BY_DOTS) * step.width
     if not model.scans(step.platform):
@@ -90,6 +96,11 @@ def _kept_bytes(step: Step) -> int:
     norms = NORM_ACTIVATIONS * cfg.hidden_size * FLOAT32
     kept = _activation_bytes(step) + step.tokens * (swiglu + norms) // tensor
     return cfg.num_hidden_layers * kept
+
+
+def _factor_gradients_come_last(step: Step) -> bool:
+    unrolled = not (step.chip.tpu or step.recipe.model.scans(step.platform))
+    return unrolled and step.mesh.data > 1 and step.mesh.fsdp == 1
 
 
 def _values(step: Step, arrays: tuple[int, int, int, int]) -> int:
