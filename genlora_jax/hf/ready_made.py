@@ -52,6 +52,13 @@ def refuse_other_formats(file: Path, settings: Any) -> None:
     """Raises ValueError if a checkpoint is quantised in a way that is not read."""
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: quantization_config is no object")
+    block = settings.get("weight_block_size") or (1, 1)
+    try:
+        require(len(block) == 2, f"two sizes, not {len(block)}")
+        for size in (block[0], block[1]):
+            require_int("a size", size, 1)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: weight_block_size {block!r:.40}: {error}") from None
     method = settings.get("quant_method")
     found = f"quant_method {method!r}"
     if method == "bitsandbytes":
@@ -65,12 +72,6 @@ def refuse_other_formats(file: Path, settings: Any) -> None:
             return
         found += f" of format {form!r}"
     elif method in ("fp8", "fbgemm_fp8"):
-        block = settings.get("weight_block_size") or [1, 1]
-        try:
-            for size in (block[0], block[1]):
-                require_int("weight_block_size", size, 1)
-        except (TypeError, IndexError, KeyError, ValueError) as error:
-            raise ValueError(f"{file}: weight_block_size {block!r:.40}: {error}") from None
         return
     raise ValueError(f"{file}: quantized by {found}, which is not read; take the original ({READ})")
 

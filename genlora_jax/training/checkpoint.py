@@ -100,6 +100,7 @@ class Checkpoints:
         self._origin = dict(origin or {})
         self.before_save = before_save
         self._damaged: set[int] = set()
+        self.whole = self.latest()  # but for one that is being written, or was in vain
 
     def __enter__(self) -> "Checkpoints":
         # Each of Orbax's threads logs, with a traceback, what is raised here as well; some late.
@@ -164,6 +165,7 @@ class Checkpoints:
         """Returns when the last save is on disk; raises what went wrong with it."""
         with self._reporting_full_disk():
             self._checkpointer.wait()
+        self.whole = self.latest()
 
     def _check_room(self, leaves: Mapping[str, Any]) -> None:
         """Raises OSError if the disk cannot take a checkpoint, which would end in many errors."""
