@@ -27,7 +27,7 @@ OPTIONAL = re.compile(
     r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) "
     r"- Expected a <class 'NoneType'>.*"
 )
-# What is said of a setting of several forms: its name, the forms, why it is none of them, the value.
+# What is said of a setting of several forms: its name, the forms, why it is none, the value.
 FORMS = re.compile(r'(Parser key "[^"]*": ).*?Subtypes: \[(.*?)\] Errors: .*Given value: (.*)')
 CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>|genlora_jax(?:\.\w+)*\.")
 LONGEST = 300  # characters of that, above which the reasons are left out
@@ -231,7 +231,8 @@ def _plain(error: Exception) -> str:
         text, count = OPTIONAL.subn(r"\1", text)
     if len(text) > LONGEST and (found := FORMS.match(text)):
         name, forms, value = found.groups()
-        return f"{name}must be one of {CLASS.sub(r'\1', forms)}, got {value:.100}"
+        forms = CLASS.sub(r"\1", forms)
+        return f"{name}must be one of {forms}, got {value:.100}"
     return text
 
 
