@@ -6,7 +6,15 @@ import time
 
 import pytest
 from servers import Faults, faulty_proxy
-from storage_soak import STEPS, STORES, compare, completed, here, launch  # noqa: F401
+from soak import workshop
+from storage_soak import STEPS, STORES, compare, completed, launch
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("buckets")
+    workshop(directory)
+    return directory
 
 
 @pytest.mark.parametrize("fault", ["refused", "unavailable"])
@@ -40,7 +48,7 @@ def test_a_run_whose_bucket_begins_to_fail_ends_and_says_what_is_saved(
         assert int(saved[1]) in completed(url), said
 
 
-def launch_both(here, output, **environment):  # noqa: F811
+def launch_both(here, output, **environment):
     """Starts two processes of a run, with a device each."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -58,7 +66,7 @@ def finish(both):
 
 @pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize("kind", STORES)
-def test_two_processes_in_a_bucket_are_two_on_this_machine(here, kind, killed, monkeypatch):  # noqa: F811
+def test_two_processes_in_a_bucket_are_two_on_this_machine(here, kind, killed, monkeypatch):
     alone = here / "both-alone"
     if not alone.exists():
         finish(launch_both(here, alone))
