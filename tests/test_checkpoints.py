@@ -199,7 +199,7 @@ def test_an_error_of_a_bucket_says_what_is_saved():
             naming_whole("s3://bucket/run", lambda step=step: step),
         ):
             raise PermissionError("refused")
-    with pytest.raises(PermissionError, match="^refused$"), naming_whole("run", lambda: 8):
+    with pytest.raises(PermissionError, match=r"^refused$"), naming_whole("run", lambda: 8):
         raise PermissionError("refused")
     spec = {"driver": "ocdbt", "base": {"driver": "gcs", "bucket": "b", "path": "p/"}}
     base = _of_bucket(spec, "gs")["base"]
