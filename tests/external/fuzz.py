@@ -519,28 +519,28 @@ NAMES = st.text(st.sampled_from("ab/.-_ ~#?%&=+:*[]{}@é\\\n\0'\"") | st.charact
 
 def use_url(directory):
     """What is written to a URL, read back and listed."""
-    _, url = bucket()
-    name = (directory / "name").read_text()
-    url = f"{url}/{name}"
+    place = f"{bucket()[1]}/{(directory / 'name').read_text()}"
+    url = str(storage_path(place))  # as `Path` writes it: `a//b` is `a/b`
     try:
         write_object(url, b"content")
         found = storage_path(url).read_bytes()
     except REFUSALS as error:
         raise type(error)(str(error).replace(url, str(directory))) from error
-    return name, found, storage_path(url).is_file(), listed(os.path.dirname(url))
+    return url, found, storage_path(url).is_file(), listed(os.path.dirname(url))
 
 
 def check_url(_, found):
     """The object that another client finds, under the very name."""
-    client, url = bucket()
-    name, content, is_file, names = found
+    client, place = bucket()
+    url, content, is_file, names = found
     assert content == b"content"
     assert is_file
-    assert os.path.basename(name) in names
-    keys = [o["Key"] for o in client.list_objects_v2(Bucket=url[5:]).get("Contents", ())]
+    assert names == [os.path.basename(url)], names
+    listing = client.list_objects_v2(Bucket=place[5:]).get("Contents", ())
+    keys = [found["Key"] for found in listing]
     for key in keys:
-        client.delete_object(Bucket=url[5:], Key=key)
-    assert keys == [name], (keys, name)
+        client.delete_object(Bucket=place[5:], Key=key)
+    assert keys == [url.removeprefix(f"{place}/")], (keys, url)
 
 
 # Recipes.
