@@ -43,6 +43,8 @@ def open_checkpointer(directory: Any, **options: Any) -> Any:
     _prepare_tensorstore()
     context = ocp.Context()
     context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    # Else threads wait ten minutes for a directory that a bucket refused, and the process for them.
+    context.async_options.create_directories_asynchronously = False
     return ocp.training.Checkpointer(str(directory), context=context, **options)
 
 
