@@ -103,7 +103,7 @@ def _prepare_tensorstore() -> None:
             return known(directory, *args, **options)
         protocol, _, path = directory.partition("://")
         spec = known(f"gs://{path}", *args, **options)
-        return _of_bucket(spec, protocol)  # type: ignore[no-any-return]
+        return _of_bucket(spec, protocol)
 
     tensorstore_utils.build_kvstore_tspec = build_kvstore_tspec
 
