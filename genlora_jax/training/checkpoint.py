@@ -33,11 +33,7 @@ from genlora_jax.training.checkpoint_reading import (
     load_arrays,
     read_metadata,
 )
-from genlora_jax.training.checkpoint_storage import (
-    naming_bucket,
-    open_checkpointer,
-    unreachable,
-)
+from genlora_jax.training.checkpoint_storage import naming_bucket, open_checkpointer, unreachable
 from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
@@ -112,8 +108,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
-            logging.getLogger("absl").setLevel(self._log_level)
+            with naming_bucket(self._checkpointer.directory), contextlib.ExitStack() as stack:
+                stack.callback(logging.getLogger("absl").setLevel, self._log_level)
+                self._checkpointer.close()  # raises once more what has failed
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
