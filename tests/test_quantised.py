@@ -546,6 +546,8 @@ def test_codes_are_not_taken_for_scales_of_fp8(tmp_path):
     save_torch({"w": codes, "w_scale": exponents}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="tensor w_scale is of dtype U8"):
         open_checkpoint(tmp_path).read("w")
+    with pytest.raises(ValueError, match="tensor w_scale is of dtype U8"):  # nor for a norm's
+        open_checkpoint(tmp_path).read("w_scale")
 
 
 @pytest.mark.parametrize("size", [5, [1], [0, 8], ["a", 1], {"a": 1}, [True, 1], [1, 2, 3]])

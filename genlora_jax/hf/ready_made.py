@@ -176,10 +176,9 @@ class ReadyMade(Checkpoint):
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         if name in self._states:
             return self._read_nf4(name, rows)
-        value = self._stored(name, rows)
         if self._where[name].entries[name].kind in FP8:
-            return self._scaled(name, value, rows)
-        return value
+            return self._scaled(name, self._stored(name, rows), rows)
+        return super().read(name, rows)
 
     def _scaled(self, name: str, value: np.ndarray, rows: slice) -> np.ndarray:
         """FP8 times its scale: one of a tensor, of each row, or of each block."""

@@ -735,6 +735,8 @@ def test_an_output_in_the_base_is_refused(workshop, run):
         (b"optim:\n  b1: 0.5\n  b1: 0.9\n", "line 3: b1 is there twice"),
         (b"data: {train: [null]}", r"must be one of str, list\[str \| MixedSource\], got \[None\]"),
         (b"data: {train: [{path: a, weight: b}]}", r"data\.train.*weight"),
+        (b"data: {train: [{path: a, weight: .inf}]}", "^data.train: weight must be a finite numb"),
+        (b"mesh: {data: null}", "mesh.data must be at least 1, or -1, got None"),
     ],
 )
 def test_a_recipe_that_is_none_is_named(content, message, tmp_path):
