@@ -113,9 +113,10 @@ $(LAUNCH)/ready: $(VENV)/ready constraints.txt
 slurm: $(VENV)/ready
 	PYTHONPATH=. $(BIN)/python -m pytest tests/external/slurm.py
 
-# A run killed a hundred times, its merges and exports, and changed files for each reader: half an hour.
+# A run killed a hundred times, its merges and exports, buckets that fail, and changed files for each
+# reader: three quarters of an hour.
 soak: $(VENV)/ready
-	$(BIN)/python -m pytest -s tests/external/soak.py tests/external/fuzz.py
+	$(BIN)/python -m pytest -s tests/external/soak.py tests/external/bucket_soak.py tests/external/fuzz.py
 
 clean:
 	rm -rf $(VENV) $(DOCS) $(FOREIGN) $(ENGINES) $(HARNESS) $(TPU) $(LAUNCH) out site

@@ -33,7 +33,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
         for axis in AXES:
-            if (size := getattr(self, axis)) != -1 and size < 1:
+            size = getattr(self, axis)
+            if type(size) is not int or (size != -1 and size < 1):
                 raise ValueError(f"mesh.{axis} must be at least 1, or -1, got {size}")
         if sum(getattr(self, axis) == -1 for axis in AXES) > 1:
             raise ValueError("mesh: only one of data, fsdp and tensor can be -1")

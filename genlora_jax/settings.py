@@ -27,6 +27,11 @@ OPTIONAL = re.compile(
     r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) "
     r"- Expected a <class 'NoneType'>.*"
 )
+# What is said of a setting of several forms: its name, the forms, why it is none, the value.
+FORMS = re.compile(r'(Parser key "[^"]*": ).*?Subtypes: \[(.*?)\] Errors: .*Given value: (.*)')
+CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>|genlora_jax(?:\.\w+)*\.")
+OUR_REASON = re.compile(r"- ([\w.]+: \w+ must .*?) Given value type: ")
+LONGEST = 300  # characters, above which it is shortened
 
 OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED.*(Out of memory|device buffer|memory space hbm)", re.DOTALL
@@ -225,6 +230,14 @@ def _plain(error: Exception) -> str:
     text, count = " ".join(str(error).split()), 1
     while count:
         text, count = OPTIONAL.subn(r"\1", text)
+    if len(text) <= LONGEST:
+        return text
+    if found := OUR_REASON.search(text):
+        return found[1]
+    if found := FORMS.match(text):
+        name, forms, value = found.groups()
+        forms = CLASS.sub(r"\1", forms)
+        return f"{name}must be one of {forms}, got {value:.100}"
     return text
 
 

@@ -66,6 +66,8 @@ class ObjectStore:
             monkeypatch.setenv(name, value)
         fsspec.get_filesystem_class(self.url.split(":")[0]).clear_instance_cache()
         backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+        if known := sys.modules.get("genlora_jax.training.checkpoint_storage"):
+            known._s3_server.cache_clear()
 
 
 @contextlib.contextmanager

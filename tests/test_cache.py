@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -308,6 +309,26 @@ def test_a_damaged_cache_is_refused(tmp_path, tokenizer, here, name):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"damaged.*run genlora tokenize"):
         find_cache(file, tokenizer, cfg)
+
+
+def test_a_cache_that_says_something_else_than_was_written_is_refused(tmp_path, tokenizer, here):
+    """Numbers that fit one another, of which rows would be cut and mixed otherwise."""
+    one, two = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", ROWS[:2])
+    cfg = DataConfig(train=[one, two], cache=str(tmp_path / "cache"))
+    directory = Path(write_cache(cfg.train, tokenizer, cfg))
+    index, lengths = (directory / name for name in ("cache.json", "lengths.npy"))
+    whole = {path: path.read_bytes() for path in (index, lengths)}
+    swapped = json.loads(whole[index])
+    swapped["rows"].reverse()
+    index.write_text(json.dumps(swapped))
+    with pytest.raises(ValueError, match=r"not as it was written: remove it, and run genlora"):
+        CacheSource(str(directory))
+    index.write_bytes(whole[index])
+    np.save(lengths, np.load(lengths)[::-1])
+    with pytest.raises(ValueError, match="not as it was written"):
+        CacheSource(str(directory))
+    lengths.write_bytes(whole[lengths])
+    CacheSource(str(directory))
 
 
 # Mixtures.

@@ -16,6 +16,7 @@ from genlora_jax.data.batches import train_batches
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.sources import MemorySource
 from genlora_jax.training.checkpoint import Checkpoints
+from genlora_jax.training.checkpoint_storage import RETRIES, _of_bucket, naming_whole
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.recipe import TrainConfig
 from genlora_jax.training.step import init_state
@@ -189,3 +190,17 @@ def test_the_latest_and_those_of_every_so_many_steps_are_kept(state, tmp_path):
 def test_keeping_steps_that_are_never_saved_is_refused():
     with pytest.raises(ValueError, match=r"keep_every \(10\) must be a multiple .*save_every \(4"):
         TrainConfig(output="out", save_every=4, keep_every=10)
+
+
+def test_an_error_of_a_bucket_says_what_is_saved():
+    for step, words in ((8, "step 8 is saved"), (None, "no checkpoint was whole")):
+        with (
+            pytest.raises(PermissionError, match=f"^refused. {words}: go on with --train.resume"),
+            naming_whole("s3://bucket/run", lambda step=step: step),
+        ):
+            raise PermissionError("refused")
+    with pytest.raises(PermissionError, match=r"^refused$"), naming_whole("run", lambda: 8):
+        raise PermissionError("refused")
+    spec = {"driver": "ocdbt", "base": {"driver": "gcs", "bucket": "b", "path": "p/"}}
+    base = _of_bucket(spec, "gs")["base"]
+    assert base == spec["base"] | {"gcs_request_retries": RETRIES}

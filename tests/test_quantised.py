@@ -27,7 +27,7 @@ from genlora_jax.base.kernel import read_kernel
 from genlora_jax.base.nf4 import NF4, SCALES
 from genlora_jax.base.quantise import Quantisation, quantisation_of, quantise
 from genlora_jax.base.stored import StoredKernel, block_absmax
-from genlora_jax.hf.ready_made import open_checkpoint, stated_quantisation
+from genlora_jax.hf.ready_made import STATE, open_checkpoint, stated_quantisation
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.plan.chips import CHIPS
 from genlora_jax.plan.compiled import build
@@ -510,6 +510,53 @@ def test_scales_of_nf4_that_are_not_finite_are_refused(ready_made, tmp_path, dou
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"model.safetensors: tensor {name} holds a NaN or an"):
         gl.load_llama(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (f"{STATE}nf4", "is damaged: no 'nested_offset'"),
+        (".absmax", "absmax is of dtype F32"),
+        (".nested_absmax", "nested_absmax has 1 values"),
+        ("", "is of dtype I8"),
+    ],
+)
+def test_nf4_whose_parts_do_not_fit_is_refused(ready_made, tmp_path, part, message):
+    made, _ = ready_made(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    path = shutil.copytree(made, tmp_path / "damaged")
+    tensors, name = load_file(path / "model.safetensors"), f"{DOWN}{part}"
+    if part == f"{STATE}nf4":
+        state = json.loads(tensors[name].tobytes())
+        del state["nested_offset"]
+        tensors[name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    elif part == ".nested_absmax":
+        tensors[name] = tensors[name][:1]
+    else:
+        tensors[name] = tensors[name].astype(np.float32 if part else np.int8)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model\.safetensors: tensor {DOWN}.*{message}"):
+        gl.load_llama(path)
+
+
+def test_codes_are_not_taken_for_scales_of_fp8(tmp_path):
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    exponents = torch.full((4, 1), 127, dtype=torch.uint8)  # of E8M0: each stands for 1
+    codes = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    save_torch({"w": codes, "w_scale": exponents}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="tensor w_scale is of dtype U8"):
+        open_checkpoint(tmp_path).read("w")
+    with pytest.raises(ValueError, match="tensor w_scale is of dtype U8"):  # nor for a norm's
+        open_checkpoint(tmp_path).read("w_scale")
+
+
+@pytest.mark.parametrize("size", [5, [1], [0, 8], ["a", 1], {"a": 1}, [True, 1], [1, 2, 3]])
+def test_sizes_of_blocks_that_are_none_are_refused(tmp_path, size):
+    for method in ({"quant_method": "fp8"}, {"quant_method": "compressed-tensors"}):
+        settings = method | {"format": "float-quantized", "weight_block_size": size}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        with pytest.raises(ValueError, match=r"config\.json: weight_block_size"):
+            open_checkpoint(tmp_path)
 
 
 def test_the_size_of_a_tensor_in_nf4_is_that_of_its_floats(ready_made):

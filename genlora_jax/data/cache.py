@@ -26,14 +26,17 @@ from genlora_jax.storage import WRITTEN, is_remote, storage_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 2  # of what is written, and of its name
+FORMAT = 3  # of what is written, and of its name
 LENGTHS, INDEX = "lengths.npy", "cache.json"
 WHOLE = 4 << 30  # bytes of a local file up to which all of it is in its digest
 PLACES, SAMPLE = 64, 4096  # of any other file: at how many places it is looked at, and their bytes
 # What a file system may say of a file that differs once it is written anew.
 VERSIONS = ("generation", "ETag", "etag", "LastModified", "mtime")
 # What is raised over files that are not as they were written.
-DAMAGE = (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+DAMAGE = (
+    *(FileNotFoundError, ValueError, KeyError, TypeError),
+    *(IndexError, AttributeError, RecursionError),
+)
 AGAIN = "run genlora tokenize with the recipe"
 
 
@@ -54,8 +57,10 @@ class CacheSource:
         path = storage_path(directory)
         try:
             index = json.loads((path / INDEX).read_text())
-            lengths = io.BytesIO((path / LENGTHS).read_bytes())
-            self.lengths = np.load(lengths, allow_pickle=False)
+            lengths = (path / LENGTHS).read_bytes()
+            if index.pop("digest") != index_digest(index, lengths):
+                raise ValueError(f"{INDEX} or {LENGTHS} is not as it was written")
+            self.lengths = np.load(io.BytesIO(lengths), allow_pickle=False)
             self._shards = np.cumsum([0, *index["shards"]], dtype=np.int64)
             self._ends = np.cumsum(self.lengths, dtype=np.int64)
             size = file_system(directory).size
@@ -95,6 +100,12 @@ class CacheSource:
         if len(data) != 4 * lengths.sum(dtype=np.int64):
             raise OSError(f"{self.directory}: it has changed since it was opened: run again")
         return [[example] for example in split_examples(np.frombuffer(data, "<u4"), lengths)]
+
+
+def index_digest(index: dict[str, Any], lengths: bytes) -> str:
+    """A digest of what says where a cache's examples are."""
+    text = json.dumps(index, sort_keys=True).encode()
+    return hashlib.sha256(text + lengths).hexdigest()[:16]
 
 
 def shard_name(number: int) -> str:

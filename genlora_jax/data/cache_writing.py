@@ -10,7 +10,15 @@ import numpy as np
 from tqdm import tqdm
 
 from genlora_jax.atomic_files import new_directory
-from genlora_jax.data.cache import FORMAT, INDEX, LENGTHS, CacheSource, cache_name, shard_name
+from genlora_jax.data.cache import (
+    FORMAT,
+    INDEX,
+    LENGTHS,
+    CacheSource,
+    cache_name,
+    index_digest,
+    shard_name,
+)
 from genlora_jax.data.config import DataConfig, MixedSource, paths_and_weights
 from genlora_jax.data.examples import Encoded, Fingerprint
 from genlora_jax.data.report import Tally, joined
@@ -64,6 +72,7 @@ def write_cache(
             "fingerprint": shards.fingerprint.hexdigest(),
             "report": report,
         }
+        index["digest"] = index_digest(index, (Path(new) / LENGTHS).read_bytes())
         (Path(new) / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     print_line(f"{report}\n{directory}: {len(shards.tokens)} shards")
     return directory

@@ -20,7 +20,7 @@ from genlora_jax.base.nibbles import HALF, RUN
 from genlora_jax.base.quantise import Quantisation
 from genlora_jax.hf.checkpoint import CONFIG, Checkpoint, read_json
 from genlora_jax.hf.names import Tensor, tensors
-from genlora_jax.hf.tensorfile import QUANTISED
+from genlora_jax.hf.tensorfile import DTYPES, QUANTISED
 from genlora_jax.targets import split_layer
 from genlora_jax.validation import LARGEST_FLOAT, require, require_float, require_int
 
@@ -52,6 +52,13 @@ def refuse_other_formats(file: Path, settings: Any) -> None:
     """Raises ValueError if a checkpoint is quantised in a way that is not read."""
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: quantization_config is no object")
+    block = settings.get("weight_block_size") or (1, 1)
+    try:
+        require(len(block) == 2, f"two sizes, not {len(block)}")
+        for size in (block[0], block[1]):
+            require_int("a size", size, 1)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: weight_block_size {block!r:.40}: {error}") from None
     method = settings.get("quant_method")
     found = f"quant_method {method!r}"
     if method == "bitsandbytes":
@@ -65,12 +72,6 @@ def refuse_other_formats(file: Path, settings: Any) -> None:
             return
         found += f" of format {form!r}"
     elif method in ("fp8", "fbgemm_fp8"):
-        block = settings.get("weight_block_size") or [1, 1]
-        try:
-            for size in (block[0], block[1]):
-                require_int("weight_block_size", size, 1)
-        except (TypeError, IndexError, KeyError, ValueError) as error:
-            raise ValueError(f"{file}: weight_block_size {block!r:.40}: {error}") from None
         return
     raise ValueError(f"{file}: quantized by {found}, which is not read; take the original ({READ})")
 
@@ -117,18 +118,27 @@ class ReadyMade(Checkpoint):
         weight = name.removesuffix(f"{STATE}nf4")
         try:
             state: dict[str, Any] = json.loads(self._stored(name).tobytes())
-            for size in (*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)):
+            require(len(state["shape"]) == 2, f"its shape is {state['shape']}")
+            parts = [(weight, 2, ["U8"])]
+            if nested := state.get("nested_blocksize"):
+                require_float("nested_offset", state["nested_offset"], -LARGEST_FLOAT)
+                parts += [(f"{weight}.absmax", state["blocksize"], ["U8"])]
+                parts += [(f"{weight}.nested_absmax", state["blocksize"] * nested, ["F32"])]
+            else:
+                parts += [(f"{weight}.absmax", state["blocksize"], [*DTYPES])]
+            for size in (*state["shape"], *(size for _, size, _ in parts)):
                 require_int("a size", size, 1)
             count = math.prod(state["shape"])
-            for tensor, expected in ((weight, 2), (f"{weight}.absmax", state["blocksize"])):
-                found = math.prod(self._where[tensor].entries[tensor].shape)
-                require(found == -(-count // expected), f"{tensor} has {found} values")
-            require_float("nested_offset", state.get("nested_offset", 0.0), -LARGEST_FLOAT)
-            require(len(state["shape"]) == 2, f"its shape is {state['shape']}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.file(name)}: tensor {name} is damaged: {error}") from None
+            for tensor, each, kinds in parts:
+                entry = self._where[tensor].entries[tensor]
+                found = math.prod(entry.shape)
+                require(found == -(-count // each), f"{tensor} has {found} values")
+                require(entry.kind in kinds, f"{tensor} is of dtype {entry.kind}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{self.file(name)}: tensor {name} is damaged: {reason}") from None
         maps = {f"{weight}.quant_map": LEVELS}
-        if state.get("nested_blocksize"):
+        if nested:
             maps[f"{weight}.nested_quant_map"] = SCALES
         for tensor, expected in maps.items():
             if not np.array_equal(self._stored(tensor), expected):
@@ -166,22 +176,25 @@ class ReadyMade(Checkpoint):
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         if name in self._states:
             return self._read_nf4(name, rows)
-        value = self._stored(name, rows)
         if self._where[name].entries[name].kind in FP8:
-            return self._scaled(name, value, rows)
-        return value
+            return self._scaled(name, self._stored(name, rows), rows)
+        return super().read(name, rows)
 
     def _scaled(self, name: str, value: np.ndarray, rows: slice) -> np.ndarray:
         """FP8 times its scale: one of a tensor, of each row, or of each block."""
         found = [name + suffix for suffix in (SCALE, INVERSE) if name + suffix in self._where]
         if not found:
             raise ValueError(f"{self.file(name)}: tensor {name} is FP8 and has no {name}{SCALE}")
-        scale = self._stored(found[0]).astype(np.float32)
+        scale = self._where[found[0]].read(found[0]).astype(np.float32)  # of floats alone
         shape = self._where[name].entries[name].shape
         first, last, _ = rows.indices(shape[0])
         down, across = self._block
         # Blocks first: of some sizes there are as many as rows.
-        if down and scale.shape == (-(-shape[0] // down), -(-shape[1] // across)):
+        if (
+            down
+            and len(shape) == 2
+            and scale.shape == (-(-shape[0] // down), -(-shape[1] // across))
+        ):
             scale = scale[np.arange(first, last) // down].repeat(across, axis=1)[:, : shape[1]]
         elif scale.size == 1:
             scale = scale.reshape(1, 1)

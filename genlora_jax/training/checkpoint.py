@@ -33,11 +33,7 @@ from genlora_jax.training.checkpoint_reading import (
     load_arrays,
     read_metadata,
 )
-from genlora_jax.training.checkpoint_storage import (
-    naming_bucket,
-    open_checkpointer,
-    unreachable,
-)
+from genlora_jax.training.checkpoint_storage import naming_bucket, open_checkpointer, unreachable
 from genlora_jax.training.checksums import checksums, json_digest
 from genlora_jax.training.step import TrainState
 from genlora_jax.validation import first_not_finite
@@ -100,6 +96,7 @@ class Checkpoints:
         self._origin = dict(origin or {})
         self.before_save = before_save
         self._damaged: set[int] = set()
+        self.whole = self.latest()  # but for one that is being written, or was in vain
 
     def __enter__(self) -> "Checkpoints":
         # Each of Orbax's threads logs, with a traceback, what is raised here as well; some late.
@@ -111,8 +108,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
-            logging.getLogger("absl").setLevel(self._log_level)
+            with naming_bucket(self._checkpointer.directory), contextlib.ExitStack() as stack:
+                stack.callback(logging.getLogger("absl").setLevel, self._log_level)
+                self._checkpointer.close()  # raises once more what has failed
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
@@ -164,6 +162,7 @@ class Checkpoints:
         """Returns when the last save is on disk; raises what went wrong with it."""
         with self._reporting_full_disk():
             self._checkpointer.wait()
+        self.whole = self.latest()
 
     def _check_room(self, leaves: Mapping[str, Any]) -> None:
         """Raises OSError if the disk cannot take a checkpoint, which would end in many errors."""

@@ -1,20 +1,32 @@
-"""Orbax's checkpoints in buckets, too: it knows `gs://` itself, and is taught `s3://` here."""
+"""Orbax's checkpoints in buckets, too: it knows `gs://` itself, and is taught `s3://` here.
+
+TensorStore, which writes the arrays, would ask a bucket that answers nothing but 503 for a quarter
+of an hour, and wait for ever for one that falls silent. Both are bounded here.
+"""
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from orbax.checkpoint import v1 as ocp
 
-from genlora_jax.remote_path import naming
+from genlora_jax.remote_path import RemoteError, naming
 from genlora_jax.storage import is_remote
 
 NO_ANSWER = (  # of TensorStore
     *("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"),
     *("UNAUTHENTICATED", "UNAVAILABLE"),
 )
+
+# Waits of 1, 2, 4, 8 and 16 seconds, as the libraries for single files have them.
+RETRIES = {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}
+SILENCE = {  # seconds at less than a byte a second until a request has failed
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
 
 
 def open_checkpointer(directory: Any, **options: Any) -> Any:
@@ -28,9 +40,11 @@ def open_checkpointer(directory: Any, **options: Any) -> Any:
     """
     if not is_remote(directory):
         return ocp.training.Checkpointer(directory.absolute(), **options)
-    _teach_s3()
+    _prepare_tensorstore()
     context = ocp.Context()
     context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    # Else threads wait ten minutes for a directory that a bucket refused, and the process for them.
+    context.async_options.create_directories_asynchronously = False
     return ocp.training.Checkpointer(str(directory), context=context, **options)
 
 
@@ -59,33 +73,51 @@ def unreachable(directory: Any, error: Exception) -> bool:
     return said or isinstance(error, OSError) or library in ("aiohttp", "botocore", "google")
 
 
+@contextlib.contextmanager
+def naming_whole(directory: Any, whole: Callable[[], int | None]) -> Iterator[None]:
+    """Has errors of a bucket say from where a run can go on: `whole` is its last whole step."""
+    try:
+        yield
+    except (RemoteError, PermissionError, FileNotFoundError) as error:
+        if not is_remote(directory):
+            raise
+        kept = "no checkpoint was whole" if (step := whole()) is None else f"step {step} is saved"
+        raise type(error)(f"{error}. {kept}: go on with --train.resume true") from error
+
+
 @functools.cache
-def _teach_s3() -> None:
-    """Has Orbax ask TensorStore for `s3://` where it would refuse the path as a relative one.
+def _prepare_tensorstore() -> None:
+    """Has Orbax ask TensorStore for `s3://`, which it would refuse, and for a bucket patiently.
 
     Orbax decides on TensorStore's driver in one function, which knows `gs://` and files. What it
     answers for a bucket of `gs://` holds for one of `s3://` but for the driver's name and settings.
     """
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
+    for name, value in SILENCE.items():
+        os.environ.setdefault(name, value)
     known: Callable[..., dict[str, Any]] = tensorstore_utils.build_kvstore_tspec
 
     def build_kvstore_tspec(directory: str, *args: Any, **options: Any) -> dict[str, Any]:
-        if not directory.startswith("s3://"):
+        if not is_remote(directory):
             return known(directory, *args, **options)
-        spec: dict[str, Any] = _of_s3(known(f"gs{directory[2:]}", *args, **options))
-        return spec
+        protocol, _, path = directory.partition("://")
+        spec = known(f"gs://{path}", *args, **options)
+        return _of_bucket(spec, protocol)
 
     tensorstore_utils.build_kvstore_tspec = build_kvstore_tspec
 
 
-def _of_s3(spec: Any) -> Any:
-    """A spec of TensorStore with the driver of S3 wherever it has that of GCS."""
+def _of_bucket(spec: Any, protocol: str) -> Any:
+    """A spec of TensorStore with other retries, and for S3 its driver, wherever a bucket is."""
     if not isinstance(spec, dict):
         return spec
-    if "bucket" in spec:
-        return {"driver": "s3", "bucket": spec["bucket"], "path": spec["path"], **_s3_server()}
-    return {name: _of_s3(value) for name, value in spec.items()}
+    if "bucket" not in spec:
+        return {name: _of_bucket(value, protocol) for name, value in spec.items()}
+    if protocol == "gs":
+        return spec | {"gcs_request_retries": RETRIES}
+    place = {"driver": "s3", "bucket": spec["bucket"], "path": spec["path"]}
+    return place | {"s3_request_retries": RETRIES} | _s3_server()
 
 
 @functools.cache

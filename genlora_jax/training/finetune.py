@@ -25,6 +25,7 @@ from genlora_jax.sharding import local_rows, place_batch, state_shardings
 from genlora_jax.storage import is_remote, storage_path
 from genlora_jax.training import processes
 from genlora_jax.training.checkpoint import Checkpoints
+from genlora_jax.training.checkpoint_storage import naming_whole
 from genlora_jax.training.divergence import check_finite, refuse_not_finite
 from genlora_jax.training.feed import Feed
 from genlora_jax.training.metrics import MetricsLog, read_records
@@ -107,7 +108,12 @@ def run_in_output(
         origin=run.origin,
         before_save=before_save,
     )
-    with checkpoints, feed(recipe, run) as batches, processes.stop_signals() as stop_signal:
+    with (
+        naming_whole(output, lambda: checkpoints.whole),
+        checkpoints,
+        feed(recipe, run) as batches,
+        processes.stop_signals() as stop_signal,
+    ):
         if settings.resume:
             state = checkpoints.restore(state, batches)
             none = checkpoints.latest() is None
@@ -128,9 +134,10 @@ def run_in_output(
             primary=primary,
         ) as log:
             state, signal = train(recipe, run, state, batches, checkpoints, stop_signal, log)
-    if signal is None:
-        save(output / "adapter", state, run)
-        print_line(f"adapter: {output / 'adapter'}")
+        if signal is None:
+            checkpoints.wait()
+            save(output / "adapter", state, run)
+            print_line(f"adapter: {output / 'adapter'}")
     return signal
 
 

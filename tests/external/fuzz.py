@@ -5,6 +5,7 @@ file. It may raise nothing else, take no longer than some seconds, and return no
 reference reads. `Target.known` is tried first; a failure prints its example and how to repeat it.
 """
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -35,10 +36,14 @@ from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from servers import s3_server
 from tiny_base import TOKENIZER, write_base
 
 import genlora_jax as gl
-from genlora_jax.data.config import DataConfig
+from genlora_jax.bucket_directories import write_object
+from genlora_jax.data.cache import CacheSource
+from genlora_jax.data.cache_writing import write_cache
+from genlora_jax.data.config import DataConfig, MixedSource
 from genlora_jax.data.encode import load_examples
 from genlora_jax.hf.checkpoint import INDEX, SINGLE, model_config
 from genlora_jax.hf.names import tensors
@@ -46,6 +51,7 @@ from genlora_jax.methods import config_to_json
 from genlora_jax.models.llama import LlamaForCausalLM, parameter_shapes
 from genlora_jax.models.rope import rope_frequencies
 from genlora_jax.settings import parse
+from genlora_jax.storage import listed, storage_path
 from genlora_jax.training.recipe import Recipe
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
@@ -148,7 +154,38 @@ def workshop():
     get_peft_model(twin, settings).save_pretrained(here / "peft")
     twin = transformers.AutoModelForCausalLM.from_pretrained(base)
     twin.save_pretrained(here / "sharded", max_shard_size="20KB")
+    _write_quantised(here)
+    (here / "rows.jsonl").write_text('{"prompt": "1 and", "completion": " 2"}\n' * 40)
+    cfg = DataConfig(train=str(here / "rows.jsonl"), cache=str(here / "caches"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        os.rename(write_cache(cfg.train, tokenizer(), cfg), here / "cache")
     return here, model, params
+
+
+def _write_quantised(here):
+    """A base in NF4, as bitsandbytes and `transformers` write it, and one in FP8 with scales."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
+    plain = write_base(here / "plain", architectures=["LlamaForCausalLM"], **sizes)
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    transformers.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=settings, device_map="cpu", dtype=torch.bfloat16
+    ).save_pretrained(here / "nf4")
+    tensors = {}
+    for name, value in safetensors.torch.load_file(plain / SINGLE).items():
+        tensors[name] = value
+        if "proj" in name:
+            blocks = [-(-size // 32) for size in value.shape]
+            tensors[name] = value.to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.linspace(0.5, 1.5, blocks[0] * blocks[1]).reshape(
+                blocks
+            )
+    (here / "fp8").mkdir()
+    safetensors.torch.save_file(tensors, here / "fp8" / SINGLE)
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (here / "fp8" / "config.json").write_text(json.dumps(config))
 
 
 @functools.cache
@@ -343,6 +380,50 @@ def check_base(directory, found):
         np.testing.assert_array_equal(leaf.T if tensor.transposed else leaf, expected)
 
 
+@functools.cache
+def as_written(folder):
+    """The parameters of a quantised base that nobody has changed."""
+    return jax.tree.leaves(load_base(workshop()[0] / folder)[1])
+
+
+def check_quantised(folder):
+    """The parameters of the files as they were, where the tensors are as they were."""
+
+    def check(directory, found):
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found[1])]
+        assert all(np.isfinite(leaf.astype(np.float32)).all() for leaf in leaves)
+        if (directory / SINGLE).read_bytes() == content(f"{folder}/{SINGLE}"):
+            for leaf, other in zip(leaves, as_written(folder), strict=True):
+                np.testing.assert_array_equal(leaf, other)
+
+    return check
+
+
+@st.composite
+def quantised_files(draw, folder):
+    """A changed `quantization_config`; or changed tensors, of which NF4 has JSON in one of each."""
+    if draw(st.booleans()):
+        config = json.loads(content(f"{folder}/config.json"))
+        names = ("weight_block_size", "bnb_4bit_quant_type", "format", "llm_int8_skip_modules")
+        config["quantization_config"] = draw(changed(config["quantization_config"], names))
+        return {"config.json": json.dumps(config).encode()}
+    if draw(st.booleans()):
+        return {SINGLE: draw(tensor_bytes(f"{folder}/{SINGLE}"))}
+    arrays = safetensors.torch.load(content(f"{folder}/{SINGLE}"))
+    name = draw(st.sampled_from(sorted(name for name in arrays if "layers" in name)))
+    if "quant_state" in name:
+        state = json.loads(arrays[name].numpy().tobytes())
+        text = draw(documents(state, ("nested_offset", "shape")))
+        arrays[name] = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)
+    else:
+        kinds = (torch.float32, torch.uint8, torch.float8_e4m3fn, torch.bfloat16)
+        kind = draw(st.sampled_from(kinds))
+        arrays[name] = arrays[name].float().nan_to_num().to(kind)[: draw(st.integers(0, 200))]
+    if draw(st.integers(0, 3)) == 0:
+        del arrays[draw(st.sampled_from(sorted(arrays)))]
+    return {SINGLE: safetensors.torch.save({k: v.contiguous() for k, v in arrays.items()})}
+
+
 def split_header(data):
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
@@ -401,7 +482,73 @@ def check_ours(directory, found):
         np.testing.assert_array_equal(value, arrays[path].numpy())
 
 
+# Caches of examples, and URLs.
+def more_tokens(more):
+    return content("cache/tokens-00000.bin") + more
+
+
+def read_cache(directory):
+    source = CacheSource(str(directory))
+    return source, [example for (example,) in source.read(range(len(source)))]
+
+
+def check_cache(_, found):
+    """The examples and parts that were written."""
+    source, examples = found
+    assert source.parts == CacheSource(str(workshop()[0] / "cache")).parts
+    expected = read_cache(workshop()[0] / "cache")[1]
+    for example, other in zip(examples, expected, strict=True):
+        for name in other:
+            np.testing.assert_array_equal(example[name], other[name])
+
+
+@functools.cache
+def bucket():
+    """A client of an S3 server, not of ours, and its bucket; the server ends with the process."""
+    import boto3
+
+    running, patch = contextlib.ExitStack(), pytest.MonkeyPatch()
+    atexit.register(running.close)
+    store = running.enter_context(s3_server())
+    store.reach(patch)
+    return boto3.client("s3"), store.url
+
+
+NAMES = st.text(st.sampled_from("ab/.-_ ~#?%&=+:*[]{}@é\\\n\0'\"") | st.characters(), max_size=8)
+
+
+def use_url(directory):
+    """What is written to a URL, read back and listed."""
+    place = f"{bucket()[1]}/{(directory / 'name').read_text()}"
+    url = str(storage_path(place))  # as `Path` writes it: `a//b` is `a/b`
+    try:
+        write_object(url, b"content")
+        found = storage_path(url).read_bytes()
+    except REFUSALS as error:
+        raise type(error)(str(error).replace(url, str(directory))) from error
+    return url, found, storage_path(url).is_file(), listed(os.path.dirname(url))
+
+
+def check_url(_, found):
+    """The object that another client finds, under the very name."""
+    client, place = bucket()
+    url, content, is_file, names = found
+    assert content == b"content"
+    assert is_file
+    assert names == [os.path.basename(url)], names
+    listing = client.list_objects_v2(Bucket=place[5:]).get("Contents", ())
+    keys = [found["Key"] for found in listing]
+    for key in keys:
+        client.delete_object(Bucket=place[5:], Key=key)
+    assert keys == [url.removeprefix(f"{place}/")], (keys, url)
+
+
 # Recipes.
+MIXTURE = {
+    "model": {"path": "a"},
+    "data": {"train": [{"path": "a.jsonl", "weight": 2}, {"path": "b.csv", "weight": 0.5}]},
+    "train": {"output": "a"},
+}
 RECIPE = {
     "model": {"path": "a", "dtype": "float32"},
     "adapter": {"rank": 4, "alpha": 8.0, "group_size": 4, "targets": ["q_proj"]},
@@ -425,6 +572,10 @@ def check_recipe(directory, recipe):
         for name, value in (fields or {}).items():
             found = getattr(getattr(recipe, part), name)
             found = list(found) if isinstance(found, tuple) else found
+            if isinstance(found, list):
+                found = [vars(x) if isinstance(x, MixedSource) else x for x in found]
+                weights = [x["weight"] for x in found if isinstance(x, dict)]
+                assert all(0 < weight < np.inf for weight in weights), weights
             assert found == value or str(found) == str(value), (part, name, value, found)
             if isinstance(found, float):
                 assert np.isfinite(found), (part, name, found)
@@ -545,11 +696,42 @@ TARGETS = {
         check_ours,
         beside="ours",
     ),
+    "base in NF4": Target(
+        lambda: quantised_files("nf4"), load_base, check_quantised("nf4"), beside="nf4"
+    ),
+    "base in FP8": Target(
+        lambda: quantised_files("fp8"), load_base, check_quantised("fp8"), beside="fp8"
+    ),
+    "cache": Target(
+        lambda: (
+            one_document("cache/cache.json")()
+            | only("lengths.npy", damaged(st.just(content("cache/lengths.npy"))))
+            | only(
+                "tokens-00000.bin",
+                st.binary(max_size=8).map(content("cache/tokens-00000.bin").__add__),
+            )
+        ),
+        read_cache,
+        check_cache,
+        beside="cache",
+    ),
+    "URL": Target(
+        lambda: only("name", NAMES.filter(bool).map(lambda name: name.encode("utf-8", "replace"))),
+        use_url,
+        check_url,
+    ),
     "recipe": Target(
-        lambda: only("recipe.yaml", damaged(changed(RECIPE, OPTIONS).map(as_yaml))),
+        lambda: only(
+            "recipe.yaml",
+            damaged((changed(RECIPE, OPTIONS) | changed(MIXTURE, OPTIONS)).map(as_yaml)),
+        ),
         lambda directory: parse(Recipe, ["--config", str(directory / "recipe.yaml")]),
         check_recipe,
-        known=({"recipe.yaml": BOMB.encode()}, {"recipe.yaml": b"optim: {eps: .nan}"}),
+        known=(
+            {"recipe.yaml": BOMB.encode()},
+            {"recipe.yaml": b"optim: {eps: .nan}"},
+            {"recipe.yaml": b"data: {train: [null]}"},
+        ),
     ),
 }
 

@@ -113,6 +113,7 @@ def proxy(served, monkeypatch):
     """The proxy, without faults, by which this process reaches the bucket."""
     store, proxy = served
     store.reach(monkeypatch, proxy.endpoint)
+    monkeypatch.setattr("gcsfs.retry.random.random", lambda: -40)  # no pauses before it asks again
     proxy.faults = Faults()
     proxy.requests.clear()
     proxy.injected.clear()
@@ -328,7 +329,6 @@ def test_a_store_that_does_not_answer_is_named(there, served, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
     store.reach(monkeypatch, closed)
-    monkeypatch.setattr("gcsfs.retry.random.random", lambda: -40)  # no pause of half a minute
     with one_message(OSError, there, "check the network", "if that is set"):
         list(read_rows(f"{there}/rows.jsonl"))
 

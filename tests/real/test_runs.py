@@ -733,11 +733,17 @@ def test_an_output_in_the_base_is_refused(workshop, run):
         (b"eval: rows.jsonl\n", r"recipe\.yaml: no field is 'eval'; there are adapter, data"),
         (b"optim: {b1: 0.5}\ndata: {}\noptim: {b1: 0.9}\n", "line 3: optim is there twice"),
         (b"optim:\n  b1: 0.5\n  b1: 0.9\n", "line 3: b1 is there twice"),
+        (b"data: {train: [null]}", r"must be one of str, list\[str \| MixedSource\], got \[None\]"),
+        (b"data: {train: [{path: a, weight: b}]}", r"data\.train.*weight"),
+        (b"data: {train: [{path: a, weight: .inf}]}", "^data.train: weight must be a finite numb"),
+        (b"mesh: {data: null}", "mesh.data must be at least 1, or -1, got None"),
     ],
 )
 def test_a_recipe_that_is_none_is_named(content, message, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content)
-    required = ["--model.path", "m", "--data.train", "d.jsonl", "--train.output", "o"]
-    with pytest.raises(ValueError, match=message):
+    required = ["--model.path", "m", "--train.output", "o"]
+    required += [] if b"data: {train" in content else ["--data.train", "d.jsonl"]
+    with pytest.raises(ValueError, match=message) as raised:
         parse(Recipe, ["--config", str(file), *required])
+    assert len(str(raised.value)) < 480
