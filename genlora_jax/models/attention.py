@@ -7,6 +7,7 @@ import functools
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from genlora_jax.models import cudnn, splash
@@ -100,8 +101,6 @@ def attend(
         devices=1 if mesh is None else mesh.size,
         splash_supported=supported,
     )
-    if q.shape[1] != k.shape[1]:  # with a key-value cache; a handful of queries at most
-        chosen = "xla"
     if chosen == "splash":
         if not supported or segments is None:
             raise ValueError(
@@ -122,6 +121,25 @@ def attend(
     if implementation == "vmap":
         attention = cudnn.of_all_rows(attention)
     return attention(q, k, v, rest)
+
+
+def attend_cached(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Softmax attention of a few queries to a key-value cache.
+
+    Args:
+        q: `[batch, length, heads, head_dim]`.
+        k: `[batch, kv_heads, slots, head_dim]`: products read it as it lies.
+        v: Like k.
+        mask: Bool `[batch, 1, length, slots]`, True where a query sees a key.
+
+    Returns:
+        `[batch, length, heads, head_dim]`.
+    """
+    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3])
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, :, None], scores * q.shape[3] ** -0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(v.dtype)
+    return jnp.einsum("bkgts,bksd->btkgd", weights, v).reshape(q.shape)
 
 
 def _xla(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
