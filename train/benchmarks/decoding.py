@@ -3,7 +3,7 @@
     python -m train.benchmarks.decoding --model SmolLM2-135M --prompts 3800 --rows 256 --new 200
 
 Prompts are random tokens of 8 to 120; an answer ends at any of a hundredth of the vocabulary's
-tokens, so that rows end at many lengths. Transformers takes batches of prompts sorted by length,
+tokens (`--ends`), so that rows end at many lengths. Transformers takes batches of prompts sorted by length,
 padded on the left, in a random order until its time is over. Ours takes all prompts
 in one call. Tokens are those of the answers, without the end; the first call, of the first batch,
 counts towards `cold_s` alone. Without `--model`, weights are random, in
@@ -26,7 +26,6 @@ from genlora_jax.hf.base_model import ModelConfig
 from train.benchmarks.measuring import RESULTS, write_result
 
 SHORTEST, LONGEST = 8, 120
-ENDS = 100  # one of so many tokens ends an answer
 Prompts = Sequence[list[int]]
 Generate = Callable[[Prompts], list[list[int]]]
 
@@ -124,8 +123,8 @@ def measure(options: argparse.Namespace) -> None:
     prompts = make_prompts(options.prompts, vocabulary)
     batches = [prompts[i : i + options.rows] for i in range(0, len(prompts), options.rows)]
     order = np.random.default_rng(2).permutation(len(batches)).tolist()
-    stop = np.random.default_rng(1).permutation(vocabulary)[: vocabulary // ENDS].tolist()
-    shape = {name: getattr(options, name) for name in ("prompts", "rows", "new")}
+    stop = np.random.default_rng(1).permutation(vocabulary)[: vocabulary // options.ends].tolist()
+    shape = {name: getattr(options, name) for name in ("prompts", "rows", "new", "ends")}
     result: dict[str, Any] = {"model": options.model.name, **shape, "arms": {}}
 
     def arm(name: str, generate: Generate, parts: Sequence[Prompts], limit: float) -> Any:
@@ -157,6 +156,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument(
+        "--ends", type=int, default=100, help="one of so many tokens ends an answer"
+    )
     parser.add_argument("--limit", type=float, default=60, help="seconds of an arm, about")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
