@@ -156,9 +156,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument(
-        "--ends", type=int, default=100, help="one of so many tokens ends an answer"
-    )
+    parser.add_argument("--ends", type=int, default=100, help="one of so many tokens ends one")
     parser.add_argument("--limit", type=float, default=60, help="seconds of an arm, about")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
