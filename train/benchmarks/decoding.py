@@ -3,11 +3,11 @@
     python -m train.benchmarks.decoding --model SmolLM2-135M --prompts 3800 --rows 256 --new 200
 
 Prompts are random tokens of 8 to 120; an answer ends at any of a hundredth of the vocabulary's
-tokens (`--ends`), so that rows end at many lengths. Transformers takes batches of prompts sorted by length,
-padded on the left, in a random order until its time is over. Ours takes all prompts
-in one call. Tokens are those of the answers, without the end; the first call, of the first batch,
-counts towards `cold_s` alone. Without `--model`, weights are random, in
-SmolLM2-135M's shape with a head of its own.
+tokens (`--ends`), so that rows end at many lengths. Transformers takes batches of prompts sorted by
+length, padded on the left, in a random order until its time is over. Ours takes all prompts in one
+call. Tokens are those of the answers, without the end; the first call, of the first batch, counts
+towards `cold_s` alone. Without `--model`, weights are random, in SmolLM2-135M's shape with a head
+of its own.
 """
 
 import argparse
