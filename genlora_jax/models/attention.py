@@ -135,11 +135,21 @@ def attend_cached(q: Array, k: Array, v: Array, mask: Array) -> Array:
     Returns:
         `[batch, length, heads, head_dim]`.
     """
-    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3])
-    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, :, None], scores * q.shape[3] ** -0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    return jnp.einsum("bkgts,bksd->btkgd", weights, v).reshape(q.shape)
+    rows, length, heads, size = q.shape
+    groups, slots = k.shape[1:3]
+    # Products in this order of operands transpose neither keys nor values; einsum chooses another.
+    pairs = ((0, 1), (0, 1))
+    grouped = q.reshape(rows, length, groups, -1, size).swapaxes(1, 2)
+    grouped = grouped.reshape(rows, groups, -1, size)
+    scores = jax.lax.dot_general(
+        grouped, k, (((3,), (3,)), pairs), preferred_element_type=jnp.float32
+    )
+    scores = scores.reshape(rows, groups, length, -1, slots) * size**-0.5
+    scores = jnp.where(mask[:, :, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(v.dtype).reshape(rows, groups, -1, slots)
+    out = jax.lax.dot_general(weights, v, (((3,), (2,)), pairs))
+    out = out.reshape(rows, groups, length, -1, size).swapaxes(1, 2)
+    return out.reshape(rows, length, heads, size)
 
 
 def _xla(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
