@@ -1,6 +1,7 @@
 """A base whose kernels are quantised: values, loading, training, merging, meshes, checkpoints."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -162,8 +163,8 @@ def test_a_setting_that_is_none_is_refused():
 def test_logits_are_those_of_the_dequantised_base(form, scan):
     model, params = quantised_llama(form, scan=scan)
     ids = jnp.arange(24).reshape(2, 12)
-    expected = model.apply({"params": dequantised(params)}, ids)
-    np.testing.assert_allclose(model.apply({"params": params}, ids), expected, atol=1e-5)
+    logits = jax.jit(lambda params: model.apply({"params": params}, ids))
+    np.testing.assert_allclose(logits(params), logits(dequantised(params)), atol=1e-5)
     assert quantisation_of(params) == Quantisation(form)
 
 
@@ -224,7 +225,7 @@ def test_sharded_parts_are_cut_as_kernels_are():
     assert specs.codes == specs.absmax == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
     assert specs.nested == jax.sharding.PartitionSpec(None, None)
     ids = jnp.arange(48).reshape(4, 12)
-    expected = model.apply({"params": params}, ids)
+    expected = jax.jit(lambda p: model.apply({"params": p}, ids))(params)
     placed = jax.device_put(params, named(mesh, param_specs(params)))
     got = jax.jit(lambda p: model.clone(mesh=mesh).apply({"params": p}, ids))(placed)
     np.testing.assert_allclose(got, expected, atol=1e-4)
@@ -255,9 +256,10 @@ def test_loading_quantises_what_is_read(base, form, scan):
         )
 
 
-@pytest.fixture
-def trained(base, tmp_path):
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
     """An adapter that was trained, so to speak, on the base in NF4."""
+    tmp_path = tmp_path_factory.mktemp("trained")
     model, params = gl.load_llama(base, base_dtype="nf4")
     adapter = perturb(gl.init_adapter(LORA, jax.random.key(0), params))
     gl.save_adapter(tmp_path / "adapter", LORA, adapter, model=model)
@@ -403,6 +405,7 @@ def ready_made(tmp_path_factory):
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.bfloat16)
     plain.save_pretrained(root / "plain")
 
+    @functools.cache
     def make(**options):
         settings = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options
@@ -437,8 +440,8 @@ def test_a_checkpoint_of_bitsandbytes_is_read_to_the_bit(ready_made, double):
     _, floats = gl.load_llama(path, scan=False, param_dtype=jnp.float32, base_dtype="bf16")
     expected = peers_kernels(peer)
     assert len(expected) == 14
+    read = jax.jit(lambda k: k.astype(jnp.float32))
     for name, value in expected.items():
-        read = jax.jit(lambda k: k.astype(jnp.float32))
         leaf = flatten_dict(params)[name]
         assert isinstance(leaf, NF4)
         np.testing.assert_array_equal(read(leaf), value)
@@ -446,7 +449,7 @@ def test_a_checkpoint_of_bitsandbytes_is_read_to_the_bit(ready_made, double):
         whole = flatten_dict(stacked)[(*name[:2], *name[3:])]
         np.testing.assert_array_equal(read(whole[int(name[2])]), value)
     ids = np.arange(12).reshape(1, 12)
-    logits = model.apply({"params": params}, ids)
+    logits = jax.jit(lambda params: model.apply({"params": params}, ids))(params)
     # bitsandbytes' products on CPUs are in bfloat16: its kernels in a model of float32 are exact.
     exact = transformers.LlamaForCausalLM.from_pretrained(
         path.parent / "plain", dtype=torch.float32
