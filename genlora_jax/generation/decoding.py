@@ -22,10 +22,8 @@ from genlora_jax.validation import no_result, require, require_float, require_in
 
 SHORTEST = 64  # slots of a row
 FREED = 8  # the share of rows, one in so many, that must have ended before others take their place
-PART, TOKENS = (
-    32,
-    256,
-)  # a part of a prompt has so many tokens; those of all rows together this many
+PART = 32  # tokens of a part of a prompt, at least
+TOKENS = 256  # of the parts that are read at a time, about
 
 
 @jax.tree_util.register_dataclass
@@ -153,10 +151,11 @@ def _continue(
                 here = rows.tokens[free, start : start + part]
                 ids[:, : here.shape[1]] = here
                 cache = _read(*adapted, cache, ids, free, start)
-        needed = max(
-            [*rows.limit[~rows.done], *(len(prompts[i]) + max_new_tokens for i in waiting[-1:])]
-        )
-        if 2 * (slots := _slots(int(needed))) <= rows.slots:
+        needed = [
+            *rows.limit[~rows.done],
+            *(len(prompts[i]) + max_new_tokens for i in waiting[-1:]),
+        ]
+        if 2 * (slots := _slots(int(max(needed)))) <= rows.slots:
             rows, cache = replace(rows, tokens=rows.tokens[:, :slots]), _cut(cache, slots)
         before = rows.done
         until = least if waiting else count
@@ -183,7 +182,7 @@ def _slots(length: int) -> int:
 
 
 def _part_length(prompts: Sequence[Sequence[int]], rows: int) -> int:
-    """Tokens of a part of a prompt: half a usual prompt, so that little is padding."""
+    """Tokens of a part of a prompt: no more than a usual prompt, so that little is padding."""
     usual = sum(map(len, prompts)) // len(prompts)
     return max(PART, min(1 << (usual // 2).bit_length(), TOKENS // rows))
 
