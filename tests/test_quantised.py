@@ -1,6 +1,7 @@
 """A base whose kernels are quantised: values, loading, training, merging, meshes, checkpoints."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -162,8 +163,8 @@ def test_a_setting_that_is_none_is_refused():
 def test_logits_are_those_of_the_dequantised_base(form, scan):
     model, params = quantised_llama(form, scan=scan)
     ids = jnp.arange(24).reshape(2, 12)
-    expected = model.apply({"params": dequantised(params)}, ids)
-    np.testing.assert_allclose(model.apply({"params": params}, ids), expected, atol=1e-5)
+    logits = jax.jit(lambda params: model.apply({"params": params}, ids))
+    np.testing.assert_allclose(logits(params), logits(dequantised(params)), atol=1e-5)
     assert quantisation_of(params) == Quantisation(form)
 
 
@@ -178,7 +179,8 @@ def test_logits_are_those_of_the_dequantised_base(form, scan):
     ids=["lora", "dora", "hira", "pissa"],
 )
 def test_gradients_and_merges_are_those_on_the_dequantised_base(cfg, scan):
-    model, params = quantised_llama("nf4", scan=scan, remat="none" if scan else "dots")
+    options = {"remat": "none" if scan else "dots", "num_hidden_layers": 2}
+    model, params = quantised_llama("nf4", scan=scan, **options)
     plain, ids = dequantised(params), jnp.arange(12).reshape(1, 12)
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params))
 
@@ -192,7 +194,7 @@ def test_gradients_and_merges_are_those_on_the_dequantised_base(cfg, scan):
     for got, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
     factors = gl.generate_factors(cfg, adapter)
-    merged, expected = gl.merge(params, factors), gl.merge(plain, factors)
+    merged, expected = (jax.jit(gl.merge)(base, factors) for base in (params, plain))
     for path, leaf in flatten_dict(expected).items():
         np.testing.assert_allclose(flatten_dict(merged)[path], leaf, atol=1e-6)
     assert not any(map(is_stored, jax.tree.leaves(merged["model"], is_leaf=is_stored)))
@@ -224,7 +226,7 @@ def test_sharded_parts_are_cut_as_kernels_are():
     assert specs.codes == specs.absmax == jax.sharding.PartitionSpec(None, "tensor", "fsdp")
     assert specs.nested == jax.sharding.PartitionSpec(None, None)
     ids = jnp.arange(48).reshape(4, 12)
-    expected = model.apply({"params": params}, ids)
+    expected = jax.jit(lambda p: model.apply({"params": p}, ids))(params)
     placed = jax.device_put(params, named(mesh, param_specs(params)))
     got = jax.jit(lambda p: model.clone(mesh=mesh).apply({"params": p}, ids))(placed)
     np.testing.assert_allclose(got, expected, atol=1e-4)
@@ -255,9 +257,10 @@ def test_loading_quantises_what_is_read(base, form, scan):
         )
 
 
-@pytest.fixture
-def trained(base, tmp_path):
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
     """An adapter that was trained, so to speak, on the base in NF4."""
+    tmp_path = tmp_path_factory.mktemp("trained")
     model, params = gl.load_llama(base, base_dtype="nf4")
     adapter = perturb(gl.init_adapter(LORA, jax.random.key(0), params))
     gl.save_adapter(tmp_path / "adapter", LORA, adapter, model=model)
@@ -403,6 +406,7 @@ def ready_made(tmp_path_factory):
     plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.bfloat16)
     plain.save_pretrained(root / "plain")
 
+    @functools.cache
     def make(**options):
         settings = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options
@@ -437,8 +441,8 @@ def test_a_checkpoint_of_bitsandbytes_is_read_to_the_bit(ready_made, double):
     _, floats = gl.load_llama(path, scan=False, param_dtype=jnp.float32, base_dtype="bf16")
     expected = peers_kernels(peer)
     assert len(expected) == 14
+    read = jax.jit(lambda k: k.astype(jnp.float32))
     for name, value in expected.items():
-        read = jax.jit(lambda k: k.astype(jnp.float32))
         leaf = flatten_dict(params)[name]
         assert isinstance(leaf, NF4)
         np.testing.assert_array_equal(read(leaf), value)
@@ -446,7 +450,7 @@ def test_a_checkpoint_of_bitsandbytes_is_read_to_the_bit(ready_made, double):
         whole = flatten_dict(stacked)[(*name[:2], *name[3:])]
         np.testing.assert_array_equal(read(whole[int(name[2])]), value)
     ids = np.arange(12).reshape(1, 12)
-    logits = model.apply({"params": params}, ids)
+    logits = jax.jit(lambda params: model.apply({"params": params}, ids))(params)
     # bitsandbytes' products on CPUs are in bfloat16: its kernels in a model of float32 are exact.
     exact = transformers.LlamaForCausalLM.from_pretrained(
         path.parent / "plain", dtype=torch.float32

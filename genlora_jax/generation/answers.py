@@ -42,27 +42,19 @@ def answers(
     """
     longest = room(subject, max_new_tokens)
     kept = [list(prompt)[-longest:] for prompt in prompts for _ in range(samples)]
-    # The longest first: a batch that is too large for the device fails at once.
-    order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))
-    key, texts = jax.random.key(seed), [""] * len(kept)
-    for start in range(0, len(order), subject.batch_size):
-        chosen = order[start : start + subject.batch_size]
-        batch = [kept[i] for i in chosen]
-        batch += batch[-1:] * (subject.batch_size - len(batch))  # one shape for all batches
-        new = decode(
-            subject.model,
-            subject.params,
-            batch,
-            factors=subject.factors,
-            max_new_tokens=max_new_tokens,
-            stop=subject.stop,
-            temperature=temperature,
-            top_p=top_p,
-            key=jax.random.fold_in(key, start),
-            width=padded(len(batch[0])),
-        )
-        for i, ids in zip(chosen, new, strict=False):
-            texts[i] = _text(subject, kept[i], ids)
+    new = decode(
+        subject.model,
+        subject.params,
+        kept,
+        factors=subject.factors,
+        max_new_tokens=max_new_tokens,
+        stop=subject.stop,
+        temperature=temperature,
+        top_p=top_p,
+        key=jax.random.key(seed),
+        rows=subject.batch_size,
+    )
+    texts = [_text(subject, *both) for both in zip(kept, new, strict=True)]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
 

@@ -7,6 +7,7 @@ import functools
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from genlora_jax.models import cudnn, splash
@@ -100,8 +101,6 @@ def attend(
         devices=1 if mesh is None else mesh.size,
         splash_supported=supported,
     )
-    if q.shape[1] != k.shape[1]:  # with a key-value cache; a handful of queries at most
-        chosen = "xla"
     if chosen == "splash":
         if not supported or segments is None:
             raise ValueError(
@@ -122,6 +121,35 @@ def attend(
     if implementation == "vmap":
         attention = cudnn.of_all_rows(attention)
     return attention(q, k, v, rest)
+
+
+def attend_cached(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Softmax attention of a few queries to a key-value cache.
+
+    Args:
+        q: `[batch, length, heads, head_dim]`.
+        k: `[batch, kv_heads, slots, head_dim]`: products read it as it lies.
+        v: Like k.
+        mask: Bool `[batch, 1, length, slots]`, True where a query sees a key.
+
+    Returns:
+        `[batch, length, heads, head_dim]`.
+    """
+    rows, length, heads, size = q.shape
+    groups, slots = k.shape[1:3]
+    # Products in this order of operands transpose neither keys nor values; einsum chooses another.
+    pairs = ((0, 1), (0, 1))
+    grouped = q.reshape(rows, length, groups, -1, size).swapaxes(1, 2)
+    grouped = grouped.reshape(rows, groups, -1, size)
+    scores = jax.lax.dot_general(
+        grouped, k, (((3,), (3,)), pairs), preferred_element_type=jnp.float32
+    )
+    scores = scores.reshape(rows, groups, length, -1, slots) * size**-0.5
+    scores = jnp.where(mask[:, :, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(v.dtype).reshape(rows, groups, -1, slots)
+    out = jax.lax.dot_general(weights, v, (((3,), (2,)), pairs))
+    out = out.reshape(rows, groups, length, -1, size).swapaxes(1, 2)
+    return out.reshape(rows, length, heads, size)
 
 
 def _xla(q: Array, k: Array, v: Array, mask: Array | None) -> Array:

@@ -13,14 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from genlora_jax.base.kernel import product
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.mesh import BATCH
-from genlora_jax.models.attention import Attention, attend
+from genlora_jax.models.attention import Attention, attend, attend_cached
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.cudnn import Runs
 from genlora_jax.models.rope import rotate
 
 # Names of what a layer computes, for the policies of `remat`.
 PROJECTION, ATTENTION = "projection", "attention"
-Cache = Any  # {"k", "v": [layers, batch, slots, kv_heads, head_dim]}, or None
+Cache = Any  # {"k", "v": [layers, batch, kv_heads, slots, head_dim]}, see `init_cache`, or None
 Array = jax.Array
 
 
@@ -138,7 +138,7 @@ class Context:
         rope: Cosines and sines of the positions.
         mask: Bool `[batch, 1, length, slots]`, True where a query sees a key; None: causal.
         sliding_mask: The mask of layers with a sliding window, where not all layers are alike.
-        start: The first slot of the cache that is written.
+        start: Int `[batch]`: the first slot of each row of the cache that is written.
         segments: Int `[batch, length]` if each token sees all that comes before it in its
             segment and nothing else; None otherwise.
         runs: What the mask says, with `window`, as runs; None if they are not known.
@@ -181,23 +181,25 @@ class LlamaAttention(nn.Module):
             q, k = norm("q_norm")(q), norm("k_norm")(k)
         q, k = (constrain(rotate(part, context.rope), "tensor", None) for part in (q, k))
         if cache is not None:
-            at = (layer, 0, context.start, 0, 0)
+            slots = context.start[:, None] + jnp.arange(x.shape[1])[None]
+            at = (layer, jnp.arange(x.shape[0])[:, None], slice(None), slots)
             cache = {
-                name: jax.lax.dynamic_update_slice(cache[name], new[None], at)
+                name: cache[name].at[at].set(new, mode="drop", unique_indices=True)
                 for name, new in (("k", k), ("v", v))
             }
-            k, v = cache["k"][layer], cache["v"][layer]
-        out = attend(
-            q,
-            k,
-            v,
-            mask,
-            blueprint.attention,
-            segments=context.segments,
-            runs=context.runs,
-            window=context.window,
-            mesh=blueprint.mesh,
-        )
+            out = attend_cached(q, cache["k"][layer], cache["v"][layer], mask)
+        else:
+            out = attend(
+                q,
+                k,
+                v,
+                mask,
+                blueprint.attention,
+                segments=context.segments,
+                runs=context.runs,
+                window=context.window,
+                mesh=blueprint.mesh,
+            )
         out = checkpoint_name(out, ATTENTION)
         out = constrain(out.reshape(*x.shape[:2], heads * size), "tensor")
         return project(out, cfg.hidden_size, cfg.attention_output_bias, "o_proj"), cache

@@ -46,10 +46,14 @@ class _UnrolledLayers(nn.Module):
     def __call__(
         self, carry: tuple[Array, Cache], context: Context, slides: Array | None, layers: Array
     ) -> tuple[tuple[Array, Cache], None]:
+        hidden, caches = carry
+        written = []
         for i in range(self.count):
             here = None if slides is None else slides[i]
-            carry, _ = self.make(name=str(i))(carry, context, here, layers[i])
-        return carry, None
+            cache = None if caches is None else caches[i]
+            (hidden, cache), _ = self.make(name=str(i))((hidden, cache), context, here, 0)
+            written.append(cache)
+        return (hidden, None if caches is None else tuple(written)), None
 
 
 class LlamaModel(nn.Module):
@@ -198,12 +202,14 @@ class LlamaForCausalLM(nn.Module):
     ) -> tuple[Array, Cache]:
         """Hidden states and cache, with the masks of sliding windows."""
         cfg, sliding_mask, slides, window = self.config, None, None, None
-        slots = input_ids.shape[1] if cache is None else cache["k"].shape[2]
+        slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[3]
         if cfg.sliding_window is not None and cfg.sliding_window < slots:
             segments = None  # a token's view now depends on its window as well
-            query, key = start + jnp.arange(input_ids.shape[1])[:, None], jnp.arange(slots)[None]
-            causal = (key <= query)[None, None] if mask is None else mask
-            sliding_mask = causal & (key > query - cfg.sliding_window)[None, None]
+            first = jnp.reshape(start, (-1, 1, 1, 1))  # of each row, or of all
+            query = first + jnp.arange(input_ids.shape[1])[None, None, :, None]
+            key = jnp.arange(slots)[None, None, None]
+            causal = key <= query if mask is None else mask
+            sliding_mask = causal & (key > query - cfg.sliding_window)
             if cfg.sliding_layers is None:
                 mask, sliding_mask, window = sliding_mask, None, cfg.sliding_window
             else:
@@ -219,33 +225,39 @@ class LlamaForCausalLM(nn.Module):
             return self.model.embed_tokens.attend(hidden)
         return self.lm_head(hidden)
 
-    def decode(
-        self, input_ids: Array, positions: Array, visible: Array, start: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
+    def decode(self, input_ids: Array, start: Array, cache: Cache) -> tuple[Array, Cache]:
         """Logits of the token after these, with a key-value cache.
 
         Args:
-            input_ids: Int `[batch, length]`: a prompt, or one new token.
-            positions: Int `[batch, length]`.
-            visible: Bool `[batch, slots]`: the slots of the cache that hold no padding.
-            start: The slot that the first of these tokens takes.
+            input_ids: Int `[batch, length]`: a part of each row's text, or one new token.
+            start: Int `[batch]`: the position of the first of these, which is its slot as well.
+                What is written beyond the cache is dropped.
             cache: From `init_cache`, or from the last call.
 
         Returns:
             Logits `[batch, vocab]` and the new cache.
         """
-        query = start + jnp.arange(input_ids.shape[1])[:, None]
-        key = jnp.arange(visible.shape[1])[None]
-        mask = ((key <= query)[None] & visible[:, None, :] | (key == query)[None])[:, None]
+        positions = start[:, None] + jnp.arange(input_ids.shape[1])[None]
+        slots = jnp.arange(jax.tree.leaves(cache)[0].shape[3])
+        mask = slots[None, None, None] <= positions[:, None, :, None]
         hidden, cache = self._run(input_ids, positions, mask, None, start, cache)
         # A prompt's other logits would take more memory than all the rest.
         return self.head(hidden[:, -1]), cache
 
     def init_cache(self, batch: int, slots: int) -> Cache:
-        """Empty key-value cache `[layers, batch, slots, kv_heads, head_dim]` in `dtype`."""
+        """Empty key-value cache in `dtype`.
+
+        Of scanned layers it is one stack `[layers, batch, kv_heads, slots, head_dim]`; unrolled
+        ones have a stack of one layer each, which is read where it lies.
+        """
         cfg = self.config
-        shape = (cfg.num_hidden_layers, batch, slots, cfg.num_key_value_heads, cfg.head_dim)
-        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+        layers = cfg.num_hidden_layers
+        shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+
+        def stack(count: int) -> Cache:
+            return {name: jnp.zeros((count, *shape), self.dtype) for name in ("k", "v")}
+
+        return stack(layers) if self.scan else tuple(stack(1) for _ in range(layers))
 
 
 def init_params(model: LlamaForCausalLM, key: Array) -> Any:

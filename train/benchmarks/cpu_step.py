@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from genlora_jax.training.provenance import provenance
 from train.benchmarks.measuring import RESULTS, write_result
 
 PEFT = "PEFT, LoRA r=8"
@@ -84,7 +85,8 @@ def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, 
     began = time.time()
     command = [sys.executable, "-m", "genlora_jax.cli", "finetune", "--config", str(recipe)]
     compiled = 0.0
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    environment = os.environ | cache | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
             if line.startswith("compiled in"):
@@ -95,7 +97,12 @@ def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, 
     # The first record's time holds the compilation, the last one's the end of the run.
     rates = [r["tokens"] / r["tokens_per_second"] for r in records if "tokens_per_second" in r]
     seconds = statistics.median(rates[1:-1])
-    return {"first_step_s": compiled + seconds, "step_s": seconds}
+    waits = [r["input_wait"] for r in records if "input_wait" in r]
+    return {
+        "first_step_s": compiled + seconds,
+        "step_s": seconds,
+        "input_wait": statistics.median(waits[1:-1]),
+    }
 
 
 def main() -> None:
@@ -113,6 +120,9 @@ def main() -> None:
         peft(options)
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEFT, *ADAPTERS)}
+    shape = {name: getattr(options, name) for name in ("rows", "length", "steps", "rounds")}
+    result = {"model": options.model.name, **shape, "arms": runs}
+    file, where = RESULTS / f"cpu_step_{options.model.name}.json", provenance()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         parts = [part.strip() for part in options.text.read_text().split("\n\n")]
@@ -122,9 +132,7 @@ def main() -> None:
             runs[PEFT].append(run_peft(options, folder))
             for name in ADAPTERS:
                 runs[name].append(run_ours(options, folder, name))
-    shape = {name: getattr(options, name) for name in ("rows", "length", "steps", "rounds")}
-    file = RESULTS / f"cpu_step_{options.model.name}.json"
-    write_result(file, {"model": options.model.name, **shape, "arms": runs})
+            write_result(file, result, where)
     table = Table("arm", "step, s", "over PEFT's rate", "first step, s", "second start, s")
     of_peft = min(run["step_s"] for run in runs[PEFT])
     for name, found in runs.items():

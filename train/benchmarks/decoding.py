@@ -2,67 +2,93 @@
 
     python -m train.benchmarks.decoding --model SmolLM2-135M --prompts 3800 --rows 256 --new 200
 
-Prompts are random tokens of 8 to 120; an answer ends at any of a tenth of the vocabulary's tokens,
-so that rows end at many lengths. Both sort prompts by length and pad on the left. Tokens are those
-of the answers, up to and without the end; the first batch of each width, which compiles, counts
-towards `cold_s` alone.
+Prompts are random tokens of 8 to 120; an answer ends at any of a hundredth of the vocabulary's
+tokens (`--ends`), so that rows end at many lengths. Transformers takes batches of prompts sorted by
+length, padded on the left, in a random order until its time is over. Ours takes all prompts in one
+call. Tokens are those of the answers, without the end; the first call, of the first batch, counts
+towards `cold_s` alone. Without `--model`, weights are random, in SmolLM2-135M's shape with a head
+of its own.
 """
 
 import argparse
+import json
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import genlora_jax as gl
-from genlora_jax.generation.answers import padded
 from genlora_jax.generation.decoding import decode
 from genlora_jax.hf.base_model import ModelConfig
 from train.benchmarks.measuring import RESULTS, write_result
 
 SHORTEST, LONGEST = 8, 120
+Prompts = Sequence[list[int]]
+Generate = Callable[[Prompts], list[list[int]]]
 
 
-def make_batches(options: argparse.Namespace, vocabulary: int) -> list[list[list[int]]]:
-    """Batches of prompts, the longest first."""
+def random_model(directory: str) -> Path:
+    """A checkpoint of random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return Path(directory)
+
+
+def make_prompts(count: int, vocabulary: int) -> list[list[int]]:
+    """Prompts, the longest first."""
     rng = np.random.default_rng(0)
-    lengths = sorted(rng.integers(SHORTEST, LONGEST + 1, options.prompts).tolist())[::-1]
-    prompts = [rng.integers(5, vocabulary, length).tolist() for length in lengths]
-    return [prompts[i : i + options.rows] for i in range(0, len(prompts), options.rows)]
+    lengths = sorted(rng.integers(SHORTEST, LONGEST + 1, count).tolist())[::-1]
+    return [rng.integers(5, vocabulary, length).tolist() for length in lengths]
 
 
-def timed(generate: Any, batches: list[list[list[int]]]) -> dict[str, Any]:
-    """Seconds and tokens of all batches, once with what compiles and once without."""
+def timed(generate: Generate, first: Prompts, batches: Sequence[Prompts], limit: float) -> Any:
+    """Seconds and tokens of batches until the time is over, after a first call that may compile."""
     began = time.perf_counter()
-    for batch in {(padded(len(b[0])), len(b)): b for b in batches}.values():
-        generate(batch)
+    generate(first)
     cold = time.perf_counter() - began
-    began = time.perf_counter()
-    answers = [generate(batch) for batch in batches]
-    seconds = time.perf_counter() - began
+    began, answers = time.perf_counter(), []
+    for batch in batches:
+        answers.append(generate(batch))
+        if (seconds := time.perf_counter() - began) > limit:
+            break
     tokens = sum(len(ids) for batch in answers for ids in batch)
-    return {"cold_s": cold, "seconds": seconds, "tokens_per_second": tokens / seconds} | {
-        "answers": answers
-    }
+    rates = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    return {"cold_s": cold, "batches": len(answers), **rates}, answers
 
 
-def ours(options: argparse.Namespace, stop: list[int], platform: str) -> Any:
-    """Greedy decoding of a batch with this library."""
+def ours(options: argparse.Namespace, stop: list[int], platform: str) -> Generate:
+    """Greedy decoding with this library, as `genlora evaluate` loads the model."""
     cfg = ModelConfig(path=str(options.model))
     dtype, param_dtype = cfg.dtypes(platform)
     model, params = gl.load_llama(
         options.model, dtype=dtype, param_dtype=param_dtype, scan=cfg.scans(platform)
     )
 
-    def generate(batch: list[list[int]]) -> list[list[int]]:
-        width = padded(len(batch[0]))
-        return decode(model, params, batch, max_new_tokens=options.new, stop=stop, width=width)
+    def generate(prompts: Prompts) -> list[list[int]]:
+        return decode(
+            model, params, prompts, max_new_tokens=options.new, stop=stop, rows=options.rows
+        )
 
     return generate
 
 
-def theirs(options: argparse.Namespace, stop: list[int], platform: str) -> Any:
+def theirs(options: argparse.Namespace, stop: list[int], platform: str) -> Generate:
     """Greedy decoding of a batch with transformers."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -70,8 +96,8 @@ def theirs(options: argparse.Namespace, stop: list[int], platform: str) -> Any:
     device, dtype = ("cpu", torch.float32) if platform == "cpu" else ("cuda", torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
 
-    def generate(batch: list[list[int]]) -> list[list[int]]:
-        width = len(batch[0])
+    def generate(batch: Prompts) -> list[list[int]]:
+        width = max(map(len, batch))
         ids = torch.zeros((len(batch), width), dtype=torch.long)
         for row, prompt in enumerate(batch):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
@@ -88,32 +114,55 @@ def theirs(options: argparse.Namespace, stop: list[int], platform: str) -> Any:
     return generate
 
 
-def main() -> None:
-    """Times both, compares their tokens and writes the result."""
+def measure(options: argparse.Namespace) -> None:
+    """Runs the arms; the result is written after each."""
     import jax
 
+    platform = jax.devices()[0].platform
+    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    prompts = make_prompts(options.prompts, vocabulary)
+    batches = [prompts[i : i + options.rows] for i in range(0, len(prompts), options.rows)]
+    order = np.random.default_rng(2).permutation(len(batches)).tolist()
+    stop = np.random.default_rng(1).permutation(vocabulary)[: vocabulary // options.ends].tolist()
+    shape = {name: getattr(options, name) for name in ("prompts", "rows", "new", "ends")}
+    result: dict[str, Any] = {"model": options.model.name, **shape, "arms": {}}
+
+    def arm(name: str, generate: Generate, parts: Sequence[Prompts], limit: float) -> Any:
+        found, answers = timed(generate, parts[0][: options.rows], parts, limit)
+        result["arms"][name] = found
+        print(name, json.dumps(found), flush=True)
+        write_result(options.output or RESULTS / f"decoding_{platform}.json", result)
+        return answers
+
+    (found,) = arm("genlora_jax", ours(options, stop, platform), [prompts], options.limit)
+    mixed = [batches[i] for i in order]
+    other = arm("transformers", theirs(options, stop, platform), mixed, options.limit)
+    same = [
+        ids == mine
+        for batch, i in zip(other, order, strict=False)  # those that there was time for
+        for ids, mine in zip(batch, found[i * options.rows :], strict=False)
+    ]
+    rates = [arm["tokens_per_second"] for arm in result["arms"].values()]
+    result |= {"over_transformers": rates[0] / rates[1]}
+    result |= {"same_answers": sum(same), "compared": len(same)}
+    write_result(options.output or RESULTS / f"decoding_{platform}.json", result)
+    print(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    """Times both, compares their tokens and writes the result."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--ends", type=int, default=100, help="one of so many tokens ends one")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of an arm, about")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    platform = jax.devices()[0].platform
-    vocabulary = gl.load_llama(options.model)[0].config.vocab_size
-    batches = make_batches(options, vocabulary)
-    stop = np.random.default_rng(1).permutation(vocabulary)[: vocabulary // 10].tolist()
-    arms = {"transformers": timed(theirs(options, stop, platform), batches)}
-    arms["genlora_jax"] = timed(ours(options, stop, platform), batches)
-    first, second = (
-        [ids for batch in arm.pop("answers") for ids in batch] for arm in arms.values()
-    )
-    same = sum(a == b for a, b in zip(first, second, strict=True))
-    rates = [arm["tokens_per_second"] for arm in arms.values()]
-    print(f"{rates[1]:.1f} tokens/s, {rates[1] / rates[0]:.2f} x transformers' {rates[0]:.1f}")
-    print(f"{same} of {len(first)} answers are the same")
-    shape = {name: getattr(options, name) for name in ("prompts", "rows", "new")}
-    result = {"model": options.model.name, **shape, "same_answers": same, "arms": arms}
-    write_result(RESULTS / f"decoding_{platform}.json", result)
+    with tempfile.TemporaryDirectory() as directory:
+        options.model = options.model or random_model(directory)
+        measure(options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What the input of a run costs: padding, planning, batches a second, and pods of many processes.
 
     python -m train.benchmarks.input_pipeline [--rows 10000000] [--counted 300000]
+    python -m train.benchmarks.input_pipeline --tokenizer SmolLM2-135M --text grimm.txt
 
+The second form measures rows that are tokenised as a run goes, alone; the result keeps the rest.
 No device is used. Lengths are log-normal about 130 tokens. Pods are simulated process by process:
 each makes its rows of the batches, which are counted.
 """
@@ -9,6 +11,7 @@ each makes its rows of the batches, which are counted.
 import argparse
 import json
 import math
+import os
 import resource
 import tempfile
 import time
@@ -28,8 +31,11 @@ from genlora_jax.data.cache import INDEX, CacheSource
 from genlora_jax.data.cache_writing import Shards
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.examples import Encoded
+from genlora_jax.data.lazy import LazySource, LineFile
 from genlora_jax.data.packing import Batch, max_in_row
 from genlora_jax.data.sources import Part
+from genlora_jax.hf.tokenizer import load_tokenizer
+from genlora_jax.training.feed import Feed
 from genlora_jax.training.provenance import provenance
 from train.benchmarks.measuring import RESULTS
 
@@ -140,6 +146,43 @@ def rate(rows: int = 1_000_000, batches: int = 400) -> dict[str, Any]:
     }
 
 
+def tokenised(tokenizer: str, text: Path, batches: int = 200) -> dict[str, Any]:
+    """Rows read from a file of lines and tokenised as they are asked for, on this process's cores.
+
+    Tokens/s as fast as batches come, and the share of time in which a device that takes four times
+    those of an H200 waits for its batch, as a run's `input_wait` counts it.
+    """
+    parts = [part.strip() for part in text.read_text().split("\n\n") if part.strip()]
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "rows.jsonl"
+        lines = [json.dumps({"text": part}) + "\n" for part in parts]
+        file.write_text("".join(lines) * -(-100_000 // len(lines)))
+        cfg = DataConfig(train=str(file), length=LENGTH, batch_size=16, overlong="split")
+        source = LazySource([LineFile(file)], [str(file)], load_tokenizer(Path(tokenizer)), cfg)
+        made = Batches(source, cfg)
+        next(made)
+        began, real = time.perf_counter(), 0
+        for _ in range(batches):
+            real += int((next(made)["segment_ids"] > 0).sum())
+        seconds = time.perf_counter() - began
+        found: dict[str, Any] = {
+            "cores": len(os.sched_getaffinity(0)),
+            "tokens_per_second": round(batches * 16 * LENGTH / seconds),
+            "padding": round(1 - real / (batches * 16 * LENGTH), 4),
+            "input_wait": {},
+        }
+        with Feed(made, lambda batch: batch) as feed:
+            for name, device in DEVICE.items():
+                feed.take()
+                before, began = feed.waited, time.perf_counter()
+                for _ in range(batches):
+                    time.sleep(16 * LENGTH / (4 * device))
+                    feed.take()
+                wait = (feed.waited - before) / (time.perf_counter() - began)
+                found["input_wait"][f"four_times_{name}"] = round(wait, 4)
+    return found
+
+
 def rows_of(batch: Batch) -> np.ndarray:
     """The rows of the source that a batch has examples of."""
     return batch["input_ids"][(batch["positions"] == 0) & (batch["segment_ids"] > 0)]
@@ -227,7 +270,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000_000, help="to plan an epoch of")
     parser.add_argument("--counted", type=int, default=300_000, help="rows that a pod counts")
+    parser.add_argument("--tokenizer", help="whose directory; with --text")
+    parser.add_argument("--text", type=Path, help="paragraphs that are the rows")
     arguments = parser.parse_args()
+    file = RESULTS / "input_pipeline.json"
+    if arguments.tokenizer:
+        found = tokenised(arguments.tokenizer, arguments.text) | provenance()
+        print(json.dumps(found, indent=1))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenised": found}, indent=1))
+        return
     result: dict[str, Any] = {"planning": planning(arguments.rows), "padding": padding()}
     result["rate"] = rate() | {"assumed_tokens_per_second": DEVICE}
     pods = {"known": pod_of_known, "slots": pod_of_slots}
@@ -243,7 +294,7 @@ def main() -> None:
     Console().print(table)
     print(json.dumps({name: result[name] for name in ("planning", "padding", "rate")}, indent=1))
     result |= provenance()
-    (RESULTS / "input_pipeline.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Decoding in rows that take the next prompt when their text has ended."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import random_llama
+
+from genlora_jax.generation import decoding
+from genlora_jax.generation.decoding import decode
+
+LENGTHS = (3, 90, 1, 12, 40, 7, 33, 64, 5, 18, 65, 2)
+
+
+def prompts_of(*lengths):
+    return [np.random.default_rng(n).integers(3, 61, n).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What transformers' way gives: every prompt alone, from the logits of whole passes."""
+    model, params = random_llama(max_position_embeddings=256)
+    width = 128
+    logits = jax.jit(lambda ids: model.apply({"params": params}, ids))
+
+    def continued(prompt):
+        ids = list(prompt)
+        for _ in range(30):
+            row = np.array([ids + [0] * (width - len(ids))], np.int32)
+            ids.append(int(logits(row)[0, len(ids) - 1].argmax()))
+        return ids[len(prompt) :]
+
+    return [continued(prompt) for prompt in prompts_of(*LENGTHS)]
+
+
+@pytest.mark.parametrize(("rows", "scan"), [(2, True), (3, False), (32, True)])
+def test_answers_in_few_rows_are_those_of_whole_passes_in_the_prompts_order(rows, scan, expected):
+    model, params = random_llama(scan=scan, max_position_embeddings=256)
+    stop = [4, 11, 17]
+    ends = [next((i for i, t in enumerate(ids) if t in stop), len(ids)) for ids in expected]
+    assert len(set(ends)) > 4  # rows end at different times
+    found = decode(model, params, prompts_of(*LENGTHS), max_new_tokens=30, stop=stop, rows=rows)
+    assert found == [ids[:end] for ids, end in zip(expected, ends, strict=True)]
+
+
+def test_a_row_that_ends_takes_the_next_prompt_at_once(monkeypatch):
+    model, params = random_llama()
+    advance, steps = decoding._advance, []
+
+    def counted(*args, **options):
+        state, cache = advance(*args, **options)
+        steps.append(int((state.length - args[3].length).max()))
+        return state, cache
+
+    monkeypatch.setattr(decoding, "_advance", counted)
+    prompts = prompts_of(*range(2, 26))
+    found = decode(model, params, prompts, max_new_tokens=40, stop=[4, 11, 17, 30], rows=4)
+    lengths = [len(ids) + 1 for ids in found]  # with the end
+    batches = [max(lengths[i : i + 4]) for i in range(0, len(lengths), 4)]
+    assert sum(steps) <= 0.75 * sum(batches)
+    assert sum(steps) >= sum(lengths) / 4
+
+
+def test_samples_do_not_depend_on_the_number_of_rows():
+    model, params = random_llama()
+    options = {"max_new_tokens": 12, "temperature": 1.0, "key": jax.random.key(3)}
+    prompts = prompts_of(3, 9, 5, 3)
+    alone, together = (decode(model, params, prompts, rows=n, **options) for n in (1, 4))
+    assert alone == together
+    assert alone[0] != alone[3]  # the same prompt twice
