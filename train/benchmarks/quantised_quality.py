@@ -49,8 +49,11 @@ THEIRS: dict[str, dict[str, Any]] = {
 def loading(name: str) -> dict[str, Any]:
     """Options of `from_pretrained` for an arm of PyTorch's."""
     import torch
+    from bitsandbytes.nn import modules
     from transformers import BitsAndBytesConfig
 
+    # A packed form on CPUs, in bfloat16 and for some shapes alone.
+    modules.has_avx512bf16 = lambda: False
     device = {"device_map": "cuda" if torch.cuda.is_available() else "cpu"}
     if not (options := THEIRS[name]):
         return device
@@ -90,9 +93,6 @@ def their_perplexity(model_path: Path, rows: np.ndarray, name: str) -> float:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, **loading(name))
-    for module in model.modules():  # a packed form of CPUs, in bfloat16 and for some shapes alone
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         ids = [torch.tensor(row).long()[None].to(model.device) for row in rows]
         return float(np.exp(np.mean([model(input_ids=x, labels=x).loss.item() for x in ids])))
