@@ -39,7 +39,7 @@ from genlora_jax.training.provenance import provenance
 from train.benchmarks.large_data_runs import counted, first_steps
 from train.benchmarks.measuring import GIB, RESULTS, write_result
 
-RATED, LIBRARY, SMALL, MANY = 150_000, 20_000, 1_000, 10_000_000  # rows
+RATED, LIBRARY, SMALL, MANY = 400_000, 20_000, 1_000, 10_000_000  # rows
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
