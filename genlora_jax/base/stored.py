@@ -68,18 +68,19 @@ class StoredKernel:
 def block_absmax(kernel: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """A kernel cut along its inputs, and the largest magnitude of each block.
 
-    Where a block does not divide `d_in`, each output's last block is filled with zeros.
+    Where a block does not divide `d_in`, each output's last block is filled with zeros. Blocks
+    keep the kernel's dtype: whoever widens them as he uses them has XLA hold no wide copy.
 
     Args:
         kernel: `[..., d_in, d_out]`.
         block: Inputs in a block.
 
     Returns:
-        Float32 `[..., blocks, block, d_out]`, and `[..., blocks, d_out]`.
+        `[..., blocks, block, d_out]`, and float32 `[..., blocks, d_out]`.
     """
     *lead, d_in, d_out = kernel.shape
     missing = -d_in % block
     if missing:
         kernel = jnp.pad(kernel, [*[(0, 0)] * len(lead), (0, missing), (0, 0)])
-    blocks = kernel.reshape(*lead, -1, block, d_out).astype(jnp.float32)
-    return blocks, jnp.abs(blocks).max(axis=-2)
+    blocks = kernel.reshape(*lead, -1, block, d_out)
+    return blocks, jnp.abs(blocks).max(axis=-2).astype(jnp.float32)

@@ -2,10 +2,11 @@
 
     JAX_PLATFORMS=cpu python -m train.benchmarks.quantised_loading --folder FOLDER
 
-TinyLlama's shape with ten layers, some 1.1 GB in bfloat16, random weights, in one file, and the
-same in float32; each form in a process of its own, which has loaded a tiny model in that form
-before. On CPUs host memory holds the result and what is made on the way; the figure is the peak of
-the process less the memory at the start and less the result, beside the largest tensor of the file.
+Random weights in one file: TinyLlama's shape with ten layers in bfloat16 (1.1 GB) and in float32, and
+LLaMA-3.2-1B's with four, whose embedding is its largest tensor by far. Each form in a process of its
+own, which has loaded a tiny model in that form before. On CPUs host memory holds the result and what
+is made on the way; the figure is the peak of the process less the memory at the start and less the
+result, beside the largest tensor of the file. Compiling takes some of it, of whatever size a model.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +27,14 @@ from train.benchmarks.merge_export import HostPeak, write_config
 from train.benchmarks.random_base import SIZES, Size
 
 RESULT = RESULTS / "quantised_loading.json"
-MODEL = dataclasses.replace(SIZES["llama-1b"], num_hidden_layers=10)
+TINYLLAMA = dataclasses.replace(SIZES["llama-1b"], num_hidden_layers=10)
+LLAMA = dataclasses.replace(SIZES["llama3.2-1b"], num_hidden_layers=4)
+FILES: dict[str, tuple[Size, Any]] = {
+    "tiny": (SIZES["tiny"], np.float32),
+    "TinyLlama, bfloat16": (TINYLLAMA, ml_dtypes.bfloat16),
+    "TinyLlama, float32": (TINYLLAMA, np.float32),
+    "LLaMA-3.2-1B, bfloat16": (LLAMA, ml_dtypes.bfloat16),
+}
 FORMS = ("bf16", "int8", "nf4", "int4")
 
 
@@ -78,30 +87,25 @@ def main() -> None:
     if given.load:
         print(json.dumps(load(given.folder, *given.load)))
         return
-    import ml_dtypes
-
-    sources = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-    for name, size, dtype in (
-        ("tiny", SIZES["tiny"], np.float32),
-        *((name, MODEL, dtype) for name, dtype in sources.items()),
-    ):
+    for name, (size, dtype) in FILES.items():
         if not (given.folder / name).exists():
             given.folder.mkdir(parents=True, exist_ok=True)
             write_model(given.folder / name, size, dtype)
     table, rows = Table("file", "form", "result GiB", "beyond it", "of the largest tensor"), []
-    largest = MODEL.vocab_size * MODEL.hidden_size / GIB
     command = [sys.executable, "-m", "train.benchmarks.quantised_loading"]
-    for name, dtype in sources.items():
+    for name, (size, dtype) in FILES.items():
+        if name == "tiny":
+            continue
+        largest = size.vocab_size * size.hidden_size * np.dtype(dtype).itemsize / GIB
         for form in FORMS:
             given_to = ["--folder", str(given.folder), "--load", name, form]
             done = subprocess.run([*command, *given_to], stdout=-1, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             beyond = row["peak_gib"] - row["result_gib"]
-            share = beyond / (largest * np.dtype(dtype).itemsize)
+            share = beyond / largest
             rows.append({"file": name, "form": form} | row | {"of_largest_tensor": share})
             print(rows[-1], flush=True)
-            shown = (f"{row['result_gib']:.3f}", f"{beyond:.3f}", f"{share:.2f}")
-            table.add_row(name, form, *shown)
+            table.add_row(name, form, f"{row['result_gib']:.3f}", f"{beyond:.3f}", f"{share:.2f}")
     write_result(RESULT, {"loads": rows})
     Console().print(table)
 
