@@ -2,11 +2,12 @@
 
     JAX_PLATFORMS=cpu python -m train.benchmarks.quantised_loading --folder FOLDER
 
-Random weights in one file: TinyLlama's shape with ten layers in bfloat16 (1.1 GB) and in float32, and
-LLaMA-3.2-1B's with four, whose embedding is its largest tensor by far. Each form in a process of its
-own, which has loaded a tiny model in that form before. On CPUs host memory holds the result and what
-is made on the way; the figure is the peak of the process less the memory at the start and less the
-result, beside the largest tensor of the file. Compiling takes some of it, of whatever size a model.
+Random weights in one file: TinyLlama's shape with ten layers in bfloat16 (1.1 GB) and in float32,
+and LLaMA-3.2-1B's with four, whose embedding is its largest tensor by far. Each form in a process
+of its own, which has loaded a tiny model in that form before. On CPUs host memory holds the result
+and what is made on the way; the figure is the peak of the process less the memory at the start and
+less the result, beside the largest tensor of the file. Compiling takes some of it, of whatever size
+a model.
 """
 
 import argparse
