@@ -209,11 +209,15 @@ def test_no_dequantised_kernel_is_kept_for_the_backward_pass(scan):
         return gl.apply(model, params, gl.generate_factors(LORA, adapter), ids).sum()
 
     lowered = jax.jit(jax.grad(loss)).lower(adapter, params)
+    products = 7 * sizes["num_hidden_layers"]
     if scan:
         kernels = sum(4 * x.size for x in jax.tree.leaves(dequantised(params["model"]["layers"])))
         assert lowered.compile().memory_analysis().temp_size_in_bytes < kernels / 3
     else:  # XLA for CPUs drops these barriers, and keeps what it finds to be computed twice
-        assert lowered.as_text().count("optimization_barrier") >= 7 * sizes["num_hidden_layers"]
+        assert lowered.as_text().count("optimization_barrier") >= 2 * products
+        model = model.clone(remat="full")  # which has one for each layer
+        lowered = jax.jit(jax.grad(loss)).lower(adapter, params)
+        assert lowered.as_text().count("optimization_barrier") >= 3 * products
 
 
 def test_sharded_parts_are_cut_as_kernels_are():

@@ -1,5 +1,6 @@
 """What a quantised kernel is: a few arrays, its parts, that stand for one."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -38,6 +39,15 @@ class StoredKernel:
         """A kernel `[..., d_in, d_out]` in this form."""
         raise NotImplementedError
 
+    def times(self, x: jax.Array, *, prevent_cse: bool) -> jax.Array:
+        """`x @ kernel` in the dtype of x, for a kernel without a stack; see `kernel.product`.
+
+        The kernel is dequantised for this product alone, and once more for its gradient: kept in
+        between, all layers' would take the memory of a base that is not quantised. It is frozen:
+        no gradient reaches its parts.
+        """
+        return _times(x, self, prevent_cse)
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -63,6 +73,33 @@ class StoredKernel:
     def parts(self) -> dict[str, Any]:
         """The arrays by name, less those that are absent."""
         return {name: part for name in self.axes if (part := getattr(self, name)) is not None}
+
+
+def plain_product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
+    """`x` `[..., n]` times a kernel `[d_in, d_out]` of the same dtype, over an axis of n."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
+
+
+# Each dequantisation waits for what the kernel is multiplied with. The barriers of `jax.checkpoint`
+# do not hold: XLA for GPUs then keeps half the kernels from the forward to the backward pass.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _times(x: jax.Array, kernel: StoredKernel, waits: bool) -> jax.Array:
+    if waits:
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return plain_product(x, kernel.astype(x.dtype))
+
+
+def _forward(x: jax.Array, kernel: StoredKernel, waits: bool) -> tuple[jax.Array, StoredKernel]:
+    return _times(x, kernel, waits), kernel
+
+
+def _backward(waits: bool, kernel: StoredKernel, dy: jax.Array) -> tuple[jax.Array, None]:
+    if waits:
+        dy, kernel = jax.lax.optimization_barrier((dy, kernel))
+    return plain_product(dy, kernel.astype(dy.dtype), axis=1), None
+
+
+_times.defvjp(_forward, _backward)
 
 
 def block_absmax(kernel: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
