@@ -45,9 +45,16 @@ def test_the_8b_recipe_compiles_for_16_chips_and_fits_as_estimated(capsys, monke
         assert kind in out
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_a_quantised_base_compiles_with_the_memory_that_was_estimated(form):
-    changes = {"model.base_dtype": form, "model.shape.num_hidden_layers": 4, "data.batch_size": 8}
+def test_a_quantised_base_compiles_with_the_memory_that_was_estimated():
+    shape = {
+        "num_hidden_layers": 4,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "vocab_size": 32_000,
+    }
+    changes = {f"model.shape.{name}": size for name, size in shape.items()}
+    changes |= {"model.base_dtype": "int4", "data.batch_size": 4, "data.length": 1024}
     flags = [part for name, value in changes.items() for part in (f"--{name}", str(value))]
     recipe = parse(Recipe, ["--config", FILE, *flags])
     topology, mesh = parse_topology("v5e:2x2"), MeshConfig(data=2, fsdp=2)
