@@ -7,7 +7,7 @@
 With `--make` it writes the files alone: rows of prompt and completion cut out of a text, some 1,000
 bytes each; those of the large file are the million of another one, ten times over. The tokenizer,
 32,000 pairs of bytes with LLaMA-3's pattern of words, is learned from the text. Rates are of all
-cores; memory is the peak of the process itself, above the same with a file of 1,000 rows. The cache
+cores, and of a second of one core, which other work on the machine changes less; memory is the peak of the process itself, above the same with a file of 1,000 rows. The cache
 of the large file is as `genlora tokenize` would write it, but for its tokens: the shards of a
 smaller cache, over and over. Runs are of a tiny model, an epoch long, and ended after their first
 step. Rows are counted over an epoch in which the number of processes changes halfway; lengths of
@@ -39,7 +39,7 @@ from genlora_jax.training.provenance import provenance
 from train.benchmarks.large_data_runs import counted, first_steps
 from train.benchmarks.measuring import GIB, RESULTS, write_result
 
-RATED, LIBRARY, SMALL, MANY = 400_000, 20_000, 1_000, 10_000_000  # rows
+RATED, LIBRARY, SMALL, MANY = 200_000, 20_000, 1_000, 10_000_000  # rows
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -91,10 +91,11 @@ def head(source: Path, target: Path, rows: int) -> None:
             written.write(read.readline())
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+def seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that something takes, and those of all cores, of processes that have ended too."""
+    began, cpu = time.perf_counter(), sum(os.times()[:4])
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, sum(os.times()[:4]) - cpu
 
 
 def rates(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> dict[str, Any]:
@@ -109,15 +110,22 @@ def rates(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> 
         for i in range(0, len(texts), size):
             encode(texts[i : i + size])
 
-    alone = {f"batches of {n:,}": LIBRARY / seconds(lambda n=n: library(n)) for n in (300, 3000)}
+    alone, of_core = {}, {}
+    for size in (300, 3000):
+        took, cpu = seconds(lambda size=size: library(size))
+        alone[f"batches of {size:,}"] = LIBRARY / took
+        of_core[f"batches of {size:,}"] = LIBRARY / cpu
     shutil.rmtree(str(cfg.cache), ignore_errors=True)
-    took = seconds(lambda: write_cache(str(folder / "rated.jsonl"), tokenizer, cfg))
-    in_memory = seconds(lambda: load_examples(str(folder / "library.jsonl"), tokenizer, cfg))
+    took, cpu = seconds(lambda: write_cache(str(folder / "rated.jsonl"), tokenizer, cfg))
+    in_memory, _ = seconds(lambda: load_examples(str(folder / "library.jsonl"), tokenizer, cfg))
     ours = RATED / took
     return {
         "tokenizers_rows_per_s": {name: round(rate) for name, rate in alone.items()},
         "cache_rows_per_s": round(ours),
         "cache_share": round(ours / max(alone.values()), 3),
+        "tokenizers_rows_per_cpu_s": {name: round(rate) for name, rate in of_core.items()},
+        "cache_rows_per_cpu_s": round(RATED / cpu),
+        "cache_share_of_cpu": round(RATED / cpu / max(of_core.values()), 3),
         "memory_rows_per_s": round(LIBRARY / in_memory),
         "rows": RATED,
         "bytes": (folder / "rated.jsonl").stat().st_size,
@@ -153,7 +161,7 @@ def read(kind: str, place: str, folder: Path) -> dict[str, Any]:
     source.read(rng.integers(0, len(source), GROUP))
     first = time.perf_counter() - began
     groups = rng.integers(0, len(source), (READS if is_cache else READS // 10, GROUP))
-    took = seconds(lambda: [source.read(group) for group in groups])
+    took, _ = seconds(lambda: [source.read(group) for group in groups])
     return {
         "rows": len(source),
         "open_s": round(opened, 2),
