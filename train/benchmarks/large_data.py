@@ -7,11 +7,12 @@
 With `--make` it writes the files alone: rows of prompt and completion cut out of a text, some 1,000
 bytes each; those of the large file are the million of another one, ten times over. The tokenizer,
 32,000 pairs of bytes with LLaMA-3's pattern of words, is learned from the text. Rates are of all
-cores, and of a second of one core, which other work on the machine changes less; memory is the peak of the process itself, above the same with a file of 1,000 rows. The cache
-of the large file is as `genlora tokenize` would write it, but for its tokens: the shards of a
-smaller cache, over and over. Runs are of a tiny model, an epoch long, and ended after their first
-step. Rows are counted over an epoch in which the number of processes changes halfway; lengths of
-rows that are not known are as in `lazy`.
+cores, and of a second of one core, which other work on the machine changes less; memory is the peak
+of the process itself, above the same with a file of 1,000 rows. The cache of the large file is as
+`genlora tokenize` would write it, but for its tokens: the shards of a smaller cache, over and over.
+Runs are of a tiny model, an epoch long, and ended after their first step. Rows are counted over an
+epoch in which the number of processes changes halfway; lengths of rows that are not known are as in
+`lazy`.
 """
 
 import argparse
