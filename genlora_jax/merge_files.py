@@ -42,7 +42,7 @@ def trained_quantisation(
     found = None if is_peft(adapter) else load_spec(adapter).quantisation
     if base_dtype is not None and (found is None or found.form != base_dtype):
         found = Quantisation(base_dtype)
-    given = {"unquantised": unquantised, "group": int4_group}
+    given: dict[str, Any] = {"unquantised": unquantised, "group": int4_group}
     given = {name: value for name, value in given.items() if value is not None}
     if given and found is None:
         raise ValueError("--unquantised and --int4_group take --base_dtype: give that as well")

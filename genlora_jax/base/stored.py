@@ -1,6 +1,5 @@
 """What a quantised kernel is: a few arrays, its parts, that stand for one."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -43,10 +42,11 @@ class StoredKernel:
         """`x @ kernel` in the dtype of x, for a kernel without a stack; see `kernel.product`.
 
         The kernel is dequantised for this product alone, and once more for its gradient: kept in
-        between, all layers' would take the memory of a base that is not quantised. It is frozen:
-        no gradient reaches its parts.
+        between, all layers' would take the memory of a base that is not quantised.
         """
-        return _times(x, self, prevent_cse)
+        if prevent_cse:
+            return _held_product(x, self)
+        return jax.checkpoint(_dequantised_product, prevent_cse=False)(x, self)
 
     @property
     def ndim(self) -> int:
@@ -80,26 +80,28 @@ def plain_product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
 
 
-# Each dequantisation waits for what the kernel is multiplied with. The barriers of `jax.checkpoint`
-# do not hold: XLA for GPUs then keeps half the kernels from the forward to the backward pass.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _times(x: jax.Array, kernel: StoredKernel, waits: bool) -> jax.Array:
-    if waits:
-        x, kernel = jax.lax.optimization_barrier((x, kernel))
+def _dequantised_product(x: jax.Array, kernel: StoredKernel) -> jax.Array:
     return plain_product(x, kernel.astype(x.dtype))
 
 
-def _forward(x: jax.Array, kernel: StoredKernel, waits: bool) -> tuple[jax.Array, StoredKernel]:
-    return _times(x, kernel, waits), kernel
+# Each dequantisation waits for what the kernel is multiplied with. The barriers of `jax.checkpoint`
+# do not hold: XLA for GPUs then keeps half the kernels from the forward to the backward pass.
+# Scanned layers need none, as a loop is one. No gradient reaches the frozen parts.
+@jax.custom_vjp
+def _held_product(x: jax.Array, kernel: StoredKernel) -> jax.Array:
+    return _dequantised_product(*jax.lax.optimization_barrier((x, kernel)))
 
 
-def _backward(waits: bool, kernel: StoredKernel, dy: jax.Array) -> tuple[jax.Array, None]:
-    if waits:
-        dy, kernel = jax.lax.optimization_barrier((dy, kernel))
+def _forward(x: jax.Array, kernel: StoredKernel) -> tuple[jax.Array, StoredKernel]:
+    return _held_product(x, kernel), kernel
+
+
+def _backward(kernel: StoredKernel, dy: jax.Array) -> tuple[jax.Array, None]:
+    dy, kernel = jax.lax.optimization_barrier((dy, kernel))
     return plain_product(dy, kernel.astype(dy.dtype), axis=1), None
 
 
-_times.defvjp(_forward, _backward)
+_held_product.defvjp(_forward, _backward)
 
 
 def block_absmax(kernel: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
