@@ -25,7 +25,7 @@ from genlora_jax.generation.subject import load_subject
 from genlora_jax.hf.checkpoint import locate
 from genlora_jax.hf.peft_export import export_peft
 from genlora_jax.hf.peft_import import is_peft, read_modules
-from genlora_jax.merge_files import Onto, merge_files
+from genlora_jax.merge_files import Onto, merge_files, trained_quantisation
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.settings import keep_compilations, parse, parse_arguments, report_errors
 from genlora_jax.targets import KernelLocation, split_layer
@@ -39,6 +39,8 @@ def merge(
     out: str,
     dtype: str | None = None,
     base_dtype: BaseDtype | None = None,
+    unquantised: list[str] | None = None,
+    int4_group: int | None = None,
     onto: Onto = "dequantised",
     overwrite: bool = False,
 ) -> None:
@@ -50,6 +52,8 @@ def merge(
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
         base_dtype: How the base was quantised in training; by default what the adapter says.
+        unquantised: As in training; by default what the adapter says, else `lm_head` alone.
+        int4_group: Likewise; else 64.
         onto: The dequantised kernels, as trained on; or the base's own, and how logits then differ.
         overwrite: Replace an existing directory.
     """
@@ -58,7 +62,8 @@ def merge(
     refuse_existing(out, overwrite=overwrite, inputs=(base, adapter))
     source = locate(base)
     remark_on_base(adapter, source)
-    print("merged model:", merge_files(source, adapter, out, dtype, base_dtype, onto, overwrite))
+    trained_on = trained_quantisation(adapter, base_dtype, unquantised, int4_group)
+    print("merged model:", merge_files(source, adapter, out, dtype, trained_on, onto, overwrite))
 
 
 def export_peft_adapter(

@@ -1,7 +1,8 @@
 """Merging on disk: a base's checkpoint and an adapter's directory to a merged checkpoint."""
 
+import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,36 @@ Onto = Literal["dequantised", "original"]
 TOKENS = 256  # that the difference in logits is measured on
 
 
+def trained_quantisation(
+    adapter: str,
+    base_dtype: BaseDtype | None,
+    unquantised: Sequence[str] | None,
+    int4_group: int | None,
+) -> Quantisation | None:
+    """How a base was quantised when an adapter was trained; None if neither it nor any flag says.
+
+    What is given goes before what the adapter says; of another form than is given, that does not
+    count. A PEFT adapter says nothing.
+
+    Raises:
+        ValueError: If the form is missing.
+    """
+    found = None if is_peft(adapter) else load_spec(adapter).quantisation
+    if base_dtype is not None and (found is None or found.form != base_dtype):
+        found = Quantisation(base_dtype)
+    given: dict[str, Any] = {"unquantised": unquantised, "group": int4_group}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and found is None:
+        raise ValueError("--unquantised and --int4_group take --base_dtype: give that as well")
+    return found and dataclasses.replace(found, **given)
+
+
 def merge_files(
     source: Path,
     adapter: str,
     out: str,
     dtype: str | None,
-    base_dtype: BaseDtype | None,
+    trained_on: Quantisation | None,
     onto: Onto,
     overwrite: bool,
 ) -> str:
@@ -40,8 +65,7 @@ def merge_files(
         adapter: The adapter's directory.
         out: The directory to make.
         dtype: Of the tensors written; by default the base's.
-        base_dtype: How the base was quantised when the adapter was trained; by default what the
-            adapter says, which also counts for the rest where the form is the same.
+        trained_on: See `trained_quantisation`.
         onto: The kernels that the adapter was trained on, or those of the checkpoint.
         overwrite: Replace an existing directory.
 
@@ -59,9 +83,6 @@ def merge_files(
     # No narrower than base or output, so that the merged kernel is rounded once.
     with jax.numpy_dtype_promotion("standard"):
         merge_dtype = jnp.promote_types(stored_dtype, out_dtype)
-    trained_on = None if is_peft(adapter) else load_spec(adapter).quantisation
-    if base_dtype is not None and (trained_on is None or trained_on.form != base_dtype):
-        trained_on = Quantisation(base_dtype)
 
     def load(quantisation: Quantisation | None) -> tuple[LlamaForCausalLM, Any, Any]:
         options: dict[str, Any] = {}

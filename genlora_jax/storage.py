@@ -45,6 +45,19 @@ def copy_file(source: Any, target: Any) -> None:
         shutil.copyfile(source, target)
 
 
+def size_and_version(path: Path) -> tuple[int, str]:
+    """A file's bytes, and what differs once it is written anew: its time, or what a bucket says.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if is_remote(path):
+        size, version = path.size_and_version()  # type: ignore[attr-defined]
+        return int(size), str(version)
+    found = path.stat()
+    return found.st_size, str(found.st_mtime)
+
+
 def listed(url: str | os.PathLike[str]) -> list[str]:
     """The names of all objects below a URL, from there on, in order."""
     from genlora_jax.remote_path import file_system, naming

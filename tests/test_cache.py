@@ -17,16 +17,18 @@ from tiny_base import REPOSITORY, TOKENIZER, write_base
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from genlora_jax import cli
+from genlora_jax import cli, remote_path
 from genlora_jax.data import cache as cache_module
 from genlora_jax.data import cache_writing, files, lazy, open_source, streaming, workers
-from genlora_jax.data.cache import CacheSource, find_cache
+from genlora_jax.data import rows_digest as rows_digest_module
+from genlora_jax.data.cache import CacheSource, cache_name, find_cache
 from genlora_jax.data.cache_writing import write_cache
 from genlora_jax.data.config import DataConfig, MixedSource
 from genlora_jax.data.encode import load_examples
 from genlora_jax.data.examples import examples_fingerprint
 from genlora_jax.data.lazy import LazySource, LineFile
 from genlora_jax.data.open_source import load_source
+from genlora_jax.data.rows_digest import rows_digest
 from genlora_jax.data.sources import source_parts
 from genlora_jax.data.tokens import Text, tokenized
 from genlora_jax.settings import dump, parse
@@ -242,7 +244,7 @@ def test_ranges_of_a_bucket_are_asked_for_at_once(tmp_path, tokenizer, here, mon
     bucket.put(directory, "/cache", recursive=True)
     source.directory = "memory://cache"
     monkeypatch.setattr(cache_module, "is_remote", lambda _: True)
-    monkeypatch.setattr(cache_module, "file_system", lambda _: bucket)
+    monkeypatch.setattr(remote_path, "file_system", lambda _: bucket)
     same(flat(source.read([5, 0, 20, 7])), expected)
 
 
@@ -290,14 +292,14 @@ def test_an_edit_that_keeps_a_file_s_size_is_seen(tmp_path, monkeypatch):
     edited = bytearray(b"a" * 1_000_000)
     edited[5000] = 0  # between the places
     for whole in (1_000_000, 999_999):
-        monkeypatch.setattr(cache_module, "WHOLE", whole)
+        monkeypatch.setattr(rows_digest_module, "WHOLE", whole)
         path.write_bytes(b"a" * 1_000_000)
         os.utime(path, (1, 1))
-        before = cache_module.rows_digest([str(path)])
-        assert cache_module.rows_digest([str(path)]) == before
+        before = rows_digest([str(path)])
+        assert rows_digest([str(path)]) == before
         path.write_bytes(edited)
         os.utime(path, (1, 1) if whole == 1_000_000 else (2, 2))
-        assert cache_module.rows_digest([str(path)]) != before
+        assert rows_digest([str(path)]) != before
 
 
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "lengths.npy", "cache.json"])
@@ -370,9 +372,13 @@ def test_a_large_file_is_read_as_it_is_in_memory(tmp_path, tokenizer, here, monk
         train=[file, other], length=48, overlong="split", bad_rows="skip", bad_rows_limit=0.1
     )
     expected, report = load_examples(cfg.train, tokenizer, cfg)
+    name = cache_name(cfg.train, tokenizer, cfg)
     monkeypatch.setattr(open_source, "LARGE", 10)
+    # Its digest is made as its lines are found, and not by reading it once more.
+    monkeypatch.setattr(rows_digest_module, "_file_digest", None)
     source, read = load_source(cfg.train, tokenizer, cfg)
     assert isinstance(source, LazySource)
+    assert source.fingerprint == name
     assert "genlora tokenize" in str(read)
     assert len(source) == 6 * 22 + 1
     assert sum(part.rows for part in source.parts) == len(source)

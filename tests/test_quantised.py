@@ -211,11 +211,15 @@ def test_no_dequantised_kernel_is_kept_for_the_backward_pass(scan):
         return gl.apply(model, params, gl.generate_factors(LORA, adapter), ids).sum()
 
     lowered = jax.jit(jax.grad(loss)).lower(adapter, params)
+    products = 7 * sizes["num_hidden_layers"]
     if scan:
         kernels = sum(4 * x.size for x in jax.tree.leaves(dequantised(params["model"]["layers"])))
         assert lowered.compile().memory_analysis().temp_size_in_bytes < kernels / 3
     else:  # XLA for CPUs drops these barriers, and keeps what it finds to be computed twice
-        assert lowered.as_text().count("optimization_barrier") >= 7 * sizes["num_hidden_layers"]
+        assert lowered.as_text().count("optimization_barrier") >= 2 * products
+        model = model.clone(remat="full")  # which has one for each layer
+        lowered = jax.jit(jax.grad(loss)).lower(adapter, params)
+        assert lowered.as_text().count("optimization_barrier") >= 3 * products
 
 
 def test_sharded_parts_are_cut_as_kernels_are():
@@ -337,6 +341,25 @@ def test_repeating_the_form_keeps_what_the_adapter_knows(base, run_main, tmp_pat
     status, out, err = run_main(cli.main, "merge", *paths, "--base_dtype", "int4")
     assert status == 0, err
     assert "dequantised from int4 in groups of 128, not o_proj" in out
+
+
+def test_a_peft_adapter_merges_onto_the_kernels_that_flags_name(base, run_main, tmp_path):
+    options = {"base_dtype": "int4", "int4_group": 128, "unquantised": ["lm_head", "o_proj"]}
+    _, params = gl.load_llama(base, param_dtype=jnp.float32, **options)
+    factors = gl.generate_factors(LORA, perturb(gl.init_adapter(LORA, jax.random.key(0), params)))
+    gl.export_peft(tmp_path / "peft", LORA, factors, base=base)
+    paths = ("--base", base, "--adapter", tmp_path / "peft", "--out", tmp_path / "merged")
+    flags = ("--int4_group", "128", "--unquantised", '["lm_head", "o_proj"]')
+    status, _, err = run_main(cli.main, "merge", *paths, *flags)
+    assert status
+    assert "take --base_dtype: give that as well" in err
+    status, out, err = run_main(cli.main, "merge", *paths, *flags, "--base_dtype", "int4")
+    assert status == 0, err
+    assert "dequantised from int4 in groups of 128, not o_proj" in out
+    _, merged = gl.load_llama(tmp_path / "merged", param_dtype=jnp.float32)
+    expected = flatten_dict(gl.merge(dequantised(params), factors))
+    for leaf, value in flatten_dict(merged).items():
+        np.testing.assert_allclose(value, expected[leaf], atol=1e-6)
 
 
 def test_a_peft_export_without_a_base_has_a_card_without_front_matter(trained, run_main, tmp_path):

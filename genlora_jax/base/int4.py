@@ -48,12 +48,13 @@ class Int4(StoredKernel):
         # The codes are those for the scale as it is stored.
         scale = (absmax / LARGEST).astype(jnp.bfloat16)
         wide = scale.astype(jnp.float32)
-        inverse = jnp.where(wide > 0, 1 / wide, 0.0)[..., None, :]
-        runs = (blocks * inverse).reshape(*blocks.shape[:-3], -1, RUN, blocks.shape[-1])
+        inverse = jnp.where(wide > 0, 1 / wide, 0.0).repeat(group // RUN, axis=-2)[..., None, :]
+        runs = blocks.reshape(*blocks.shape[:-3], -1, RUN, blocks.shape[-1])
         low, high = (
-            (jnp.clip(jnp.round(half), -LARGEST, LARGEST) + ZERO).astype(jnp.uint8)
+            jnp.clip(jnp.round(half.astype(jnp.float32) * inverse), -LARGEST, LARGEST) + ZERO
             for half in (runs[..., :HALF, :], runs[..., HALF:, :])
         )
+        low, high = low.astype(jnp.uint8), high.astype(jnp.uint8)
         return cls(pack(low, high), scale, kernel.shape[-2], group, dtype)
 
     def store(self, kernel: jax.Array) -> "Int4":

@@ -29,10 +29,10 @@ class Int8(StoredKernel):
     @classmethod
     def of(cls, kernel: jax.Array, dtype: Any) -> "Int8":
         """A kernel in this form."""
-        wide = kernel.astype(jnp.float32)
-        absmax = jnp.abs(wide).max(axis=-2)
+        absmax = jnp.abs(kernel).max(axis=-2).astype(jnp.float32)
         to_codes = jnp.where(absmax > 0, LARGEST / absmax, 0.0)[..., None, :]
-        return cls(jnp.round(wide * to_codes).astype(jnp.int8), absmax, dtype)
+        codes = jnp.round(kernel.astype(jnp.float32) * to_codes)
+        return cls(codes.astype(jnp.int8), absmax, dtype)
 
     def store(self, kernel: jax.Array) -> "Int8":
         return self.of(kernel, self.dtype)

@@ -104,7 +104,7 @@ class NF4(StoredKernel):
         blocks, absmax = block_absmax(kernel, BLOCK)
         inverse = (1 / jnp.maximum(absmax, SMALLEST))[..., None, :]
         low, high = (
-            _nearest(jnp.clip(half * inverse, -1, 1), LEVELS)
+            _nearest(jnp.clip(half.astype(jnp.float32) * inverse, -1, 1), LEVELS)
             for half in (blocks[..., :HALF, :], blocks[..., HALF:, :])
         )
         codes, nested, offset = quantised_scales(absmax)

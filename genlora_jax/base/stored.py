@@ -38,6 +38,16 @@ class StoredKernel:
         """A kernel `[..., d_in, d_out]` in this form."""
         raise NotImplementedError
 
+    def times(self, x: jax.Array, *, prevent_cse: bool) -> jax.Array:
+        """`x @ kernel` in the dtype of x, for a kernel without a stack; see `kernel.product`.
+
+        The kernel is dequantised for this product alone, and once more for its gradient: kept in
+        between, all layers' would take the memory of a base that is not quantised.
+        """
+        if prevent_cse:
+            return _held_product(x, self)
+        return jax.checkpoint(_dequantised_product, prevent_cse=False)(x, self)
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -65,21 +75,51 @@ class StoredKernel:
         return {name: part for name in self.axes if (part := getattr(self, name)) is not None}
 
 
+def plain_product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
+    """`x` `[..., n]` times a kernel `[d_in, d_out]` of the same dtype, over an axis of n."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
+
+
+def _dequantised_product(x: jax.Array, kernel: StoredKernel) -> jax.Array:
+    return plain_product(x, kernel.astype(x.dtype))
+
+
+# Each dequantisation waits for what the kernel is multiplied with. The barriers of `jax.checkpoint`
+# do not hold: XLA for GPUs then keeps half the kernels from the forward to the backward pass.
+# Scanned layers need none, as a loop is one. No gradient reaches the frozen parts.
+@jax.custom_vjp
+def _held_product(x: jax.Array, kernel: StoredKernel) -> jax.Array:
+    return _dequantised_product(*jax.lax.optimization_barrier((x, kernel)))
+
+
+def _forward(x: jax.Array, kernel: StoredKernel) -> tuple[jax.Array, StoredKernel]:
+    return _held_product(x, kernel), kernel
+
+
+def _backward(kernel: StoredKernel, dy: jax.Array) -> tuple[jax.Array, None]:
+    dy, kernel = jax.lax.optimization_barrier((dy, kernel))
+    return plain_product(dy, kernel.astype(dy.dtype), axis=1), None
+
+
+_held_product.defvjp(_forward, _backward)
+
+
 def block_absmax(kernel: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """A kernel cut along its inputs, and the largest magnitude of each block.
 
-    Where a block does not divide `d_in`, each output's last block is filled with zeros.
+    Where a block does not divide `d_in`, each output's last block is filled with zeros. Blocks
+    keep the kernel's dtype: whoever widens them as he uses them has XLA hold no wide copy.
 
     Args:
         kernel: `[..., d_in, d_out]`.
         block: Inputs in a block.
 
     Returns:
-        Float32 `[..., blocks, block, d_out]`, and `[..., blocks, d_out]`.
+        `[..., blocks, block, d_out]`, and float32 `[..., blocks, d_out]`.
     """
     *lead, d_in, d_out = kernel.shape
     missing = -d_in % block
     if missing:
         kernel = jnp.pad(kernel, [*[(0, 0)] * len(lead), (0, missing), (0, 0)])
-    blocks = kernel.reshape(*lead, -1, block, d_out).astype(jnp.float32)
-    return blocks, jnp.abs(blocks).max(axis=-2)
+    blocks = kernel.reshape(*lead, -1, block, d_out)
+    return blocks, jnp.abs(blocks).max(axis=-2).astype(jnp.float32)

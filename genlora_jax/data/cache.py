@@ -6,32 +6,27 @@ example is a range of bytes, so that a bucket gives it as a file does. The direc
 digests: of tokenizer, template and settings, and of the rows.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from genlora_jax.data.config import DataConfig, MixedSource, paths_and_weights
 from genlora_jax.data.examples import Example, split_examples
-from genlora_jax.data.rows import is_hub_id
+from genlora_jax.data.rows_digest import rows_digest
 from genlora_jax.data.sources import source_parts
-from genlora_jax.storage import WRITTEN, is_remote, storage_path
+from genlora_jax.storage import WRITTEN, is_remote, size_and_version, storage_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 3  # of what is written, and of its name
 LENGTHS, INDEX = "lengths.npy", "cache.json"
-WHOLE = 4 << 30  # bytes of a local file up to which all of it is in its digest
-PLACES, SAMPLE = 64, 4096  # of any other file: at how many places it is looked at, and their bytes
-# What a file system may say of a file that differs once it is written anew.
-VERSIONS = ("generation", "ETag", "etag", "LastModified", "mtime")
 # What is raised over files that are not as they were written.
 DAMAGE = (
     *(FileNotFoundError, ValueError, KeyError, TypeError),
@@ -63,9 +58,8 @@ class CacheSource:
             self.lengths = np.load(io.BytesIO(lengths), allow_pickle=False)
             self._shards = np.cumsum([0, *index["shards"]], dtype=np.int64)
             self._ends = np.cumsum(self.lengths, dtype=np.int64)
-            size = file_system(directory).size
             whole = all(
-                size(f"{directory}/{shard_name(number)}") == 4 * tokens
+                size_and_version(path / shard_name(number))[0] == 4 * tokens
                 for number, tokens in enumerate(index["shards"])
             )
             whole = whole and len(self.lengths) == sum(index["rows"])
@@ -116,6 +110,8 @@ def shard_name(number: int) -> str:
 def _read(directory: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]:
     """The bytes of (shard, start, stop); those of a bucket are asked for at once."""
     if is_remote(directory):
+        from genlora_jax.remote_path import file_system, naming  # only for a bucket
+
         shards, starts, stops = zip(*ranges, strict=True)
         paths = [f"{directory}/{shard_name(shard)}" for shard in shards]
         with naming(directory):
@@ -129,29 +125,6 @@ def _read(directory: str, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]
     finally:
         for file in opened.values():
             os.close(file)
-
-
-def file_system(path: str) -> Any:
-    """The file system that a path or URL is of, as `fsspec` has it."""
-    if is_remote(path):
-        from genlora_jax import remote_path  # only for a bucket
-
-        return remote_path.file_system(path)
-    import fsspec  # only for a digest
-
-    return fsspec.filesystem("file")
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Has errors of a bucket name the URL."""
-    if not is_remote(path):
-        yield
-        return
-    from genlora_jax import remote_path  # only for a bucket
-
-    with remote_path.naming(path):
-        yield
 
 
 def find_cache(
@@ -191,9 +164,18 @@ def find_cache(
     return CacheSource(f"{cfg.cache}/{found[0] if rows is None else f'{key}-{rows}'}", weights)
 
 
-def cache_name(names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig) -> str:
-    """The name of the cache of sources; FileNotFoundError if one is not there."""
-    if (rows := rows_digest(names)) is None:
+def cache_name(
+    names: Sequence[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    cfg: DataConfig,
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The name of the cache of sources, whose digests may be known: see `rows_digest`.
+
+    Raises:
+        FileNotFoundError: If a source is not there.
+    """
+    if (rows := rows_digest(names, known)) is None:
         raise FileNotFoundError(f"no such data: {', '.join(names)}")
     return f"{_key(names, tokenizer, cfg)}-{rows}"
 
@@ -211,40 +193,3 @@ def _key(names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataCo
     }
     text = json.dumps(made, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def rows_digest(names: Sequence[str]) -> str | None:
-    """A digest of files' content; None if one is not there.
-
-    Of a data set on the hub it sees the name alone.
-    """
-    digests = []
-    for name in names:
-        if is_hub_id(name):
-            digests.append(name)
-            continue
-        files = file_system(name)
-        place = name if is_remote(name) or Path(name).exists() else name.partition(":")[0]
-        try:
-            with naming(name):
-                found = sorted(files.find(place))
-                digests += [_file_digest(files, path, is_remote(name)) for path in found]
-        except FileNotFoundError:
-            return None
-        if not found:
-            return None
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
-
-
-def _file_digest(files: Any, path: str, remote: bool) -> str:
-    """A digest of a file: of all of it, or if that takes long of its version and some places."""
-    info = files.info(path)
-    size = int(info["size"])
-    if not remote and size <= WHOLE:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
-    starts = sorted({*np.linspace(0, max(size - SAMPLE, 0), PLACES, dtype=np.int64).tolist()})
-    stops = [min(start + SAMPLE, size) for start in starts]
-    parts = files.cat_ranges([path] * len(starts), starts, stops, on_error="raise") if size else []
-    return hashlib.sha256(b"".join([f"{size} {version} ".encode(), *parts])).hexdigest()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from genlora_jax.data.examples import Example, split_examples
 from genlora_jax.data.files import json_lines
 from genlora_jax.data.report import Tally
 from genlora_jax.data.rows import checked
+from genlora_jax.data.rows_digest import WHOLE, whole_digest
 from genlora_jax.data.sources import Part
 from genlora_jax.data.workers import Workers
 
@@ -70,7 +71,9 @@ class LazySource:
             ValueError: If a row of the sample is bad, or a table has none.
         """
         self._tables, self._name = tables, ", ".join(names)
-        self.fingerprint = cache_name(names, tokenizer, cfg)
+        own = zip(names, tables, strict=True)
+        known = {name: found for name, table in own if (found := getattr(table, "digest", None))}
+        self.fingerprint = cache_name(names, tokenizer, cfg, known)
         counts = [len(table) for table in tables]
         for name, count in zip(names, counts, strict=True):
             if not count:
@@ -162,7 +165,10 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         """Finds its lines; OSError if it cannot be read."""
         self.path = path
-        self._starts, self._numbers = find_lines(path)
+        digest = whole_digest() if path.stat().st_size <= WHOLE else None
+        self._starts, self._numbers = find_lines(path, digest)
+        # Made on the way, as the file may take long to read.
+        self.digest = None if digest is None else str(digest.hexdigest())
 
     def __len__(self) -> int:
         """How many lines are not empty."""
@@ -183,8 +189,12 @@ class LineFile:
         return found
 
 
-def find_lines(path: Path) -> tuple[np.ndarray, np.ndarray | range]:
+def find_lines(path: Path, digest: Any = None) -> tuple[np.ndarray, np.ndarray | range]:
     """The lines of a file that are not empty.
+
+    Args:
+        path: The file.
+        digest: Is updated with all of it.
 
     Returns:
         Where each begins, and where the file ends: int64 `[lines + 1]`; and their numbers.
@@ -195,6 +205,8 @@ def find_lines(path: Path) -> tuple[np.ndarray, np.ndarray | range]:
             ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
             starts.append(ends + (at + 1))
             at += len(block)
+            if digest is not None:
+                digest.update(block)
         found = np.concatenate(starts)
         found = found if found[-1] == at else np.append(found, at)
         blank = []

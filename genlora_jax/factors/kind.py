@@ -25,9 +25,8 @@ class DenseCall:
         x: Inputs of the adapter `[..., d_in]`, after its dropout, in the dtype of `y`.
         y: Output of the Dense `[..., d_out]`.
         kernel: Returns the frozen kernel `[d_in, d_out]` in a dtype; reads it anew each time.
-        prevent_cse: True where the kernel is quantised, layers are unrolled and nothing is
-            rematerialised: XLA would otherwise merge the forward and backward dequantisation and
-            keep the float kernel.
+        prevent_cse: True where the kernel is quantised and layers are unrolled: XLA would
+            otherwise merge the forward and backward dequantisation and keep the float kernel.
         bias: The Dense's bias, or None.
         dropped: Whether dropout zeroed some of `x`.
         adapter_index: Int `[batch]`, each row's adapter; None if there is one for all rows.

@@ -43,8 +43,7 @@ class Dense(nn.Dense):
     """A Dense whose kernel may be quantised.
 
     Attributes:
-        prevent_cse: True where layers are unrolled and nothing is rematerialised: XLA would
-            otherwise merge the forward and backward dequantisation and keep the float kernel.
+        prevent_cse: True where layers are unrolled, see `product`.
     """
 
     prevent_cse: bool = False

@@ -120,9 +120,8 @@ class LlamaForCausalLM(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self) -> None:
-        prevent_cse = not self.scan and self.remat == "none"
         blueprint = Blueprint(
-            self.config, self.dtype, self.param_dtype, self.attention, self.mesh, prevent_cse
+            self.config, self.dtype, self.param_dtype, self.attention, self.mesh, not self.scan
         )
         self.model = LlamaModel(blueprint, self.scan, self.remat)
         if not self.config.tie_word_embeddings:

@@ -55,9 +55,9 @@ def read_rows(model: Path, text: Path) -> tuple[np.ndarray, np.ndarray]:
     return train[order[: STEPS * ROWS]].reshape(STEPS, ROWS, LENGTH), held
 
 
-def batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows as a batch, filled up to ROWS with padding."""
-    rows = np.pad(rows, ((0, ROWS - len(rows)), (0, 0)), constant_values=-1)
+def batch(rows: np.ndarray, count: int = ROWS) -> dict[str, np.ndarray]:
+    """Rows as a batch, filled up to so many with padding."""
+    rows = np.pad(rows, ((0, count - len(rows)), (0, 0)), constant_values=-1)
     real = rows >= 0
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape)
     segments = real.astype(np.int32)
@@ -76,9 +76,10 @@ def ours(
     *,
     seed: int = 0,
     steps: int = STEPS,
+    rows: int = ROWS,
     base_dtype: BaseDtype | None = None,
 ) -> dict[str, Any]:
-    """Trains an arm with this library."""
+    """Trains an arm with this library, on so many rows of each batch."""
     train, held = read_rows(model_path, text)
     model, params = gl.load_llama(
         model_path, dtype="float32", param_dtype="float32", scan=False, base_dtype=base_dtype
@@ -92,9 +93,9 @@ def ours(
     factors = gl.generate_factors(arm.config, adapter)
     before = evaluate(eval_step, params, factors, held_batches)
     seconds = []
-    for rows in train[:steps]:
+    for some in train[:steps, :rows]:
         began = time.perf_counter()
-        state, metrics = step(state, params, batch(rows))
+        state, metrics = step(state, params, batch(some, rows))
         metrics["loss"].block_until_ready()
         seconds.append(time.perf_counter() - began)
     factors = gl.generate_factors(arm.config, state.adapter)
@@ -114,6 +115,7 @@ def peft(
     seed: int = 0,
     *,
     steps: int = STEPS,
+    rows: int = ROWS,
     **load: Any,
 ) -> dict[str, Any]:
     """Trains LoRA with PyTorch and PEFT on the same batches; `load` are options of the base."""
@@ -131,18 +133,18 @@ def peft(
     schedule = learning_rate_schedule(OptimConfig(learning_rate=arm.learning_rate), steps)
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
 
+    def loss(some: np.ndarray) -> Any:
+        ids = torch.tensor(some).long().to(trained[0].device)
+        return model(input_ids=ids, labels=ids).loss
+
     def held_out() -> float:
         with torch.no_grad():
-            losses = [
-                model(input_ids=x, labels=x).loss.item() for x in torch.tensor(held).long()[:, None]
-            ]
-        return float(np.mean(losses))
+            return float(np.mean([loss(row[None]).item() for row in held]))
 
     before, seconds = held_out(), []
-    for i, rows in enumerate(train[:steps]):
+    for i, some in enumerate(train[:steps, :rows]):
         began = time.perf_counter()
-        ids = torch.tensor(rows).long()
-        model(input_ids=ids, labels=ids).loss.backward()
+        loss(some).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = float(schedule(i))
         optimizer.step()

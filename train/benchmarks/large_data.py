@@ -2,13 +2,17 @@
 
     python -m train.benchmarks.large_data --text novels.txt --folder large-data --make
     python -m train.benchmarks.large_data --folder large-data [--only tokenising]
+    JAX_PLATFORMS=cpu python -m train.benchmarks.large_data --folder large-data --only runs
 
 With `--make` it writes the files alone: rows of prompt and completion cut out of a text, some 1,000
 bytes each; those of the large file are the million of another one, ten times over. The tokenizer,
 32,000 pairs of bytes with LLaMA-3's pattern of words, is learned from the text. Rates are of all
-cores; memory is the peak of the process itself, above the same with a file of 1,000 rows. The cache
-of the large file is as `genlora tokenize` would write it, but for its tokens: the shards of a
-smaller cache, over and over.
+cores, and of a second of one core, which other work on the machine changes less; memory is the peak
+of the process itself, above the same with a file of 1,000 rows. The cache of the large file is as
+`genlora tokenize` would write it, but for its tokens: the shards of a smaller cache, over and over.
+Runs are of a tiny model, an epoch long, and ended after their first step. Rows are counted over an
+epoch in which the number of processes changes halfway; lengths of rows that are not known are as in
+`lazy`.
 """
 
 import argparse
@@ -32,14 +36,17 @@ from genlora_jax.data.cache_writing import write_cache
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import load_examples
 from genlora_jax.data.lazy import LazySource, LineFile
+from genlora_jax.training.provenance import provenance
+from train.benchmarks.large_data_runs import counted, first_steps
 from train.benchmarks.measuring import GIB, RESULTS, write_result
 
-RATED, LIBRARY, SMALL, MANY = 150_000, 20_000, 1_000, 10_000_000  # rows
+RATED, LIBRARY, SMALL, MANY = 200_000, 20_000, 1_000, 10_000_000  # rows
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 RESULT = RESULTS / "large_data.json"
+PARTS = ("tokenising", "reading", "runs", "counting", "counting-known")
 GROUP, READS = 64, 300  # rows that are asked for at once, and how often
 
 
@@ -85,10 +92,11 @@ def head(source: Path, target: Path, rows: int) -> None:
             written.write(read.readline())
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+def seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that something takes, and those of all cores, of processes that have ended too."""
+    began, cpu = time.perf_counter(), sum(os.times()[:4])
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, sum(os.times()[:4]) - cpu
 
 
 def rates(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> dict[str, Any]:
@@ -103,15 +111,22 @@ def rates(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> 
         for i in range(0, len(texts), size):
             encode(texts[i : i + size])
 
-    alone = {f"batches of {n:,}": LIBRARY / seconds(lambda n=n: library(n)) for n in (300, 3000)}
+    alone, of_core = {}, {}
+    for size in (300, 3000):
+        took, cpu = seconds(lambda size=size: library(size))
+        alone[f"batches of {size:,}"] = LIBRARY / took
+        of_core[f"batches of {size:,}"] = LIBRARY / cpu
     shutil.rmtree(str(cfg.cache), ignore_errors=True)
-    took = seconds(lambda: write_cache(str(folder / "rated.jsonl"), tokenizer, cfg))
-    in_memory = seconds(lambda: load_examples(str(folder / "library.jsonl"), tokenizer, cfg))
+    took, cpu = seconds(lambda: write_cache(str(folder / "rated.jsonl"), tokenizer, cfg))
+    in_memory, _ = seconds(lambda: load_examples(str(folder / "library.jsonl"), tokenizer, cfg))
     ours = RATED / took
     return {
         "tokenizers_rows_per_s": {name: round(rate) for name, rate in alone.items()},
         "cache_rows_per_s": round(ours),
         "cache_share": round(ours / max(alone.values()), 3),
+        "tokenizers_rows_per_cpu_s": {name: round(rate) for name, rate in of_core.items()},
+        "cache_rows_per_cpu_s": round(RATED / cpu),
+        "cache_share_of_cpu": round(RATED / cpu / max(of_core.values()), 3),
         "memory_rows_per_s": round(LIBRARY / in_memory),
         "rows": RATED,
         "bytes": (folder / "rated.jsonl").stat().st_size,
@@ -147,7 +162,7 @@ def read(kind: str, place: str, folder: Path) -> dict[str, Any]:
     source.read(rng.integers(0, len(source), GROUP))
     first = time.perf_counter() - began
     groups = rng.integers(0, len(source), (READS if is_cache else READS // 10, GROUP))
-    took = seconds(lambda: [source.read(group) for group in groups])
+    took, _ = seconds(lambda: [source.read(group) for group in groups])
     return {
         "rows": len(source),
         "open_s": round(opened, 2),
@@ -176,7 +191,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text of 50 MB or more")
     parser.add_argument("--folder", type=Path, required=True, help="where files of 30 GB go")
     parser.add_argument("--make", action="store_true", help="write the files, and end")
-    parser.add_argument("--only", choices=("tokenising", "reading"), help="keep the other result")
+    parser.add_argument("--only", choices=PARTS, help="one part; the others' results are kept")
+    parser.add_argument("--counted", type=int, default=MANY, help="rows to count")
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.read:
@@ -185,23 +201,39 @@ def main() -> None:
     if given.make:
         make(given.text.read_text(encoding="utf-8"), given.folder)
         return
-    folder, tokenizer = given.folder, read_tokenizer(given.folder)
+    folder, tokenizer, origin = given.folder, read_tokenizer(given.folder), provenance()
     cfg = DataConfig(train="-", cache=str(folder / "caches"), length=1024)
-    result = json.loads(RESULT.read_text()) if given.only and RESULT.exists() else {}
-    if given.only != "reading":
-        result["tokenising"] = rates(folder, tokenizer, cfg)
-    if given.only != "tokenising":
-        result |= reading(folder, tokenizer, cfg)
-    write_result(RESULT, result)
-    print(json.dumps(result, indent=1))
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for part in PARTS if given.only is None else [given.only]:
+        if part == "tokenising":
+            found: Any = rates(folder, tokenizer, cfg)
+        elif part == "reading":
+            found = reading(folder, tokenizer, cfg)
+        elif part == "runs":
+            small, many = caches(folder, tokenizer, cfg)
+            names = {"small.jsonl": small, "many.jsonl": many}
+            found = first_steps(folder, names, tokenizer, cfg)
+        else:
+            found = []
+            for count in counted(given.counted, known=part == "counting-known"):
+                found.append(count)
+                print(count, flush=True)
+        result[part] = {"found": found, "commit": origin["commit"]}
+        write_result(RESULT, result, origin)
+        print(json.dumps({part: found}, indent=1), flush=True)
+
+
+def caches(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> tuple[str, str]:
+    """The caches of the small file and of the large one, as their directories."""
+    small = write_cache(str(folder / "small.jsonl"), tokenizer, cfg)
+    rated = write_cache(str(folder / "rated.jsonl"), tokenizer, cfg)
+    return small, repeated(rated, folder / "many", MANY)
 
 
 def reading(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> dict[str, Any]:
     """Time, rate and memory of reading a small file's rows and those of the large one."""
-    small = write_cache(str(folder / "small.jsonl"), tokenizer, cfg)
-    rated = write_cache(str(folder / "rated.jsonl"), tokenizer, cfg)
     places = {
-        "cache": (small, repeated(rated, folder / "many", MANY)),
+        "cache": caches(folder, tokenizer, cfg),
         "lazy": (str(folder / "small.jsonl"), str(folder / "many.jsonl")),
     }
     result = {}

@@ -46,6 +46,12 @@ PROGRAMS = (
     ("llama3_70b_v5p_64.yaml", (), "v5p:4x4x4", MeshConfig(data=32, fsdp=1, tensor=2)),
     ("llama3_70b_v5p_64.yaml", (), "v6e:8x8", MeshConfig(data=8, fsdp=2, tensor=4)),
     ("llama3_70b_v5p_64.yaml", (), "v6e:8x8", MeshConfig(fsdp=64)),
+    # Quantised: cut over the chips, and whole on each of them.
+    *(
+        ("llama3_8b_v5e_16.yaml", ("--model.base_dtype", form), "v5e:4x4", mesh)
+        for form in ("int8", "int4", "nf4")
+        for mesh in (MeshConfig(fsdp=16), MeshConfig(data=16, fsdp=1))
+    ),
 )
 
 

@@ -4,12 +4,16 @@
     python -m train.benchmarks.quantised_quality tuning --model stories260k --text grimm.txt
 
 Perplexity: the model computes in float32, each row of 256 tokens is predicted from its own
-beginning, rows spread over the text. Tuning: LoRA r=8 as in `bridge`, 100 steps, some seeds of the
-adapter; the loss is that of the held-out rows. Results add up in one file.
+beginning, rows spread over the text. Tuning: LoRA r=8 as in `bridge`, some seeds of the adapter;
+the loss is that of the held-out rows. Results add up in one file, arm by arm: with `--only` a few
+of them are measured, in minutes. On a GPU JAX must leave PyTorch memory:
+`XLA_PYTHON_CLIENT_PREALLOCATE=false`.
 """
 
 import argparse
+import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,32 +22,43 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from genlora_jax.base.quantise import BaseDtype
+from genlora_jax.training.provenance import provenance
 from train.benchmarks.bridge import LORA, ours, peft
 from train.benchmarks.measuring import RESULTS, write_result
 
 RESULT = RESULTS / "quantised_quality.json"
-FORMS = ("bf16", "int8", "nf4", "int4")
-LENGTH, STEPS = 256, 100
-THEIRS = {
-    "bitsandbytes NF4": {
+LENGTH = 256
+OURS: dict[str, BaseDtype] = {
+    "not quantised": "bf16",
+    "int8": "int8",
+    "NF4": "nf4",
+    "int4": "int4",
+}
+THEIRS: dict[str, dict[str, Any]] = {
+    "PyTorch, not quantised": {},
+    "PyTorch, bitsandbytes int8": {"load_in_8bit": True},
+    "PyTorch, bitsandbytes NF4": {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
     },
-    "bitsandbytes int8": {"load_in_8bit": True},
 }
 
 
-def bitsandbytes(name: str) -> dict[str, Any]:
-    """Options of `from_pretrained` for a base that bitsandbytes quantises."""
+def loading(name: str) -> dict[str, Any]:
+    """Options of `from_pretrained` for an arm of PyTorch's."""
     import torch
+    from bitsandbytes.nn import modules
     from transformers import BitsAndBytesConfig
 
+    # A packed form on CPUs, in bfloat16 and for some shapes alone.
+    modules.has_avx512bf16 = lambda: False
+    device = {"device_map": "cuda" if torch.cuda.is_available() else "cpu"}
+    if not (options := THEIRS[name]):
+        return device
     compute = {"bnb_4bit_compute_dtype": torch.float32} if "NF4" in name else {}
-    return {
-        "quantization_config": BitsAndBytesConfig(**THEIRS[name], **compute),
-        "device_map": "cpu",
-    }
+    return device | {"quantization_config": BitsAndBytesConfig(**options, **compute)}
 
 
 def rows_of(model: Path, text: Path, count: int) -> np.ndarray:
@@ -73,38 +88,47 @@ def our_perplexity(model_path: Path, rows: np.ndarray, form: Any) -> float:
     return float(np.exp(np.mean([loss(params, row) for row in rows])))
 
 
-def their_perplexity(model_path: Path, rows: np.ndarray, name: str | None) -> float:
+def their_perplexity(model_path: Path, rows: np.ndarray, name: str) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    load = {} if name is None else bitsandbytes(name)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, **load)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, **loading(name))
     with torch.no_grad():
-        ids = [torch.tensor(row).long()[None] for row in rows]
+        ids = [torch.tensor(row).long()[None].to(model.device) for row in rows]
         return float(np.exp(np.mean([model(input_ids=x, labels=x).loss.item() for x in ids])))
 
 
-def perplexities(model: Path, text: Path, count: int) -> Iterator[tuple[str, Any]]:
-    rows = rows_of(model, text, count)
-    for form in FORMS:
-        yield form, {"perplexity": our_perplexity(model, rows, form)}
-    for name in (None, *THEIRS):
-        label = name or "PyTorch, not quantised"
-        try:
-            yield label, {"perplexity": their_perplexity(model, rows, name)}
-        except Exception as error:  # a form that it does not run on this machine
-            yield label, {"error": f"{type(error).__name__}: {error}"[:200]}
+def perplexities(given: argparse.Namespace, arms: list[str]) -> Iterator[tuple[str, Any]]:
+    rows = rows_of(given.model, given.text, given.rows)
+    for name in arms:
+        if name in OURS:
+            found = our_perplexity(given.model, rows, OURS[name])
+        else:
+            found = their_perplexity(given.model, rows, name)
+        yield name, {"perplexity": found}
 
 
-def tunings(model: Path, text: Path, seeds: int) -> Iterator[tuple[str, Any]]:
-    for form in FORMS:
-        runs = [ours(model, text, LORA, seed=s, steps=STEPS, base_dtype=form) for s in range(seeds)]
-        yield form, {"before": runs[0]["before"], "after": [run["after"] for run in runs]}
-    for name in (None, "bitsandbytes NF4"):
-        load = {} if name is None else bitsandbytes(name)
-        runs = [peft(model, text, LORA, s, steps=STEPS, **load) for s in range(seeds)]
-        label = f"PEFT + {name}" if name else "PEFT, not quantised"
-        yield label, {"before": runs[0]["before"], "after": [run["after"] for run in runs]}
+def tunings(given: argparse.Namespace, arms: list[str]) -> Iterator[tuple[str, Any]]:
+    arm = dataclasses.replace(LORA, learning_rate=given.rate)
+    size = {"steps": given.steps, "rows": given.rows}
+    for name in arms:
+        runs: list[dict[str, Any]] = []
+        for seed in range(given.seeds):
+            if name in OURS:
+                base: dict[str, Any] = {"base_dtype": OURS[name]}
+                runs.append(ours(given.model, given.text, arm, seed=seed, **size, **base))
+            else:
+                runs.append(peft(given.model, given.text, arm, seed, **size, **loading(name)))
+            after = [run["after"] for run in runs]
+            yield (
+                name,
+                {
+                    "before": runs[0]["before"],
+                    "after": after,
+                    "mean": float(np.mean(after)),
+                    "steps_per_second": runs[0]["steps_per_second"],
+                },
+            )
 
 
 def main() -> None:
@@ -113,24 +137,32 @@ def main() -> None:
     parser.add_argument("part", choices=["perplexity", "tuning"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=64, help="of the perplexity")
+    parser.add_argument("--rows", type=int, help="of the perplexity (64), or of a step (16)")
     parser.add_argument("--seeds", type=int, default=3, help="of the tuning")
+    parser.add_argument("--steps", type=int, default=100, help="of the tuning")
+    parser.add_argument("--rate", type=float, default=LORA.learning_rate, help="of the tuning")
+    parser.add_argument("--only", default="", help="arms whose name this pattern matches")
     parser.add_argument("--output", type=Path, default=RESULT)
-    options = parser.parse_args()
-    measured = {"perplexity": perplexities, "tuning": tunings}[options.part]
-    count = options.rows if options.part == "perplexity" else options.seeds
-    result = json.loads(options.output.read_text()) if options.output.exists() else {}
-    rows: dict[str, Any] = {}
-    result[f"{options.part}, {options.model.name}"] = {"text": options.text.name, "arms": rows}
-    if options.part == "perplexity":
-        result[f"{options.part}, {options.model.name}"]["tokens"] = count * (LENGTH - 1)
-    table = Table("base", options.part)
-    for name, row in measured(options.model, options.text, count):
-        rows[name] = row
-        write_result(options.output, result)
+    given = parser.parse_args()
+    tuning, origin = given.part == "tuning", provenance()
+    given.rows = given.rows or (16 if tuning else 64)
+    result = json.loads(given.output.read_text()) if given.output.exists() else {}
+    settings = {"text": given.text.name, "rows": given.rows, "tokens_of_a_row": LENGTH}
+    settings |= {"steps": given.steps, "rate": given.rate} if tuning else {}
+    kept = result.get(f"{given.part}, {given.model.name}", {})
+    if any(kept.get(name) != value for name, value in settings.items()):
+        kept = {}  # of other settings
+    arms: dict[str, Any] = kept.get("arms", {})
+    result[f"{given.part}, {given.model.name}"] = settings | {"arms": arms}
+    wanted = [name for name in (*OURS, *THEIRS) if re.match(given.only, name)]
+    for name, row in (tunings if tuning else perplexities)(given, wanted):
+        arms[name] = row | {"commit": origin["commit"], "machine": origin["machine"]}
+        write_result(given.output, result, origin)
         print(name, row, flush=True)
+    table = Table("base", given.part)
+    for name, row in arms.items():
         values = row.get("after", [row.get("perplexity")])
-        table.add_row(name, " ".join("-" if v is None else f"{v:.3f}" for v in values))
+        table.add_row(name, " ".join(f"{value:.4f}" for value in values))
     Console().print(table)
 
 
