@@ -1,4 +1,4 @@
-"""NOLA (arXiv 2310.02556): A and B are sums of random matrices, of which the weights are trained."""
+"""NOLA (arXiv 2310.02556): A and B are sums of random matrices, whose weights are trained."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -40,9 +40,7 @@ TOGETHER: dict[str, Arm] = {
     ),
     "rbf K=120 g=8, well, half of A": rbf(120, 8, **WELL, rbf_init=0.5),
     "residual g=16": across(RANK, 16),
-    "elementwise K=8 g=48, half of A": genlora(
-        32, 48, 8, generator="elementwise", rbf_init=0.5
-    ),
+    "elementwise K=8 g=48, half of A": genlora(32, 48, 8, generator="elementwise", rbf_init=0.5),
 }
 RELATIVES: dict[str, Arm] = {
     "uni-lora r=4 131k": Arm(cfg=gl.UniLoRAConfig(), shift=0),

@@ -29,7 +29,6 @@ import genlora_jax as gl
 from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
 from genlora_jax.mesh import one_device
 from genlora_jax.methods import config_to_json
-from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.optim import OptimConfig
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step_options import StepOptions
@@ -38,11 +37,13 @@ from genlora_jax.training.sweep.members import Member
 from genlora_jax.training.sweep.program import SweepProgram
 from train.benchmarks.frontier.arms import PER_DECADE, Arm
 from train.benchmarks.frontier.run import claim_gpu
-from train.benchmarks.frontier.tune import CHUNK, STEPS_PER_CALL, Trials, search, spectrum
+from train.benchmarks.frontier.tune import STEPS_PER_CALL, Trials, search, spectrum
 from train.benchmarks.measuring import write_result
 from train.benchmarks.real_tasks.arms import ARMS, SETS
 from train.benchmarks.real_tasks.tasks import TASKS, Batches, accuracy, batches
 
+CHUNK = 4096  # tokens whose logits exist at a time: the vocabulary is large
+MOST_AT_ONCE = 5  # members whose activations are in memory
 LOWEST = -12  # exponent of the lowest rate to begin with: 1e-3
 WARM_LORA, WARM_RATE = 16, 1.78e-3  # the LoRA that a warm start compresses
 FIT_STEPS = 300
@@ -50,16 +51,21 @@ FIT_STEPS = 300
 
 @functools.cache
 def base_of(path: str) -> Base:
-    """The base, its parameters in float32, its layers scanned: that compiles fast."""
-    cfg = ModelConfig(path=path, param_dtype="float32", scan=True)
+    """The base, its parameters in float32; what makes it compile fast and leaves room."""
+    cfg = ModelConfig(path=path, param_dtype="float32", scan=True, remat="dots")
     return load_base(cfg, find_base(cfg), one_device())
 
 
-def sweep_program(arm: Arm, base: Base, steps: int, cfg: AdapterConfig) -> SweepProgram:
-    """The program of an arm's members."""
-    optim = OptimConfig(b_ratio=arm.b_ratio, basis_ratio=arm.basis_ratio)
-    options = StepOptions(chunk=CHUNK)
-    return SweepProgram(model=base.model, cfg=cfg, optim=optim, steps=steps, options=options)
+def sweep_program(arm: Arm, base: Base, steps: int, members: int) -> SweepProgram:
+    """The program of so many members of an arm."""
+    return SweepProgram(
+        model=base.model,
+        cfg=arm.cfg,
+        optim=OptimConfig(b_ratio=arm.b_ratio, basis_ratio=arm.basis_ratio),
+        steps=steps,
+        options=StepOptions(chunk=CHUNK),
+        members_per_pass=max(n for n in range(1, MOST_AT_ONCE + 1) if members % n == 0),
+    )
 
 
 def warm_adapters(
@@ -70,7 +76,7 @@ def warm_adapters(
     members = [
         Member(learning_rate=WARM_RATE, generator_ratio=1.0, seed=seed) for seed in range(seeds)
     ]
-    program = sweep_program(Arm(cfg=lora), base, len(tuned), lora)
+    program = sweep_program(Arm(cfg=lora), base, len(tuned), seeds)
     trained = run_sweep(
         program, base.params, members, iter(tuned), held_out, steps_per_call=STEPS_PER_CALL
     )
@@ -99,7 +105,7 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
     warm = round(arm.warm_start * len(tuned) / STEPS_PER_CALL) * STEPS_PER_CALL
     adapters = warm_adapters(arm.cfg, base, tuned[:warm], held_out, options.seeds) if warm else []
     trials = Trials(
-        program=sweep_program(arm, base, len(tuned) - warm, arm.cfg),
+        program=sweep_program(arm, base, len(tuned) - warm, options.rates * options.seeds),
         params=base.params,
         batches=tuned[warm:],
         held_out=held_out,

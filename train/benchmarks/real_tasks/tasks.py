@@ -49,7 +49,7 @@ class Task:
 TASKS = {
     "completions": Task("text", 16, 256),
     "letters": Task("letter", 16, 256),
-    "math": Task(None, 16, 512),
+    "math": Task(None, 8, 512),
 }
 
 
@@ -63,7 +63,9 @@ def items(file: Path) -> list[choices.Item]:
         parts = BOOLQ.fullmatch(row["instruction"])
         if parts is None or row["answer"] not in ("true", "false"):
             raise ValueError(f"{file}: no question of BoolQ: {row['instruction']!r}")
-        found.append(choices.Item(parts[1].strip(), ["true", "false"], int(row["answer"] == "false")))
+        found.append(
+            choices.Item(parts[1].strip(), ["true", "false"], int(row["answer"] == "false"))
+        )
     return found
 
 
