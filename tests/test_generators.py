@@ -21,6 +21,7 @@ from genlora_jax.basis_functions import FAMILIES, Family, gaussian_rbf
 from genlora_jax.seeded_random import seeded_normal
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
+from train.benchmarks import rbf_linearity
 
 few = settings(max_examples=15, deadline=None)
 
@@ -265,6 +266,26 @@ def test_centres_start_at_groups_of_the_latents(shared, projection):
                     seen = groups @ np.asarray(weights["projection"][s, k], np.float64)
                 assert np.abs(seen - center).max(axis=1).min() < 1e-5
             assert len(np.unique(centers, axis=0)) == cfg.kernels
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [  # what is constant of the power, and what of the variance is no line and no norm of a group
+        ({}, {"constant": (0.9, 1.0), "not_linear": (0.25, 0.4), "not_norm": (0.0, 0.05)}),
+        ({"standardize": True}, {"constant": (0.0, 1e-9), "not_norm": (0.0, 0.05)}),
+        ({"bandwidth": 0.5}, {"constant": (0.1, 0.3), "not_norm": (0.5, 0.75)}),
+        ({"bandwidth": "spread"}, {"constant": (0.2, 0.5), "not_norm": (0.3, 0.6)}),
+        (
+            {"bandwidth": "spread", "standardize": True},
+            {"constant": (0.0, 1e-9), "not_norm": (0.3, 0.6)},
+        ),
+        ({"projection": 1}, {"not_norm": (0.45, 0.8)}),
+    ],
+)
+def test_well_conditioned_rbfs_are_no_constant_and_no_line(fields, expected):
+    found = rbf_linearity.shares(32, groups=4000, **fields)
+    for name, (low, high) in expected.items():
+        assert low <= found[name] <= high, (name, found)
 
 
 @pytest.mark.parametrize(
