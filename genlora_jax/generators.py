@@ -99,7 +99,7 @@ def basis_features(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> 
     if cfg.joint:
         phi = _rbfs(cfg, t, generator)
     else:
-        width = None if cfg.bandwidth == "spread" else cfg.bandwidth
+        width = None if isinstance(cfg.bandwidth, str) else cfg.bandwidth
         phi = FAMILIES[cfg.basis].features(t, cfg.kernels, width)
     return _standardized(phi) if cfg.standardize else phi
 
@@ -107,7 +107,7 @@ def basis_features(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> 
 def _rbfs(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> jax.Array:
     centers, projection = generator["centers"], generator.get("projection")
     width = jnp.exp(generator["log_width"])
-    if cfg.bandwidth == "spread":
+    if isinstance(cfg.bandwidth, str):  # "spread"
         variance = mean_squares(t, centers, projection).var(axis=0)
         width *= jnp.where(variance > 0, variance, 1.0) ** 0.25
     else:

@@ -1,4 +1,4 @@
-"""PEFT's protocol on MetaMathQA: its batches, its judgement of answers, and a run on a tiny base."""
+"""PEFT's protocol on MetaMathQA: batches, the judgement of answers, and a run on a tiny base."""
 
 import json
 

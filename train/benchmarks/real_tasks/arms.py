@@ -54,7 +54,7 @@ WARM: dict[str, Arm] = {
     "target r=32 g=16": genlora(32, 16),
     "target r=32 g=16, from lora": replace(genlora(32, 16), warm_start=0.2),
 }
-ARMS = LORA | RBFS | TOGETHER | RELATIVES | WARM
+ARMS = RBFS | LORA | WARM | RELATIVES | TOGETHER
 FIRST_LOOK = (
     *("lora r=1", "residual g=32", "rbf", "rbf, well, half of A", "lora r=4"),
     *("rbf, standardised", "rbf, h=0.5", "rbf, ridge", "rbf K=48 g=16, well, half of A"),
