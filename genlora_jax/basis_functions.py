@@ -29,15 +29,24 @@ def _with_rank(x: jax.Array, rank: int) -> jax.Array:
 
 
 def gaussian_rbf(
-    t: jax.Array, centers: jax.Array, width: jax.Array, projection: jax.Array | None = None
+    t: jax.Array,
+    centers: jax.Array,
+    width: jax.Array,
+    projection: jax.Array | None = None,
+    *,
+    relative: bool = False,
 ) -> jax.Array:
     """Gaussian RBFs on R^g: `[..., g]`, centres `[K, g]`, widths `[K]` -> `[..., K]`.
 
     `phi_k(t) = exp(-|t - c_k|^2 / (g h_k^2))`, so `0 < phi <= 1` and its gradient is at most
     `sqrt(2 / (e g)) / h_k` (Prop. 3.2). With a projection they are RBFs on R^d of `P_k t`.
+    `relative`, each is divided by its largest value over the first axis, so that narrow ones do
+    not vanish far from their centres.
     """
-    distance = mean_squares(t, centers, projection)
-    return jnp.exp(-distance / _with_rank(jnp.square(width), t.ndim))
+    exponent = -mean_squares(t, centers, projection) / _with_rank(jnp.square(width), t.ndim)
+    if relative:
+        exponent -= jax.lax.stop_gradient(exponent.max(axis=0, keepdims=True))
+    return jnp.exp(exponent)
 
 
 def mean_squares(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the config's file imports this one
     from genlora_jax.methods.genlora import GenLoRAConfig
 
 Generator = dict[str, jax.Array]
-_ALIKE = 1e-12  # a variance that is rounding, of values whose largest is 1
+_ALIKE = 1e-12  # a variance that is rounding, of features whose largest value is about 1
 
 
 def group_count(cfg: "GenLoRAConfig", n: int) -> int:
@@ -112,16 +112,11 @@ def _rbfs(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> jax.Array
         width *= jnp.where(variance > 0, variance, 1.0) ** 0.25
     else:
         width *= cfg.bandwidth or math.sqrt(2)
-    return gaussian_rbf(t, centers, width, projection)
+    return gaussian_rbf(t, centers, width, projection, relative=cfg.standardize)
 
 
 def _standardized(phi: jax.Array) -> jax.Array:
-    """Features `[J, ...]` with mean 0 and variance 1 over the groups; 0 where they are all alike.
-
-    Narrow functions are tiny far from their centres: first their largest value is made 1.
-    """
-    largest = jax.lax.stop_gradient(jnp.abs(phi).max(axis=0, keepdims=True))
-    phi = phi / jnp.where(largest > 0, largest, 1.0)
+    """Features `[J, ...]` with mean 0 and variance 1 over the groups; 0 where all are alike."""
     phi -= phi.mean(axis=0, keepdims=True)
     variance = jnp.square(phi).mean(axis=0, keepdims=True)
     return phi * jax.lax.rsqrt(jnp.where(variance > _ALIKE, variance, 1.0))

@@ -22,7 +22,7 @@ from genlora_jax.evaluation.tasks import choices, match
 from genlora_jax.generation.subject import Subject
 from genlora_jax.hf.base_model import Base
 
-VALIDATION = 500
+VALIDATION = 1000
 QUIZZES = ("llm_adapters/boolq", "arc_easy", "llm_adapters/arc_challenge", "openbookqa")
 PROBLEMS = {"gsm8k": "jsonl", "svamp": "json"} | dict.fromkeys(
     ("llm_adapters/multiarith", "llm_adapters/addsub", "llm_adapters/singleeq"), "json"
