@@ -9,7 +9,7 @@
 The mean validation loss over the seeds chooses the rate; rates are added until the best one is not
 at an end. Only `--test` opens the test rows, once, for the members of the best rate. Results are
 written after each arm; the same command goes on where the last one ended. `--only` takes the arms
-whose names match, `--limit-rows` few rows and few steps, to try it on a CPU.
+whose names match, `--limit-rows` two rows of each batch, to try it on a CPU.
 """
 
 import argparse
@@ -101,7 +101,10 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
     base = base_of(str(options.base))
     tuned, held_out = batches(options.data, job["task"], base.tokenizer, options.steps)
     if options.limit_rows:
-        held_out = held_out[:1]
+        tuned, held_out = (
+            [{name: leaf[:2] for name, leaf in batch.items()} for batch in part]
+            for part in (tuned, held_out[:1])
+        )
     warm = round(arm.warm_start * len(tuned) / STEPS_PER_CALL) * STEPS_PER_CALL
     adapters = warm_adapters(arm.cfg, base, tuned[:warm], held_out, options.seeds) if warm else []
     trials = Trials(
@@ -231,7 +234,7 @@ def main() -> None:
     parser.add_argument("--per-gpu", type=int, default=1, help="workers")
     parser.add_argument("--seconds", type=float, default=86400, help="stop after this time")
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for compiled programs")
-    parser.add_argument("--limit-rows", action="store_true", help="few rows to choose by")
+    parser.add_argument("--limit-rows", action="store_true", help="two rows of each batch")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.steps = options.steps // STEPS_PER_CALL * STEPS_PER_CALL
