@@ -86,13 +86,21 @@ def warm_adapters(
         key = jax.random.key(seed)
         adapter, report = gl.compress(cfg, factors, params=base.params, key=key, steps=FIT_STEPS)
         print(f"compressed, relative error {report.error:.3f}", flush=True)
-        # Latents as small as they begin elsewhere, which the normalisation takes back.
-        latents = jax.tree.map(
-            lambda z: z * cfg.latent_std / jnp.sqrt(jnp.square(z).mean(-1, keepdims=True)),
-            adapter.trainable["latents"],
-        )
-        found.append(adapter.replace(trainable=adapter.trainable | {"latents": latents}))
+        found.append(with_small_latents(adapter))
     return found
+
+
+def with_small_latents(adapter: gl.Adapter) -> gl.Adapter:
+    """The same adapter with latents as small as they begin elsewhere.
+
+    The normalisation takes it back; Adam moves small latents faster.
+    """
+    std = adapter.config.latent_std
+    latents = jax.tree.map(
+        lambda z: z * std / jnp.sqrt(jnp.square(z).mean(-1, keepdims=True)),
+        adapter.trainable["latents"],
+    )
+    return adapter.replace(trainable=adapter.trainable | {"latents": latents})
 
 
 def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
