@@ -1,6 +1,7 @@
 """The arms: what is compared on the real model, and sets of them."""
 
 from dataclasses import replace
+from typing import Any
 
 import genlora_jax as gl
 from train.benchmarks.frontier.arms import Arm, across, genlora, lora
@@ -9,9 +10,12 @@ RANK, GROUP, KERNELS = 64, 32, 16
 WELL = {"standardize": True, "bandwidth": "spread", "centers": "latents"}
 
 
-def rbf(kernels: int = KERNELS, group: int = GROUP, *, basis_ratio: float = 1.0, **fields) -> Arm:
+def rbf(
+    kernels: int = KERNELS, group: int = GROUP, *, basis_ratio: float = 1.0, **fields: Any
+) -> Arm:
     """RBFs beside the residual, one set of generators for the whole model."""
-    return replace(across(RANK, group, kernels, **fields), basis_ratio=basis_ratio, shift=0)
+    arm = across(RANK, group, kernels, **fields)
+    return replace(arm, basis_ratio=basis_ratio, shift=arm.shift // 2)
 
 
 LORA: dict[str, Arm] = {f"lora r={rank}": lora(rank, shift=-1) for rank in (1, 2, 4, 16)}
