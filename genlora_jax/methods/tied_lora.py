@@ -16,7 +16,7 @@ from genlora_jax.validation import require_choice
 class TiedLoRAConfig(LowRankConfig):
     """LoRA of which one side is common to all layers of a target.
 
-    With B tied it is Lily (arXiv 2407.09946) with one B and so without its router.
+    With B tied it is Lily (arXiv 2407.09946) with one B, which needs no router.
 
     Attributes:
         tied: The common side.
