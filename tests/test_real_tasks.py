@@ -11,7 +11,7 @@ import pytest
 import genlora_jax as gl
 from train.benchmarks.frontier.arms import rate_at
 from train.benchmarks.frontier.tune import search
-from train.benchmarks.real_tasks import run, tasks
+from train.benchmarks.real_tasks import report, run, tasks
 from train.benchmarks.real_tasks.arms import ARMS, SETS
 
 
@@ -121,3 +121,25 @@ def test_arms_that_replace_the_residual_by_rbfs_have_its_parameters():
         for name in ("residual g=32", "rbf K=48 g=16", "rbf K=120 g=8, well, half of A")
     }
     assert set(sizes.values()) == {1024}
+
+
+def test_the_report_has_a_line_an_arm_with_its_spread():
+    records = {
+        "lora r=1": {
+            "parameters": 1000,
+            "best_rate": 0.001,
+            "inside": False,
+            "best_loss": 2.5,
+            "best_losses": [2.4, 2.6],
+            "accuracy": [{"boolq": 0.5, "mean": 0.5}, {"boolq": 0.75, "mean": 0.75}],
+        },
+        "base": {"accuracy": [{"boolq": 0.25, "mean": 0.25}]},
+        "rbf": {"failed": "ValueError: no"},
+    }
+    lines = report.table(records).splitlines()
+    assert lines[0] == "| arm | parameters | rate | validation loss | boolq | mean |"
+    assert lines[2] == (
+        "| lora r=1 | 1,000 | 0.001, at an end | 2.500 ± 0.141 | 62.5 ± 17.7 | 62.5 ± 17.7 |"
+    )
+    assert lines[3] == "| base | | | | 25.0 | 25.0 |"
+    assert lines[-1] == "failed: rbf: ValueError: no"
