@@ -52,6 +52,7 @@ RELATIVES: dict[str, Arm] = {
     "tied lora, A, r=16": lora(16, gl.TiedLoRAConfig, shift=-1),
     "tied lora, B, r=16": lora(16, gl.TiedLoRAConfig, shift=-1, tied="b"),
     "sine-lora r=2": lora(2, gl.SineLoRAConfig, shift=-2),
+    "nola r=4 k=1024": lora(4, gl.NOLAConfig, count=1024),
 }
 # Compression needs a set of generators a target.
 WARM: dict[str, Arm] = {
