@@ -10,10 +10,7 @@ and, for Liger, `liger-kernel`; an arm that cannot run says why.
 
 import argparse
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from train.benchmarks import peft_step
 from train.benchmarks.measuring import RESULTS, median_ms, time_step, write_result
 from train.benchmarks.random_base import SIZES
 
@@ -76,15 +74,9 @@ PEFT = [
 def measure_peft(arm: Arm, steps: int) -> dict[str, Any]:
     """Step time and peak memory in a process of its own; `error` if it failed."""
     assert arm.peft is not None
-    command = [sys.executable, "-m", "train.benchmarks.peft_step", "--size", arm.size]
-    done = subprocess.run(
-        [*command, "--steps", str(steps), *arm.peft], capture_output=True, text=True
-    )
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1:]}
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = peft_step.measure(["--size", arm.size, "--steps", str(steps), *arm.peft])
     rows, length = int(arm.peft[1]), int(arm.peft[3])
-    return found | {"tokens_per_s": rows * length / found["step_s"]}
+    return found if "error" in found else found | {"tokens_per_s": rows * length / found["step_s"]}
 
 
 def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
