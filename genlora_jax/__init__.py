@@ -12,7 +12,11 @@ from genlora_jax.methods import (
     FullConfig,
     GenLoRAConfig,
     LoRAConfig,
+    NOLAConfig,
     PiSSAConfig,
+    SineLoRAConfig,
+    TiedLoRAConfig,
+    UniLoRAConfig,
     VeRAConfig,
 )
 from genlora_jax.methods.config import AdapterConfig
@@ -52,7 +56,11 @@ __all__ = [
     "FullConfig",
     "GenLoRAConfig",
     "LoRAConfig",
+    "NOLAConfig",
     "PiSSAConfig",
+    "SineLoRAConfig",
+    "TiedLoRAConfig",
+    "UniLoRAConfig",
     "VeRAConfig",
     "apply",
     "combine",

@@ -28,14 +28,41 @@ def _with_rank(x: jax.Array, rank: int) -> jax.Array:
     return jnp.expand_dims(x, range(rank - x.ndim))
 
 
-def gaussian_rbf(t: jax.Array, centers: jax.Array, width: jax.Array) -> jax.Array:
+def gaussian_rbf(
+    t: jax.Array,
+    centers: jax.Array,
+    width: jax.Array,
+    projection: jax.Array | None = None,
+    *,
+    relative: bool = False,
+) -> jax.Array:
     """Gaussian RBFs on R^g: `[..., g]`, centres `[K, g]`, widths `[K]` -> `[..., K]`.
 
     `phi_k(t) = exp(-|t - c_k|^2 / (g h_k^2))`, so `0 < phi <= 1` and its gradient is at most
-    `sqrt(2 / (e g)) / h_k` (Prop. 3.2).
+    `sqrt(2 / (e g)) / h_k` (Prop. 3.2). With a projection they are RBFs on R^d of `P_k t`.
+    `relative`, each is divided by its largest value over the first axis, so that narrow ones do
+    not vanish far from their centres.
     """
-    distance = jnp.square(t[..., None, :] - _with_rank(centers, t.ndim + 1)).sum(-1)
-    return jnp.exp(-distance / _with_rank(t.shape[-1] * jnp.square(width), t.ndim))
+    exponent = -mean_squares(t, centers, projection) / _with_rank(jnp.square(width), t.ndim)
+    if relative:
+        exponent -= jax.lax.stop_gradient(exponent.max(axis=0, keepdims=True))
+    return jnp.exp(exponent)
+
+
+def mean_squares(
+    t: jax.Array, centers: jax.Array, projection: jax.Array | None = None
+) -> jax.Array:
+    """Squared distances to centres over the number of dimensions: `[..., g]` -> `[..., K]`.
+
+    Args:
+        t: Groups.
+        centers: `[K, g]`, or `[K, d]` with a projection.
+        projection: `[K, g, d]`; distances are then those of `P_k t` from `c_k`.
+    """
+    x = t[..., None, :]
+    if projection is not None:
+        x = jnp.einsum("...g,kgd->...kd", t, projection, precision=jax.lax.Precision.HIGHEST)
+    return jnp.square(x - _with_rank(centers, t.ndim + 1)).mean(-1)
 
 
 def _grid(count: int) -> tuple[jax.Array, float]:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from genlora_jax.basis_functions import FAMILIES, gaussian_rbf
+from genlora_jax.basis_functions import FAMILIES, gaussian_rbf, mean_squares
 from genlora_jax.seeded_random import seeded_normal
+from genlora_jax.validation import require, require_float, require_int
 
 if TYPE_CHECKING:  # the config's file imports this one
     from genlora_jax.methods.genlora import GenLoRAConfig
 
 Generator = dict[str, jax.Array]
+_ALIKE = 1e-12  # a variance that is rounding, of features whose largest value is about 1
 
 
 def group_count(cfg: "GenLoRAConfig", n: int) -> int:
@@ -49,6 +51,43 @@ def normalize_latent(cfg: "GenLoRAConfig", z: jax.Array) -> jax.Array:
     return jnp.where(inside & varied, t, 0.0)
 
 
+def check_basis(cfg: "GenLoRAConfig") -> None:
+    """Raises ValueError if a setting of the basis functions has nothing to act on."""
+    if cfg.kernels == 0:
+        require(cfg.residual, "residual=False needs kernels >= 1: nothing else generates")
+        unused = {"basis": cfg.basis != "rbf", "bandwidth": cfg.bandwidth is not None}
+        unused |= {"rbf_init": cfg.rbf_init > 0, "standardize": cfg.standardize}
+        for field, given in unused.items():
+            require(not given, f"{field} means nothing without basis functions: give kernels")
+    if cfg.bandwidth is not None:
+        require(
+            FAMILIES[cfg.basis].has_bandwidth,
+            f"bandwidth means nothing to basis={cfg.basis!r}: leave it out",
+        )
+    if cfg.bandwidth not in (None, "spread"):
+        require_float("bandwidth", cfg.bandwidth, 0.0, above=True)
+    if cfg.projection is not None:
+        require_int("projection", cfg.projection, 1)
+        within = cfg.projection <= cfg.group_size
+        require(within, f"projection must be at most group_size, {cfg.group_size}")
+    joint_alone = {
+        'bandwidth="spread"': cfg.bandwidth == "spread",
+        "projection": cfg.projection is not None,
+        'centers="latents"': cfg.centers == "latents",
+    }
+    for setting, given in joint_alone.items():
+        needs = 'needs kernels >= 1, basis="rbf" and generator="groupwise"'
+        require(cfg.joint or not given, f"{setting} {needs}: it is for RBFs on whole groups")
+    require(
+        not cfg.standardize or cfg.generator == "groupwise",
+        'standardize needs generator="groupwise": elementwise, every group has its own functions',
+    )
+    require(
+        cfg.centers == "random" or cfg.trainable_centers,
+        'centers="latents" needs trainable_centers=True: fixed centres are rebuilt from the seed',
+    )
+
+
 def basis_features(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> jax.Array | None:
     """Values of the basis functions at normalised groups `t: [J, g]`.
 
@@ -58,9 +97,29 @@ def basis_features(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> 
     if cfg.kernels == 0:
         return None
     if cfg.joint:
-        width = cfg.bandwidth or math.sqrt(2)
-        return gaussian_rbf(t, generator["centers"], width * jnp.exp(generator["log_width"]))
-    return FAMILIES[cfg.basis].features(t, cfg.kernels, cfg.bandwidth)
+        phi = _rbfs(cfg, t, generator)
+    else:
+        width = None if isinstance(cfg.bandwidth, str) else cfg.bandwidth
+        phi = FAMILIES[cfg.basis].features(t, cfg.kernels, width)
+    return _standardized(phi) if cfg.standardize else phi
+
+
+def _rbfs(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> jax.Array:
+    centers, projection = generator["centers"], generator.get("projection")
+    width = jnp.exp(generator["log_width"])
+    if isinstance(cfg.bandwidth, str):  # "spread"
+        variance = mean_squares(t, centers, projection).var(axis=0)
+        width *= jnp.where(variance > 0, variance, 1.0) ** 0.25
+    else:
+        width *= cfg.bandwidth or math.sqrt(2)
+    return gaussian_rbf(t, centers, width, projection, relative=cfg.standardize)
+
+
+def _standardized(phi: jax.Array) -> jax.Array:
+    """Features `[J, ...]` with mean 0 and variance 1 over the groups; 0 where all are alike."""
+    phi -= phi.mean(axis=0, keepdims=True)
+    variance = jnp.square(phi).mean(axis=0, keepdims=True)
+    return phi * jax.lax.rsqrt(jnp.where(variance > _ALIKE, variance, 1.0))
 
 
 def generate(cfg: "GenLoRAConfig", z: jax.Array, generator: Generator) -> jax.Array:
@@ -70,8 +129,8 @@ def generate(cfg: "GenLoRAConfig", z: jax.Array, generator: Generator) -> jax.Ar
         cfg: Settings of the generator.
         z: Latent `[n]`.
         generator: `weights` `[r, F, g]` (`[r, J, K]` elementwise), `residual` `[r, g, g]`
-            (`[r, J]` elementwise), `centers` `[K, g]` and `log_width` `[K]`; those that `cfg`
-            asks for.
+            (`[r, J]` elementwise), `centers` `[K, g]` (`[K, d]` with a `projection`
+            `[K, g, d]`) and `log_width` `[K]`; those that `cfg` asks for.
 
     Returns:
         Float32 basis `[n, r]`: column i is generator i's output over all groups.
@@ -99,11 +158,41 @@ def generate(cfg: "GenLoRAConfig", z: jax.Array, generator: Generator) -> jax.Ar
 
 
 def fixed_centers(cfg: "GenLoRAConfig", name: str) -> Generator:
-    """Centres `[K, g]` drawn from N(0, 1) and log-widths of 0, from the config's seed."""
-    return {
-        "centers": seeded_normal(cfg.seed, f"{name}/centers", (cfg.kernels, cfg.group_size)),
-        "log_width": jnp.zeros(cfg.kernels, jnp.float32),
+    """Centres `[K, g]` drawn from N(0, 1) and log-widths of 0, from the config's seed.
+
+    With `cfg.projection`, centres `[K, d]` and directions `[K, g, d]` too.
+    """
+    count, g, d = cfg.kernels, cfg.group_size, cfg.projection
+    drawn = {
+        "centers": seeded_normal(cfg.seed, f"{name}/centers", (count, d or g)),
+        "log_width": jnp.zeros(count, jnp.float32),
     }
+    if d is not None:  # what they make of N(0, 1) is N(0, 1)
+        directions = seeded_normal(cfg.seed, f"{name}/projection", (count, g, d))
+        drawn["projection"] = directions / math.sqrt(g)
+    return drawn
+
+
+def centers_at_groups(cfg: "GenLoRAConfig", name: str, z: jax.Array, drawn: Generator) -> Generator:
+    """The same with centres at groups of latents `z: [L, n]`, which the config's seed chooses.
+
+    Raises:
+        ValueError: If the latents have fewer groups than there are centres.
+    """
+    count = z.shape[0] * group_count(cfg, z.shape[1])
+    if count < cfg.kernels:
+        raise ValueError(
+            f'centers="latents": {name} has {count} groups for {cfg.kernels} centres; '
+            'give fewer kernels, a smaller group_size or centers="random"'
+        )
+    groups = jax.vmap(lambda row: normalize_latent(cfg, row))(z).reshape(count, cfg.group_size)
+    order = jnp.argsort(seeded_normal(cfg.seed, f"{name}/groups", (count,)))
+    chosen = groups[order[: cfg.kernels]]
+    if cfg.projection is not None:
+        chosen = jnp.einsum(
+            "kg,kgd->kd", chosen, drawn["projection"], precision=jax.lax.Precision.HIGHEST
+        )
+    return drawn | {"centers": chosen}
 
 
 def weight_shapes(cfg: "GenLoRAConfig", n: int) -> dict[str, tuple[int, ...]]:
@@ -133,7 +222,7 @@ def init_weights(
         cfg: Settings of the generator.
         normals: N(0, 1) numbers in the weights' shapes, for the parts that have a share.
         z: Latents `[L, n]` that these generators will serve.
-        centers: `fixed_centers(...)`.
+        centers: `fixed_centers(...)`, or `centers_at_groups(...)`.
 
     Returns:
         The weights.

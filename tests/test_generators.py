@@ -21,6 +21,7 @@ from genlora_jax.basis_functions import FAMILIES, Family, gaussian_rbf
 from genlora_jax.seeded_random import seeded_normal
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
+from train.benchmarks import rbf_linearity
 
 few = settings(max_examples=15, deadline=None)
 
@@ -61,25 +62,42 @@ def reference_groups(cfg, z):
     return groups
 
 
+def reference_features(cfg, groups, exact):
+    """The features of each group, `[J][F]`, for a groupwise generator."""
+    if cfg.basis != "rbf":
+        table = [
+            [phi for x in t for phi in scalar_features(cfg.basis, x, cfg.kernels, cfg.bandwidth)]
+            for t in groups
+        ]
+    else:
+        columns = []
+        for k in range(cfg.kernels):
+            seen = [exact["projection"][k].T @ t for t in groups] if cfg.projection else groups
+            distances = [((x - exact["centers"][k]) ** 2).sum() / len(x) for x in seen]
+            squared = (
+                np.std(distances) if cfg.bandwidth == "spread" else (cfg.bandwidth or 2**0.5) ** 2
+            )
+            squared = squared * np.exp(exact["log_width"][k]) ** 2
+            columns.append([np.exp(-distance / squared) for distance in distances])
+        table = np.transpose(columns)
+    if cfg.standardize:
+        table = (table - np.mean(table, axis=0)) / np.std(table, axis=0)
+    return table
+
+
 def reference(cfg, z, generator):
     """The basis `[n, r]`, a generator and a group at a time."""
     exact = {name: np.asarray(leaf, np.float64) for name, leaf in generator.items()}
     g, count, columns = cfg.group_size, cfg.kernels, []
+    groups = reference_groups(cfg, z)
+    if cfg.generator == "groupwise" and count:
+        features = reference_features(cfg, groups, exact)
     for i in range(cfg.rank):
         column = []
-        for j, t in enumerate(reference_groups(cfg, z)):
+        for j, t in enumerate(groups):
             out = np.zeros(g)
             if cfg.generator == "groupwise":
-                phi = []
-                if cfg.basis == "rbf":
-                    for k in range(count):
-                        h = (cfg.bandwidth or 2**0.5) * np.exp(exact["log_width"][k])
-                        distance = ((t - exact["centers"][k]) ** 2).sum()
-                        phi.append(np.exp(-distance / (len(t) * h**2)))
-                elif count:
-                    for x in t:
-                        phi += scalar_features(cfg.basis, x, count, cfg.bandwidth)
-                for f, value in enumerate(phi):
+                for f, value in enumerate(features[j] if count else []):
                     out += value * exact["weights"][i, f]
                 if cfg.residual:
                     for m in range(len(t)):
@@ -178,6 +196,122 @@ def test_generate_equals_the_reference_with_other_settings(form, changes, basis)
     check_against_reference(
         gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, generator=form, basis=basis, **changes)
     )
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("bandwidth", [None, 0.5, "spread"])
+@pytest.mark.parametrize("projection", [None, 1, 2])
+def test_generate_equals_the_reference_with_well_conditioned_rbfs(
+    standardize, bandwidth, projection
+):
+    cfg = gl.GenLoRAConfig(
+        rank=2,
+        group_size=4,
+        kernels=3,
+        bandwidth=bandwidth,
+        standardize=standardize,
+        projection=projection,
+    )
+    check_against_reference(cfg, n=30)
+
+
+@pytest.mark.parametrize("basis", ["fourier", "bspline"])
+def test_standardised_features_of_other_families_equal_the_reference(basis):
+    cfg = gl.GenLoRAConfig(rank=2, group_size=4, kernels=3, basis=basis, standardize=True)
+    check_against_reference(cfg, n=30)
+
+
+def test_standardised_features_are_finite_where_all_groups_are_alike_or_far_from_the_centres():
+    cfg = gl.GenLoRAConfig(
+        rank=2, group_size=4, kernels=3, standardize=True, bandwidth=0.25, residual=False
+    )
+    for n, expected in ((4, 0.0), (40, None)):  # one group alone does not vary
+        z, generator = random_generator(cfg, n)
+        generator["centers"] = 3 + generator["centers"]
+        generator["log_width"] = jnp.zeros(3)
+
+        def power(z, generator=generator):
+            return jnp.square(generate(cfg, z, generator)).mean()
+
+        value, gradient = jax.jit(jax.value_and_grad(power))(z)
+        assert np.isfinite(gradient).all()
+        if expected is None:
+            assert float(value) > 0.1
+        else:
+            assert float(value) == expected
+
+
+@pytest.mark.parametrize("projection", [None, 2])
+@pytest.mark.parametrize("shared", [True, False])
+def test_centres_start_at_groups_of_the_latents(shared, projection):
+    cfg = gl.GenLoRAConfig(
+        rank=2,
+        group_size=4,
+        kernels=3,
+        centers="latents",
+        projection=projection,
+        share_generators=shared,
+    )
+    base = {"layers": {"proj": {"kernel": jax.ShapeDtypeStruct((2, 16, 12), np.float32)}}}
+    adapter = jax.jit(lambda key: gl.init_adapter(cfg, key, base))(jax.random.key(0)).trainable
+    for side in "ab":
+        latents = adapter["latents"]["layers.proj"][side]
+        weights = adapter["generators"]["layers.proj"][side]
+        for s, centers in enumerate(np.asarray(weights["centers"])):
+            served = latents if shared else latents[s : s + 1]
+            groups = np.concatenate([reference_groups(cfg, z) for z in served])
+            for k, center in enumerate(centers):
+                seen = groups
+                if projection:
+                    seen = groups @ np.asarray(weights["projection"][s, k], np.float64)
+                assert np.abs(seen - center).max(axis=1).min() < 1e-5
+            assert len(np.unique(centers, axis=0)) == cfg.kernels
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [  # what is constant of the power, and what of the variance is no line and no norm of a group
+        ({}, {"constant": (0.9, 1.0), "not_linear": (0.25, 0.4), "not_norm": (0.0, 0.05)}),
+        ({"standardize": True}, {"constant": (0.0, 1e-9), "not_norm": (0.0, 0.05)}),
+        ({"bandwidth": 0.5}, {"constant": (0.1, 0.3), "not_norm": (0.5, 0.75)}),
+        ({"bandwidth": "spread"}, {"constant": (0.35, 0.65), "not_norm": (0.25, 0.5)}),
+        (
+            {"bandwidth": "spread", "standardize": True},
+            {"constant": (0.0, 1e-9), "not_norm": (0.25, 0.5)},
+        ),
+        ({"projection": 1}, {"not_norm": (0.35, 0.65)}),
+    ],
+)
+def test_well_conditioned_rbfs_are_no_constant_and_no_line(fields, expected):
+    found = rbf_linearity.shares(32, groups=4000, **fields)
+    for name, (low, high) in expected.items():
+        assert low <= found[name] <= high, (name, found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"projection": 5}, "projection must be at most group_size, 4"),
+        ({"projection": 2, "basis": "fourier"}, "projection needs kernels"),
+        ({"bandwidth": "spread", "generator": "elementwise"}, 'bandwidth="spread" needs'),
+        ({"bandwidth": "wide"}, "bandwidth must be"),
+        ({"centers": "latents", "kernels": 0}, 'centers="latents" needs kernels'),
+        ({"centers": "latents", "trainable_centers": False}, "needs trainable_centers=True"),
+        ({"centers": "middle"}, "centers must be"),
+        ({"standardize": True, "kernels": 0}, "standardize means nothing without"),
+        ({"standardize": True, "generator": "elementwise"}, 'standardize needs generator="group'),
+    ],
+)
+def test_settings_of_rbfs_that_mean_nothing_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        gl.GenLoRAConfig(**({"group_size": 4, "kernels": 3} | fields))
+
+
+def test_more_centres_than_groups_of_latents_are_refused():
+    cfg = gl.GenLoRAConfig(rank=2, group_size=4, kernels=9, centers="latents")
+    base = {"layers": {"proj": {"kernel": jax.ShapeDtypeStruct((2, 16, 12), np.float32)}}}
+    with pytest.raises(ValueError, match="has 8 groups for 9 centres"):
+        jax.eval_shape(lambda: gl.init_adapter(cfg, jax.random.key(0), base))
 
 
 def test_group_normalisation_of_a_lone_last_element_is_zero():

@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "storage": {"remote_path"},
     "bucket_directories": {"remote_path", "storage", "threads"},
     "basis_functions": set(),
-    "generators": {"basis_functions", "seeded_random"},
+    "generators": {"basis_functions", "seeded_random", "validation"},
     "base": {"targets", "validation"},
     "factors": set(),
     "targets": {"patterns", "validation"},

@@ -269,6 +269,21 @@ def test_the_first_step_is_the_rate_by_the_sign_and_generators_have_their_own():
         np.testing.assert_allclose(updates[group]["t"]["a"], expected, rtol=1e-4)
 
 
+def test_basis_functions_have_a_rate_of_their_own():
+    leaves = ("weights", "centers", "log_width", "projection", "residual")
+    ones = {name: jnp.ones(2) for name in leaves}
+    trainable = {"latents": {"t": {"a": jnp.ones(2)}}, "generators": {"t": {"a": ones}}}
+    cfg = OptimConfig(learning_rate=0.01, generator_ratio=0.25, basis_ratio=4.0, clip=None)
+    updates = first_updates(make_optimizer(cfg, 1), trainable, trainable)
+    np.testing.assert_allclose(updates["latents"]["t"]["a"], -0.01, rtol=1e-4)
+    for name, update in updates["generators"]["t"]["a"].items():
+        rate = 0.0025 if name == "residual" else 0.01
+        np.testing.assert_allclose(update, -rate, rtol=1e-4)
+    del ones["weights"]
+    with pytest.raises(ValueError, match=r"optim\.basis_ratio: this adapter has no basis"):
+        make_optimizer(cfg, 1).init(trainable)
+
+
 def test_lora_factors_have_the_full_rate():
     factors = {"factors": {"t": {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([[0.5]])}}}
     optimizer = make_optimizer(OptimConfig(learning_rate=0.01, generator_ratio=0.25), 1)

@@ -10,7 +10,11 @@ from genlora_jax.methods.dora import DoRAConfig
 from genlora_jax.methods.full import FullConfig
 from genlora_jax.methods.genlora import GenLoRAConfig
 from genlora_jax.methods.lora import LoRAConfig
+from genlora_jax.methods.nola import NOLAConfig
 from genlora_jax.methods.pissa import PiSSAConfig
+from genlora_jax.methods.sine_lora import SineLoRAConfig
+from genlora_jax.methods.tied_lora import TiedLoRAConfig
+from genlora_jax.methods.uni_lora import UniLoRAConfig
 from genlora_jax.methods.vera import VeRAConfig
 
 METHODS: dict[str, type[AdapterConfig]] = {
@@ -19,6 +23,10 @@ METHODS: dict[str, type[AdapterConfig]] = {
     "dora": DoRAConfig,
     "pissa": PiSSAConfig,
     "vera": VeRAConfig,
+    "uni_lora": UniLoRAConfig,
+    "tied_lora": TiedLoRAConfig,
+    "sine_lora": SineLoRAConfig,
+    "nola": NOLAConfig,
     "full": FullConfig,
 }
 

@@ -50,7 +50,16 @@ class GenLoRAConfig(TwoSidedConfig):
         trainable_centers: Research option. Whether the centres and bandwidths of groupwise RBFs
             are trained. The centres of the elementwise generator lie on a fixed grid.
         bandwidth: Research option. Width h of the functions. `None` means sqrt(2) for groupwise
-            RBFs and the spacing of the grid (1 when K = 1) otherwise.
+            RBFs and the spacing of the grid (1 when K = 1) otherwise. For groupwise RBFs also
+            `"spread"`: h_k^2 is the standard deviation of `|t - c_k|^2 / g` over the groups, so
+            that they are no flatter in many dimensions than in few.
+        standardize: Research option. Whether each groupwise feature has mean 0 and variance 1 over
+            the groups of a latent.
+        projection: Research option. Dimensions d of groupwise RBFs: each sees a group through a
+            trained projection of its own, `P_k t` in R^d (d = 1: ridge functions). None: all of
+            the group.
+        centers: Research option. Where the centres of groupwise RBFs start: drawn from N(0, 1)
+            (`"random"`), or at groups of the initial `"latents"`.
         center_basis: Research option. Subtract from each generated basis vector its mean.
         eps: Research option. Added to the variance in the normalisation.
     """
@@ -72,7 +81,10 @@ class GenLoRAConfig(TwoSidedConfig):
     latent_std: float = 0.02
     rbf_init: float = 0.0
     trainable_centers: bool = True
-    bandwidth: float | None = None
+    bandwidth: float | Literal["spread"] | None = None
+    standardize: bool = False
+    projection: int | None = None
+    centers: Literal["random", "latents"] = "random"
     center_basis: bool = False
     eps: float = 1e-6
 
@@ -85,11 +97,12 @@ class GenLoRAConfig(TwoSidedConfig):
         require_choice("generator", self.generator, ("groupwise", "elementwise"))
         require_choice("normalize", self.normalize, ("latent", "group", "none"))
         require_choice("latents", self.latents, ("trained", "seeded"))
+        require_choice("centers", self.centers, ("random", "latents"))
         require_float("latent_std", self.latent_std, 0.0, above=True)
         require_float("rbf_init", self.rbf_init, 0.0)
         require(self.rbf_init <= 1.0, f"rbf_init must lie in [0, 1], got {self.rbf_init!r}")
         require_float("eps", self.eps, 0.0)
-        self._check_basis()
+        generators.check_basis(self)
         require(
             not (self.share_generators and self.share_latents),
             "share_latents with share_generators would make all layers alike: "
@@ -106,21 +119,6 @@ class GenLoRAConfig(TwoSidedConfig):
             'normalize="group" with group_size=1 leaves nothing of a latent: '
             "use a larger group_size or another normalize",
         )
-
-    def _check_basis(self) -> None:
-        """Raises ValueError if a setting of the basis functions has nothing to act on."""
-        if self.kernels == 0:
-            require(self.residual, "residual=False needs kernels >= 1: nothing else generates")
-            unused = {"basis": self.basis != "rbf", "bandwidth": self.bandwidth is not None}
-            unused["rbf_init"] = self.rbf_init > 0
-            for field, given in unused.items():
-                require(not given, f"{field} means nothing without basis functions: give kernels")
-        if self.bandwidth is not None:
-            require_float("bandwidth", self.bandwidth, 0.0, above=True)
-            require(
-                FAMILIES[self.basis].has_bandwidth,
-                f"bandwidth means nothing to basis={self.basis!r}: leave it out",
-            )
 
     @property
     def joint(self) -> bool:
@@ -172,18 +170,18 @@ class GenLoRAConfig(TwoSidedConfig):
                 part: jnp.zeros((self._sets(target), *shape), jnp.float32)
                 for part, shape in generators.weight_shapes(self, n).items()
             }
-            centers = generators.fixed_centers(self, name)
-            if self.joint and self.trainable_centers:
-                for part, value in centers.items():
-                    weights[side][part] = jnp.broadcast_to(
-                        value, (self._sets(target), *value.shape)
-                    )
             if self.latents == "seeded":
                 z = self._seeded_latents(target, side)
             else:
                 z = latents[side] = self.latent_std * normals[f"latents/{side}"]
+            served = self._served(target, z)
+            centers = self._initial_centers(name, served)
+            if self.joint and self.trainable_centers:
+                weights[side] |= centers
             if side == "a":
-                weights[side] |= self._scaled_weights(target, normals, z, centers)
+                noise = {part: x for part, x in normals.items() if not part.startswith("latents/")}
+                scale = functools.partial(generators.init_weights, self)
+                weights[side] |= jax.vmap(scale)(noise, served, centers)
         groups: Groups = {"generators": {self._generator_name(target): weights}}
         if latents:
             groups["latents"] = {target.name: latents}
@@ -228,18 +226,21 @@ class GenLoRAConfig(TwoSidedConfig):
             return jax.vmap(basis, in_axes=(None, 0))(z[0], weights)
         return jax.vmap(basis)(z, weights)
 
-    def _scaled_weights(
-        self, target: Target, normals: Leaves, z: jax.Array, centers: Leaves
-    ) -> Leaves:
-        """Side A's weights for the latents that they will serve."""
+    def _served(self, target: Target, z: jax.Array) -> jax.Array:
+        """The latents that each set of generators serves, `[S, layers, n]`."""
         # A set serves all layers, or one; the only row of shared latents serves every set.
         if self.share_generators:
-            served = z[None]
-        else:
-            served = jnp.broadcast_to(z, (self._sets(target), z.shape[1]))[:, None]
-        scale = functools.partial(generators.init_weights, self, centers=centers)
-        noise = {part: normals[part] for part in normals if not part.startswith("latents/")}
-        return jax.vmap(scale)(noise, served)
+            return z[None]
+        return jnp.broadcast_to(z, (self._sets(target), z.shape[1]))[:, None]
+
+    def _initial_centers(self, name: str, served: jax.Array) -> Leaves:
+        """Each set's centres, widths and projections, `[S, ...]`."""
+        drawn = generators.fixed_centers(self, name)
+        if self.centers == "latents":
+            place = functools.partial(generators.centers_at_groups, self, name, drawn=drawn)
+            return jax.vmap(place)(served)
+        sets = len(served)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (sets, *x.shape)), drawn)
 
     def _normals(self, key: jax.Array, target: Target) -> Leaves:
         """N(0, 1) numbers for all that is random at first, by name.

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict
 
 from genlora_jax.validation import require, require_float
 
@@ -18,6 +19,8 @@ class OptimConfig:
     Attributes:
         learning_rate: Peak rate of all that no ratio below concerns.
         generator_ratio: The generators' rate over the latents' (GenLoRA).
+        basis_ratio: The rate of the generators' basis functions (weights, centres and all) over
+            that of their residual (GenLoRA).
         b_ratio: The rate of B over that of A, where factors themselves are trained (LoRA, DoRA,
             PiSSA); LoRA+ (arXiv 2402.12354) has 2 to 16.
         warmup: Share of the steps in which the rate rises from 0.
@@ -31,6 +34,7 @@ class OptimConfig:
 
     learning_rate: float = 2e-3
     generator_ratio: float = 0.3
+    basis_ratio: float = 1.0
     b_ratio: float = 1.0
     warmup: float = 0.05
     final_ratio: float = 0.0
@@ -42,7 +46,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
-        for name in ("learning_rate", "generator_ratio", "b_ratio", "eps"):
+        for name in ("learning_rate", "generator_ratio", "basis_ratio", "b_ratio", "eps"):
             require_float(f"optim.{name}", getattr(self, name), 0.0, above=True)
         require_float("optim.weight_decay", self.weight_decay, 0.0)
         for name in ("warmup", "final_ratio"):
@@ -94,19 +98,22 @@ def make_optimizer(
 
     Returns:
         The optimizer. Its `init` raises ValueError if `b_ratio` is given for an adapter without
-        factors.
+        factors, or `basis_ratio` for one without basis functions.
     """
     ratio = cfg.generator_ratio if generator_ratio is None else generator_ratio
-    ratios = {"generators": ratio, "b": cfg.b_ratio, "rest": 1.0}
+    ratios = {"generators": ratio, "basis": ratio * cfg.basis_ratio, "b": cfg.b_ratio, "rest": 1.0}
 
     def labels(trainable: dict[str, Any]) -> dict[str, Any]:
         if cfg.b_ratio != 1.0 and "factors" not in trainable:
             raise ValueError("optim.b_ratio: this adapter has no factor B to train")
+        leaves = flatten_dict(trainable.get("generators", {}))
+        if cfg.basis_ratio != 1.0 and not any(path[-1] == "weights" for path in leaves):
+            raise ValueError("optim.basis_ratio: this adapter has no basis functions: give kernels")
 
         def label(path: tuple[Any, ...], _: jax.Array) -> str:
             group, leaf = path[0].key, path[-1].key
             if group == "generators":
-                return "generators"
+                return "generators" if leaf == "residual" else "basis"
             return "b" if (group, leaf) == ("factors", "b") else "rest"
 
         return jax.tree.map_with_path(label, trainable)

@@ -24,6 +24,8 @@ class Arm:
         cfg: The adapter.
         ratio: Rate of the generators over that of the latents.
         b_ratio: Rate of B over that of A, as in LoRA+.
+        basis_ratio: Rate of the basis functions over that of the residual.
+        warm_start: Share of the steps in which a LoRA is trained, to which the adapter is fitted.
         shift: Steps of the grid from where other arms' rates start to where this one's do.
         weight_decay: Decoupled, of every array of the adapter.
     """
@@ -31,6 +33,8 @@ class Arm:
     cfg: gl.AdapterConfig
     ratio: float = 0.3
     b_ratio: float = 1.0
+    basis_ratio: float = 1.0
+    warm_start: float = 0.0
     shift: int = 0
     weight_decay: float = 0.0
 

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Trials:
         batches: To tune on, one after another, as often as it takes.
         held_out: To choose by.
         ratio: Rate of the generators over that of the latents.
+        make_adapter: Config, seed -> initial adapter; None for a new one.
         members: Their rates and seeds.
         losses: Lowest validation losses; infinite for one that diverged at once.
         adapters: Their adapters at these losses.
@@ -65,6 +66,7 @@ class Trials:
     batches: list[dict[str, np.ndarray]]
     held_out: list[dict[str, np.ndarray]]
     ratio: float
+    make_adapter: Callable[[gl.AdapterConfig, int], gl.Adapter] | None = None
     members: list[Member] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     adapters: list[gl.Adapter] = dataclasses.field(default_factory=list)
@@ -86,6 +88,7 @@ class Trials:
             self.held_out,
             eval_every=max(self.program.steps // STEPS_PER_CALL // 3, 1) * STEPS_PER_CALL,
             steps_per_call=STEPS_PER_CALL,
+            make_adapter=self.make_adapter,
         )
         self.members += members
         self.losses += result.best_loss.tolist()
@@ -108,27 +111,38 @@ class Trials:
         return sorted(complete, key=lambda rate: (self.mean_loss(rate), rate))
 
 
-def search(trials: Trials, first: int, fewest: int) -> None:
+def search(
+    trials: Trials,
+    first: int,
+    fewest: int,
+    *,
+    at_once: int = RATES_AT_ONCE,
+    seeds: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Tries rates of the grid until the best of them is not at an end.
 
     Args:
-        trials: Takes the members, of seed 0.
+        trials: Takes the members.
         first: Exponent of the lowest rate to begin with.
         fewest: Number of rates to try at least.
+        at_once: Rates of one sweep.
+        seeds: Seeds of each rate, the mean of which counts.
+        stop: Whether to try no more.
     """
-    low, high = first, first + RATES_AT_ONCE
-    trials.add(map(rate_at, range(low, high)), range(1))
-    while high - low < MOST_RATES:
-        ranked = trials.ranked(1)
+    low, high = first, first + at_once
+    trials.add(map(rate_at, range(low, high)), range(seeds))
+    while high - low < MOST_RATES and not stop():
+        ranked = trials.ranked(seeds)
         index = sorted(ranked).index(ranked[0])
         if 0 < index < len(ranked) - 1 and len(ranked) >= fewest:
             return
         if index < len(ranked) / 2:
-            trials.add(map(rate_at, range(low - RATES_AT_ONCE, low)), range(1))
-            low -= RATES_AT_ONCE
+            trials.add(map(rate_at, range(low - at_once, low)), range(seeds))
+            low -= at_once
         else:
-            trials.add(map(rate_at, range(high, high + RATES_AT_ONCE)), range(1))
-            high += RATES_AT_ONCE
+            trials.add(map(rate_at, range(high, high + at_once)), range(seeds))
+            high += at_once
 
 
 def sweep_rates(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:

@@ -1,0 +1,323 @@
+"""PEFT's comparison of methods on MetaMathQA, with a method of this library.
+
+    python -m train.benchmarks.metamath --base meta-llama/Llama-3.2-3B --name genlora/default \
+        --adapter '{"method": "genlora", "alpha": 128}' --rate 1e-3 --out genlora--default.json
+
+It follows `method_comparison/MetaMathQA` of huggingface/peft: rows of at most 1,300 characters in
+the data set's order, sorted by length within 20 batches of 4; all tokens trained; AdamW, a tenth of
+the steps warm-up, then a cosine to 0; greedy answers to 50 rows of GSM8K's training part now and
+then, and to its test part at the end. What differs: JAX instead of PyTorch, and "forgetting" is not
+measured. The result has the same fields, and a row is printed beside the published ones.
+`--metamath` and `--gsm8k` are hub ids, or local files of the same rows.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import genlora_jax as gl
+from genlora_jax.generation.answers import answers
+from genlora_jax.generation.subject import Subject
+from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
+from genlora_jax.mesh import one_device
+from genlora_jax.methods import config_from_json, config_to_json
+from genlora_jax.methods.config import AdapterConfig
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.provenance import provenance
+from genlora_jax.training.step import init_state, make_train_step
+from genlora_jax.training.step_options import StepOptions
+
+LONGEST, CHARACTERS, VALIDATION = 768, 1300, 50
+BUCKET = 20  # batches whose rows are sorted by length
+WIDTH = 128  # rows are padded to a multiple, so that few lengths are compiled
+TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
+MARKS = (
+    *("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is "),
+    "#### ",
+)
+# Test accuracy and parameters of rows that PEFT publishes, Llama-3.2-3B.
+PUBLISHED: dict[str, tuple[float, int | None]] = {
+    "lily r=140, MLP": (0.526, None),
+    "lora r=64, rslora": (0.513, 18_350_080),
+    "hira r=32": (0.513, 9_200_000),
+    "lora r=32": (0.478, 9_175_040),
+    "lokr r=32": (0.466, 2_300_000),
+    "ia3": (0.455, 630_000),
+    "unilora r=4": (0.408, 131_072),
+    "vera": (0.354, 129_000),
+}
+Row = tuple[str, str]  # a query and its response
+
+
+def final_answer(text: str) -> str | None:
+    """What follows the last mark of an answer, up to the end of its line."""
+    text = text.strip().rstrip(".!?")
+    mark = next((mark for mark in MARKS if mark in text), None)
+    if mark is None:
+        return None
+    return text.rpartition(mark)[2].strip().partition("\n")[0].strip(" .!?$%")
+
+
+def number(text: str) -> float | None:
+    """A number or a fraction of two; None for other texts."""
+    above, *below = text.split("/")
+    try:
+        value = Decimal(above.strip())
+        if below:
+            divisor = Decimal(below[0].strip())
+            value = value / divisor if len(below) == 1 and divisor else Decimal("nan")
+    except InvalidOperation:
+        return None
+    return float(value) if value.is_finite() else None
+
+
+def is_right(given: str, expected: str) -> bool:
+    """Whether an answer ends as the expected one does: the same number, or else the same text.
+
+    Raises:
+        ValueError: If the expected one has no final answer.
+    """
+    ours, right = final_answer(given), final_answer(expected)
+    if right is None:
+        raise ValueError(f"no final answer in the row's response: {expected!r}")
+    if ours is None:
+        return False
+    value, expected_value = number(ours), number(right)
+    return ours == right if expected_value is None else value == expected_value
+
+
+def read(source: str, part: str) -> list[Row]:
+    """The rows of a `.jsonl` file or of a data set on the hub."""
+    if Path(source).is_dir():
+        source = str(Path(source) / f"{part}.jsonl")
+    if Path(source).is_file():
+        rows: Any = map(json.loads, Path(source).read_text(encoding="utf-8").splitlines())
+    else:
+        import datasets
+
+        name = "main" if source.endswith("gsm8k") else None
+        rows = datasets.load_dataset(source, name, split=part)
+    return [
+        (row.get("query", row.get("question")), row.get("response", row.get("answer")))
+        for row in rows
+    ]
+
+
+def batches(
+    rows: Sequence[Row], tokenizer: Any, size: int, width: int = WIDTH
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches in PEFT's order, each row followed by an end token where the longest leaves room."""
+    for start in range(0, len(rows), size * BUCKET):
+        bucket = rows[start : start + size * BUCKET]
+        texts = [TEMPLATE.format(query=query) + response for query, response in bucket]
+        found = [ids[:LONGEST] for ids in tokenizer(texts, verbose=False)["input_ids"]]
+        order = sorted(range(len(found)), key=lambda i: -len(found[i]))
+        for first in range(0, len(order), size):
+            chosen = [found[i] for i in order[first : first + size]]
+            longest = max(map(len, chosen))
+            shape = (size, -(-longest // width) * width)
+            ids, trained = np.zeros(shape, np.int32), np.zeros(shape, bool)
+            for row, tokens in enumerate(chosen):
+                tokens = [*tokens, tokenizer.eos_token_id][:longest]
+                ids[row, : len(tokens)], trained[row, : len(tokens)] = tokens, True
+            yield {
+                "input_ids": ids,
+                "loss_mask": trained,
+                "segment_ids": trained.astype(np.int32),
+                "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+            }
+
+
+def accuracy(
+    base: Base, adapter: gl.Adapter, rows: Sequence[Row], batch: int, tokens: int
+) -> float:
+    """The share of right answers to queries."""
+    merged = gl.merge(base.params, gl.generate_factors(adapter.config, adapter))
+    subject = Subject(
+        model=base.model,
+        params=merged,
+        factors={},
+        tokenizer=base.tokenizer,
+        stop=base.stop,
+        batch_size=batch,
+    )
+    prompts = [subject.encode(TEMPLATE.format(query=query)) for query, _ in rows]
+    given = answers(subject, prompts, max_new_tokens=tokens)
+    return float(
+        np.mean([is_right(text, right) for [text], (_, right) in zip(given, rows, strict=True)])
+    )
+
+
+class Run:
+    """A run: its settings, its base, and what has been measured."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        model = ModelConfig(path=options.base, dtype=options.dtype, param_dtype=options.dtype)
+        self.base = load_base(model, find_base(model), one_device())
+        self.cfg: AdapterConfig = config_from_json(json.loads(options.adapter))
+        self.metrics: list[dict[str, Any]] = []
+
+    def train(self) -> gl.Adapter:
+        """Trains, and measures on the way and at the end."""
+        options, base = self.options, self.base
+        optim = OptimConfig(
+            learning_rate=options.rate,
+            generator_ratio=options.generator_ratio,
+            warmup=0.1,
+            weight_decay=options.weight_decay,
+        )
+        adapter = gl.init_adapter(self.cfg, jax.random.key(options.seed), base.params)
+        optimizer = make_optimizer(optim, options.steps)
+        state = init_state(adapter, optimizer, options.seed)
+        step = make_train_step(base.model, self.cfg, optimizer, options=StepOptions(packed=False))
+        rows = [row for row in read(options.metamath, "train") if len(" ".join(row)) <= CHARACTERS]
+        asked = read(options.gsm8k, "train")
+        np.random.seed(0)  # as PEFT draws them
+        order = np.arange(len(asked))
+        np.random.shuffle(order)
+        validation = [asked[i] for i in order[:VALIDATION]]
+        endless = itertools.chain.from_iterable(
+            batches(rows, base.tokenizer, options.batch_size) for _ in itertools.count()
+        )
+        losses: list[jax.Array] = []
+        tokens, began = 0, time.perf_counter()
+        for count, batch in zip(range(1, options.steps + 1), endless, strict=False):
+            state, metrics = step(state, base.params, batch)
+            losses.append(metrics["loss"])
+            tokens += int(batch["loss_mask"].sum())
+            if count % options.eval_steps == 0:
+                self.add("valid accuracy", count, losses, state.adapter, validation, began)
+        self.train_seconds = (
+            time.perf_counter() - began - sum(metric["eval time"] for metric in self.metrics)
+        )
+        test = read(options.gsm8k, "test")[: options.test_rows]
+        self.add("test accuracy", options.steps, losses, state.adapter, test, began)
+        self.metrics[-1] |= {"train total tokens": tokens, "forgetting": None}
+        return state.adapter
+
+    def add(
+        self,
+        name: str,
+        step: int,
+        losses: list[jax.Array],
+        adapter: gl.Adapter,
+        rows: Sequence[Row],
+        began: float,
+    ) -> None:
+        """Measures the accuracy on some rows."""
+        options, start = self.options, time.perf_counter()
+        share = accuracy(self.base, adapter, rows, options.eval_batch_size, options.max_new_tokens)
+        now = time.perf_counter()
+        self.metrics.append(
+            {
+                "step": step,
+                name: share,
+                "train loss": float(jnp.mean(jnp.stack(losses[-options.eval_steps :]))),
+                "train samples": step * options.batch_size,
+                "eval time": now - start,
+                "elapsed time": now - began,
+            }
+        )
+        print(json.dumps(self.metrics[-1]), flush=True)
+
+    def result(self, adapter: gl.Adapter, created: str, seconds: float) -> dict[str, Any]:
+        """The result in PEFT's fields."""
+        options, trained = self.options, gl.count_parameters(adapter)
+        memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        sizes = [leaf.size for leaf in jax.tree.leaves(self.base.params)]
+        return {
+            "run_info": {
+                "created_at": created,
+                "total_time": seconds,
+                "experiment_name": options.name,
+                "train_config": {
+                    "model_id": options.base,
+                    "dtype": options.dtype,
+                    "max_seq_length": LONGEST,
+                    "batch_size": options.batch_size,
+                    "batch_size_eval": options.eval_batch_size,
+                    "max_steps": options.steps,
+                    "eval_steps": options.eval_steps,
+                    "query_template": TEMPLATE,
+                    "seed": options.seed,
+                    "grad_norm_clip": 1.0,
+                    "optimizer_type": "AdamW",
+                    "optimizer_kwargs": {
+                        "lr": options.rate,
+                        "weight_decay": options.weight_decay,
+                        "generator_ratio": options.generator_ratio,
+                    },
+                    "lr_scheduler": "cosine",
+                    "generation_kwargs": {"max_new_tokens": options.max_new_tokens},
+                },
+                "peft_config": config_to_json(self.cfg),
+                "error_msg": "",
+            },
+            "train_info": {
+                "accelerator_memory_max": memory,
+                "train_time": self.train_seconds,
+                "file_size": 4 * trained,
+                "num_trainable_params": trained,
+                "num_total_params": sum(sizes) + trained,
+                "status": "success",
+                "metrics": self.metrics,
+            },
+            "meta_info": {"system_info": platform.uname()._asdict(), **provenance()},
+        }
+
+
+def print_beside_published(name: str, share: float, parameters: int) -> None:
+    """A table of the published rows and ours, the best first."""
+    table = Table("method", "test accuracy", "parameters")
+    rows = {**PUBLISHED, f"{name} (ours)": (share, parameters)}
+    for method, (found, count) in sorted(rows.items(), key=lambda row: -row[1][0]):
+        table.add_row(method, f"{100 * found:.1f} %", "" if count is None else f"{count:,}")
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", required=True, help="hub id or directory")
+    parser.add_argument("--adapter", default='{"method": "genlora"}', help="as JSON")
+    parser.add_argument("--name", default="genlora/default")
+    parser.add_argument("--metamath", default="meta-math/MetaMathQA")
+    parser.add_argument("--gsm8k", default="openai/gsm8k")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--generator-ratio", type=float, default=0.3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--eval-steps", type=int, default=250)
+    parser.add_argument("--eval-batch-size", type=int, default=50)
+    parser.add_argument("--test-rows", type=int, help="the first of GSM8K's test part; all")
+    parser.add_argument("--max-new-tokens", type=int, default=300)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    created = datetime.datetime.now(tz=datetime.UTC).replace(microsecond=0).isoformat()
+    began = time.perf_counter()
+    run = Run(options)
+    adapter = run.train()
+    result = run.result(adapter, created, time.perf_counter() - began)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    share = run.metrics[-1]["test accuracy"]
+    print_beside_published(options.name, share, gl.count_parameters(adapter))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Every arm on every task: rates swept, then the losses and the accuracy of the best one.
+
+    python -m train.benchmarks.real_tasks.run --base DIR --data ../shared/data --tasks completions \
+        --arms ablation --steps 120 --seconds 540 --out ablation.json
+    python -m train.benchmarks.real_tasks.run --base DIR --data ../shared/data --arms final \
+        --tasks completions math --rates 3 --seeds 3 --start-from ablation.json --test \
+        --seconds 540 --out final.json
+
+The mean validation loss over the seeds chooses the rate; rates are added until the best one is not
+at an end. Only `--test` opens the test rows, once, for the members of the best rate. Results are
+written after each arm; the same command goes on where the last one ended. `--only` takes the arms
+whose names match, `--limit-rows` two rows of each batch, to try it on a CPU.
+"""
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import genlora_jax as gl
+from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
+from genlora_jax.mesh import one_device
+from genlora_jax.methods import config_to_json
+from genlora_jax.training.optim import OptimConfig
+from genlora_jax.training.provenance import provenance
+from genlora_jax.training.step_options import StepOptions
+from genlora_jax.training.sweep.loop import run_sweep
+from genlora_jax.training.sweep.members import Member
+from genlora_jax.training.sweep.program import SweepProgram
+from train.benchmarks.frontier.arms import PER_DECADE, Arm
+from train.benchmarks.frontier.run import claim_gpu
+from train.benchmarks.frontier.tune import STEPS_PER_CALL, Trials, search, spectrum
+from train.benchmarks.measuring import write_result
+from train.benchmarks.real_tasks.arms import ARMS, SETS
+from train.benchmarks.real_tasks.tasks import TASKS, Batches, accuracy, batches
+
+CHUNK = 4096  # tokens whose logits exist at a time: the vocabulary is large
+MOST_AT_ONCE = 5  # members whose activations are in memory
+LOWEST = -12  # exponent of the lowest rate to begin with: 1e-3
+WARM_LORA, WARM_RATE = 16, 1.78e-3  # the LoRA that a warm start compresses
+FIT_STEPS = 300
+
+
+@functools.cache
+def base_of(path: str) -> Base:
+    """The base, its parameters in float32; what makes it compile fast and leaves room."""
+    cfg = ModelConfig(path=path, param_dtype="float32", scan=True, remat="dots")
+    return load_base(cfg, find_base(cfg), one_device())
+
+
+def sweep_program(arm: Arm, base: Base, steps: int, members: int) -> SweepProgram:
+    """The program of so many members of an arm."""
+    return SweepProgram(
+        model=base.model,
+        cfg=arm.cfg,
+        optim=OptimConfig(b_ratio=arm.b_ratio, basis_ratio=arm.basis_ratio),
+        steps=steps,
+        options=StepOptions(chunk=CHUNK),
+        members_per_pass=max(n for n in range(1, MOST_AT_ONCE + 1) if members % n == 0),
+    )
+
+
+def warm_adapters(
+    cfg: Any, base: Base, tuned: Batches, held_out: Batches, seeds: int
+) -> list[gl.Adapter]:
+    """A GenLoRA adapter a seed, fitted to a LoRA that was trained on these batches."""
+    lora = gl.LoRAConfig(rank=WARM_LORA, alpha=2.0 * WARM_LORA)
+    members = [
+        Member(learning_rate=WARM_RATE, generator_ratio=1.0, seed=seed) for seed in range(seeds)
+    ]
+    program = sweep_program(Arm(cfg=lora), base, len(tuned), seeds)
+    trained = run_sweep(
+        program, base.params, members, iter(tuned), held_out, steps_per_call=STEPS_PER_CALL
+    )
+    found = []
+    for seed in range(seeds):
+        factors = gl.generate_factors(lora, trained.adapter(seed))
+        key = jax.random.key(seed)
+        adapter, report = gl.compress(cfg, factors, params=base.params, key=key, steps=FIT_STEPS)
+        print(f"compressed, relative error {report.error:.3f}", flush=True)
+        found.append(with_small_latents(adapter))
+    return found
+
+
+def with_small_latents(adapter: gl.Adapter) -> gl.Adapter:
+    """The same adapter with latents as small as they begin elsewhere.
+
+    The normalisation takes it back; Adam moves small latents faster.
+    """
+    std = adapter.config.latent_std
+    latents = jax.tree.map(
+        lambda z: z * std / jnp.sqrt(jnp.square(z).mean(-1, keepdims=True)),
+        adapter.trainable["latents"],
+    )
+    return adapter.replace(trainable=adapter.trainable | {"latents": latents})
+
+
+def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
+    """An arm on a task; its record."""
+    arm, began = ARMS[job["arm"]], time.perf_counter()
+    base = base_of(str(options.base))
+    tuned, held_out = batches(options.data, job["task"], base.tokenizer, options.steps)
+    if options.limit_rows:
+        tuned, held_out = (
+            [{name: leaf[:2] for name, leaf in batch.items()} for batch in part]
+            for part in (tuned, held_out[:1])
+        )
+    warm = round(arm.warm_start * len(tuned) / STEPS_PER_CALL) * STEPS_PER_CALL
+    adapters = warm_adapters(arm.cfg, base, tuned[:warm], held_out, options.seeds) if warm else []
+    trials = Trials(
+        program=sweep_program(arm, base, len(tuned) - warm, options.rates * options.seeds),
+        params=base.params,
+        batches=tuned[warm:],
+        held_out=held_out,
+        ratio=arm.ratio,
+        make_adapter=(lambda cfg, seed: adapters[seed]) if warm else None,
+    )
+    first = first_exponent(options, job["task"], job["arm"], arm)
+    search(
+        trials,
+        first,
+        options.rates,
+        at_once=options.rates,
+        seeds=options.seeds,
+        stop=lambda: time.time() > options.end,
+    )
+    ranked = trials.ranked(options.seeds)
+    best = ranked[0]
+    chosen = [trials.adapters[i] for i in trials.of_rate(best)]
+    record: dict[str, Any] = {
+        "config": config_to_json(arm.cfg),
+        "ratio": arm.ratio,
+        "basis_ratio": arm.basis_ratio,
+        "warm_start_steps": warm,
+        "parameters": gl.count_parameters(chosen[0]),
+        "steps": len(tuned),
+        "rates": [member.learning_rate for member in trials.members],
+        "seeds": [member.seed for member in trials.members],
+        "validation_loss": [round(x, 5) if math.isfinite(x) else None for x in trials.losses],
+        "train_loss": trials.train_losses,
+        "diverged_at": trials.diverged,
+        "best_rate": best,
+        "inside": min(ranked) < best < max(ranked),
+        "best_loss": round(trials.mean_loss(best), 5),
+        "best_losses": [round(trials.losses[i], 5) for i in trials.of_rate(best)],
+        "tuning_seconds": round(time.perf_counter() - began, 1),
+    }
+    if options.test:
+        record["singular_values"] = spectrum(chosen[0])
+        record["accuracy"] = [tested(options, base, job["task"], adapter) for adapter in chosen]
+    return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def tested(
+    options: argparse.Namespace, base: Base, task: str, adapter: gl.Adapter | None
+) -> dict[str, float]:
+    """The accuracy on the test rows, of the base alone without an adapter."""
+    params = base.params
+    if adapter is not None:
+        params = gl.merge(params, gl.generate_factors(adapter.config, adapter))
+    return accuracy(base, params, options.data, task, "test", options.test_rows)
+
+
+def first_exponent(options: argparse.Namespace, task: str, name: str, arm: Arm) -> int:
+    """Exponent of the lowest rate to try first: around the best one of an earlier run."""
+    found = json.loads(options.start_from.read_text())["runs"] if options.start_from else {}
+    for earlier in (task, *found):
+        if rate := found.get(earlier, {}).get(name, {}).get("best_rate"):
+            return round(PER_DECADE * math.log10(rate)) - options.rates // 2
+    return LOWEST + arm.shift
+
+
+def perform(work: tuple[argparse.Namespace, dict[str, str]]) -> tuple[dict[str, str], Any]:
+    """Does a job in a worker; one that fails must not end the others."""
+    options, job = work
+    try:
+        if job["arm"] == "base":
+            base = base_of(str(options.base))
+            return job, {"accuracy": [tested(options, base, job["task"], None)]}
+        return job, run_arm(options, job)
+    except Exception as error:
+        return job, {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def jobs_of(options: argparse.Namespace, found: dict[str, Any]) -> list[dict[str, str]]:
+    """What is still to do, in the order of the arms."""
+    names = dict.fromkeys(arm for name in options.arms for arm in SETS.get(name, (name,)))
+    names = [name for name in names if re.search(options.only, name)]
+    jobs = []
+    for task in options.tasks:
+        done = {k for k, record in found.get(task, {}).items() if "failed" not in record}
+        due = [*names, *(["base"] if options.test else [])]
+        jobs += [{"task": task, "arm": name} for name in due if name not in done]
+    return jobs
+
+
+def do_jobs(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Runs arms, some at a time, until all are done or the time is over."""
+    where = provenance()
+    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    gpus = context.Queue()
+    for index in range(options.per_gpu):
+        gpus.put(index % max(options.gpus, 1))
+    jobs = jobs_of(options, result["runs"])
+    with context.Pool(options.per_gpu, initializer=claim_gpu, initargs=(gpus, options)) as pool:
+        done = pool.imap_unordered(perform, [(options, job) for job in jobs])
+        for _ in jobs:
+            try:
+                job, record = done.next(timeout=max(options.end - time.time(), 1))
+            except multiprocessing.TimeoutError:
+                print("out of time", flush=True)
+                return
+            result["runs"].setdefault(job["task"], {})[job["arm"]] = record
+            write_result(options.out, result, where)
+            shown = ("parameters", "best_loss", "best_rate", "inside", "accuracy", "failed")
+            figures = [f"{key} {record[key]}" for key in (*shown, "seconds") if key in record]
+            print(*job.values(), *figures, sep=" | ", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, required=True, help="directory of the base")
+    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k and the others")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["completions"])
+    parser.add_argument("--arms", nargs="+", default=["ablation"], help=f"{[*SETS, *ARMS]}")
+    parser.add_argument("--only", default="", help="expression that the arms' names must match")
+    parser.add_argument("--rates", type=int, default=5, help="rates tried at once")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--start-from", type=Path, help="results whose best rates to begin with")
+    parser.add_argument("--test", action="store_true", help="the accuracy of the best")
+    parser.add_argument("--test-rows", type=int, default=1000, help="most rows of a data set")
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--per-gpu", type=int, default=1, help="workers")
+    parser.add_argument("--seconds", type=float, default=86400, help="stop after this time")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for compiled programs")
+    parser.add_argument("--limit-rows", action="store_true", help="two rows of each batch")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.steps = options.steps // STEPS_PER_CALL * STEPS_PER_CALL
+    options.end = time.time() + options.seconds
+    result: dict[str, Any] = {"settings": [], "runs": {}}
+    if options.out.exists():
+        result = json.loads(options.out.read_text())
+    kept = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
+    result["settings"].append(kept)
+    do_jobs(options, result)
+
+
+if __name__ == "__main__":
+    main()
