@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from genlora_jax.base.stored import StoredKernel
+from genlora_jax.base.stored import StoredKernel, plain_product
 
 
 def read_kernel(stored: Any, dtype: Any) -> jax.Array:
@@ -32,20 +32,12 @@ def store_kernel(kernel: jax.Array, like: Any) -> Any:
 def product(x: jax.Array, stored: Any, *, prevent_cse: bool = False) -> jax.Array:
     """`x @ kernel` in the dtype of x.
 
-    A quantised kernel is dequantised for this product alone, and once more for its gradient: kept
-    in between, all layers' would take the memory of a base that is not quantised.
-
     Args:
         x: `[..., d_in]`.
         stored: As for `read_kernel`, `[d_in, d_out]`.
         prevent_cse: True where layers are unrolled and nothing is rematerialised: XLA would
             otherwise merge the forward and backward dequantisation and keep the float kernel.
     """
-
-    def multiply(x: jax.Array, stored: Any) -> jax.Array:
-        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-        return jax.lax.dot_general(x, read_kernel(stored, x.dtype), dimensions)
-
     if isinstance(stored, StoredKernel):
-        multiply = jax.checkpoint(multiply, prevent_cse=prevent_cse)
-    return multiply(x, stored)
+        return stored.times(x, prevent_cse=prevent_cse)
+    return plain_product(x, read_kernel(stored, x.dtype))

@@ -18,11 +18,13 @@ class StoredKernel:
         name: The form's name in recipes.
         axes: The parts, and what the last dimensions of each follow: the kernel's inputs, which
             they may count in blocks, or its outputs. They are sharded as the kernel's are.
+        dequantises: Whether a product needs the kernel as floats.
         dtype: Dtype of the parameters that are not quantised; a merged kernel has it.
     """
 
     name: ClassVar[str]
     axes: ClassVar[Mapping[str, tuple[Axis, ...]]]
+    dequantises: ClassVar[bool] = True
     dtype: Any
 
     @property
@@ -37,6 +39,18 @@ class StoredKernel:
     def store(self, kernel: jax.Array) -> Self:
         """A kernel `[..., d_in, d_out]` in this form."""
         raise NotImplementedError
+
+    def times(self, x: jax.Array, *, prevent_cse: bool) -> jax.Array:
+        """`x @ kernel` in the dtype of x, for a kernel without a stack; see `kernel.product`.
+
+        The kernel is dequantised for this product alone, and once more for its gradient: kept in
+        between, all layers' would take the memory of a base that is not quantised.
+        """
+
+        def multiply(x: jax.Array, kernel: Any) -> jax.Array:
+            return plain_product(x, kernel.astype(x.dtype))
+
+        return jax.checkpoint(multiply, prevent_cse=prevent_cse)(x, self)
 
     @property
     def ndim(self) -> int:
@@ -63,6 +77,11 @@ class StoredKernel:
     def parts(self) -> dict[str, Any]:
         """The arrays by name, less those that are absent."""
         return {name: part for name in self.axes if (part := getattr(self, name)) is not None}
+
+
+def plain_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` `[..., d_in]` times a kernel `[d_in, d_out]` of the same dtype."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def block_absmax(kernel: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
