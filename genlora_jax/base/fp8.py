@@ -132,7 +132,7 @@ _multiply.defvjp(_forward, _backward)
 
 
 def refuse_without_fp8(device: jax.Device) -> None:
-    """Raises ValueError if a device has no products in FP8; on CPUs they are emulated, for tests."""
+    """Raises ValueError if a device has no products in FP8. CPUs emulate them, for tests."""
     try:
         capability = float(getattr(device, "compute_capability", None) or 0)
     except ValueError:  # AMD's are names

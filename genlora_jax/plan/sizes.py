@@ -151,7 +151,9 @@ class Step:
         """Values of those kernels of one layer that are dequantised to be multiplied."""
         layers: dict[Any, Any] = flatten_dict(self.shapes.params["model"]["layers"])
         stored = [leaf for leaf in layers.values() if isinstance(leaf, StoredKernel)]
-        return sum(leaf.size for leaf in stored if leaf.dequantises) // self.config.num_hidden_layers
+        return (
+            sum(leaf.size for leaf in stored if leaf.dequantises) // self.config.num_hidden_layers
+        )
 
     @property
     def layer_bytes(self) -> int:

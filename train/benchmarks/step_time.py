@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,14 @@ def measure_peft(arm: Arm, steps: int) -> dict[str, Any]:
     return found | {"tokens_per_s": rows * length / found["step_s"]}
 
 
-def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
-    """Step time and memory of the recipe's own step."""
+def measure_ours(
+    arm: Arm,
+    base: tuple[Any, Any],
+    steps: int,
+    compiler_options: Mapping[str, Any] | None = None,
+    describe: Callable[[Any], dict[str, Any]] = lambda compiled: {},
+) -> dict[str, Any]:
+    """Step time and memory of the recipe's own step, and what `describe` says of its program."""
     import jax
 
     from genlora_jax.adapter import init_adapter
@@ -111,8 +118,9 @@ def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
     state = init_state(init_adapter(recipe.adapter, jax.random.key(0), params), optimizer)
     options = dataclasses.replace(recipe.step_options, max_segments=most)
     step = make_train_step(model, recipe.adapter, optimizer, options)
+    batch = jax.device_put(random_batch(size, segments))
     timing = time_step(
-        step.lower, state, params, jax.device_put(random_batch(size, segments)), calls=steps + 2
+        step.lower, state, params, batch, calls=steps + 2, compiler_options=compiler_options
     )
     seconds = timing.median(warmup=2)
     return {
@@ -120,7 +128,7 @@ def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
         "tokens_per_s": rows * length / seconds,
         "peak_gib": timing.arguments_gib + timing.temporaries_gib,
         "compile_s": timing.compile_s,
-    }
+    } | describe(timing.compiled)
 
 
 def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[str, Any]:
