@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genlora_jax.training.provenance import provenance
 from train.benchmarks.measuring import GIB, RESULTS, median_ms, write_result
 from train.benchmarks.random_base import SIZES, random_base
 from train.benchmarks.step_time import Arm, measure_ours
@@ -281,6 +282,7 @@ def main() -> None:
     if options.part:
         for row in part(options.part, options):
             print("ROW: " + json.dumps(row), flush=True)
+        print("ROW: " + json.dumps(["where", provenance()]), flush=True)
         return
     ends = time.monotonic() + options.seconds
     rest = ["--size", options.size, "--steps", str(options.steps)]
@@ -288,6 +290,7 @@ def main() -> None:
     steps = list(STEPS)
     order = [*steps[:2], "rates", *steps[2:4], "errors", *steps[4:]]
     result: dict[str, Any] = {"parts": {}}
+    where: dict[str, Any] = {}
     for name in order:
         if not re.search(options.only, name):
             continue
@@ -298,9 +301,10 @@ def main() -> None:
             began = time.monotonic()
             found = run_part(name, rest, left)
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        where = found.pop("where", where)  # asked here, the device would be this process's
         result["parts"][name] = found
         print(json.dumps(found, indent=1), flush=True)
-        write_result(options.output, result)
+        write_result(options.output, result, where)
 
 
 if __name__ == "__main__":

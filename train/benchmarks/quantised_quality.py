@@ -22,7 +22,7 @@ from train.benchmarks.bridge import LORA, ours, peft
 from train.benchmarks.measuring import RESULTS, write_result
 
 RESULT = RESULTS / "quantised_quality.json"
-FORMS = ("bf16", "int8", "nf4", "int4")
+FORMS = ("bf16", "fp8", "int8", "nf4", "int4")
 LENGTH, STEPS = 256, 100
 THEIRS = {
     "bitsandbytes NF4": {

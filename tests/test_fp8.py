@@ -1,0 +1,224 @@
+"""A base in FP8: values and products as ml_dtypes has them, training, files, meshes, devices."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from tiny_base import write_base
+from tiny_models import perturb, random_llama
+
+import genlora_jax as gl
+from genlora_jax import cli
+from genlora_jax.base import fp8
+from genlora_jax.base.fp8 import Fp8
+from genlora_jax.base.kernel import product, read_kernel
+from genlora_jax.base.quantise import Quantisation, quantisation_of, quantise
+from genlora_jax.base.stored import StoredKernel
+from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.sharding import named, param_specs
+from genlora_jax.training import finetune
+
+FORM = Quantisation("fp8")
+IDS = jnp.arange(48).reshape(4, 12) % 61
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def in_numpy(x, dtype):
+    """What a tensor is rounded to, in float64, by ml_dtypes' own conversion."""
+    x = np.asarray(x, np.float64)
+    largest = float(ml_dtypes.finfo(dtype).max)
+    scale = 2.0 ** np.floor(np.log2(largest / np.abs(x).max()))
+    return (x * scale).astype(np.float32).astype(dtype).astype(np.float64) / scale
+
+
+def dequantised(params):
+    is_stored = lambda leaf: isinstance(leaf, StoredKernel)  # noqa: E731
+    return jax.tree.map(lambda x: read_kernel(x, jnp.float32), params, is_leaf=is_stored)
+
+
+def cosine(tree, expected):
+    a, b = (
+        np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(each)])
+        for each in (tree, expected)
+    )
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+# Values.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 3e5])
+def test_a_kernel_has_the_values_of_ml_dtypes(dtype, size):
+    # Magnitudes over more decades than e4m3 has.
+    kernel = (
+        size * normal(0, 48, 20) * 10.0 ** (-6 * jax.random.uniform(jax.random.key(1), (48, 20)))
+    )
+    kernel = kernel.astype(dtype)
+    stored = FORM.kernel(kernel)
+    assert stored.codes.dtype == jnp.float8_e4m3fn
+    assert stored.shape == (48, 20)
+    np.testing.assert_array_equal(stored.dequantised(), in_numpy(kernel, ml_dtypes.float8_e4m3fn))
+    # A power of two as a scale: what merges and products in bfloat16 read is exact.
+    np.testing.assert_array_equal(stored.astype(jnp.bfloat16), stored.dequantised())
+
+
+def test_a_stack_is_its_layers_and_zeros_stay():
+    kernels = jnp.stack([normal(0, 33, 7), 1e4 * normal(1, 33, 7), jnp.zeros((33, 7))])
+    stack = FORM.kernel(kernels)
+    assert stack.scale.shape == (3,)
+    for i in range(3):
+        np.testing.assert_array_equal(stack[i].dequantised(), FORM.kernel(kernels[i]).dequantised())
+    assert not np.asarray(stack[2].dequantised()).any()
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_products_are_those_of_rounded_operands(both, dtype, monkeypatch):
+    monkeypatch.setattr(fp8, "BOTH", both)
+    kernel, x, gradient = 0.02 * normal(0, 40, 24), normal(1, 2, 5, 40), 1e-4 * normal(2, 2, 5, 24)
+    x, gradient = x.astype(dtype), gradient.astype(dtype)
+    stored = Fp8.of(kernel, jnp.float32)
+    y, pull = jax.vjp(lambda x: product(x, stored), x)
+    (dx,) = pull(gradient)
+    assert y.dtype == dx.dtype == dtype
+    w = in_numpy(kernel, ml_dtypes.float8_e4m3fn)
+    for got, expected in (
+        (y, in_numpy(x, ml_dtypes.float8_e4m3fn) @ w),
+        (dx, in_numpy(gradient, ml_dtypes.float8_e5m2) @ w.T),
+    ):
+        eps = float(jnp.finfo(dtype).eps)
+        atol = 4 * eps * np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=atol)
+
+
+def test_what_is_not_finite_is_not_hidden():
+    stored = FORM.kernel(normal(0, 8, 4))
+    for bad in (jnp.nan, jnp.inf):
+        x = normal(1, 3, 8).at[0, 0].set(bad)
+        y, pull = jax.vjp(lambda x: product(x, stored), x)
+        assert np.isnan(y).all()
+        assert np.isnan(pull(jnp.full((3, 4), bad))[0]).all()
+
+
+def test_each_of_a_batch_has_its_own_scale():
+    stored = FORM.kernel(normal(0, 16, 8))
+    members = jnp.stack([normal(1, 3, 16), 1e5 * normal(2, 3, 16)])
+    got = jax.vmap(lambda x: product(x, stored))(members)
+    for member, y in zip(members, got, strict=True):
+        np.testing.assert_allclose(y, product(member, stored), rtol=1e-6)
+
+
+# The model and adapters.
+
+
+@pytest.mark.parametrize(
+    ("cfg", "scan", "remat"),
+    [
+        (gl.LoRAConfig(rank=2), True, "none"),
+        (gl.LoRAConfig(rank=2), False, "dots"),
+        (gl.GenLoRAConfig(rank=2), True, "full"),
+        (gl.DoRAConfig(rank=2), False, "none"),
+        (gl.LoRAConfig(rank=2, hadamard=True), True, "none"),
+        (gl.PiSSAConfig(rank=2), True, "none"),
+    ],
+    ids=["lora", "lora-dots", "genlora-full", "dora", "hira", "pissa"],
+)
+def test_gradients_point_where_those_on_the_dequantised_base_do(cfg, scan, remat):
+    model, floats = random_llama(scan=scan, remat=remat)
+    params = quantise(floats, FORM)
+    assert quantisation_of(params) == FORM
+    adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params), size=0.02)
+
+    def loss(adapter, params):
+        logits = gl.apply(model, params, gl.generate_factors(cfg, adapter), IDS)
+        return -jax.nn.log_softmax(logits)[..., 0].mean()
+
+    plain = dequantised(params)
+    gradient = jax.jit(jax.grad(loss))
+    assert cosine(gradient(adapter, params), gradient(adapter, plain)) > 0.98
+    factors = gl.generate_factors(cfg, adapter)
+    merged, expected = (flatten_dict(gl.merge(base, factors)) for base in (params, plain))
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(merged[path], leaf, atol=1e-6)
+
+
+def test_a_mesh_changes_no_logits():
+    model, params = random_llama(vocab_size=64, hidden_size=64, intermediate_size=128)
+    params = quantise(params, FORM)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = param_specs(params)["model"]["layers"]["mlp"]["down_proj"]["kernel"]
+    assert specs.codes == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    placed = jax.device_put(params, named(mesh, param_specs(params)))
+    got = jax.jit(lambda p: model.clone(mesh=mesh).apply({"params": p}, IDS))(placed)
+    # Sums in another order may round to the neighbour in e4m3.
+    assert cosine(got, model.apply({"params": params}, IDS)) > 0.999
+
+
+# Files.
+
+
+def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path):
+    base = write_base(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=False)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: {base}, dtype: float32, base_dtype: fp8}}\n"
+        f"data: {{train: {tmp_path / 'rows.jsonl'}, length: 16, batch_size: 8}}\n"
+        f"mesh: {{data: 8, fsdp: 1}}\ntrain: {{output: {tmp_path / 'run'}, save_every: 1}}\n"
+        "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
+    )
+    start = ("--config", tmp_path / "recipe.yaml", "--train.progress", "false")
+    status, _, err = run_main(finetune.main, *start, "--train.steps", "1")
+    assert status == 0, err
+    more = (*start, "--train.steps", "2", "--train.resume", "true")
+    status, _, err = run_main(finetune.main, *more, "--model.base_dtype", "int8")
+    assert status == 1
+    assert "was trained on a base in fp8; the recipe's is in int8" in err
+    status, out, err = run_main(finetune.main, *more)
+    assert status == 0, err
+    assert "resumed at step 1" in out
+    paths = ("--base", base, "--adapter", tmp_path / "run" / "adapter")
+    status, out, err = run_main(cli.main, "merge", *paths, "--out", tmp_path / "merged")
+    assert status == 0, err
+    assert "onto the kernels dequantised from fp8" in out
+    options = {"param_dtype": jnp.float32, "dtype": jnp.float32}
+    _, params = gl.load_llama(base, **options, base_dtype="fp8")
+    spec, adapter = gl.load_adapter(tmp_path / "run" / "adapter", params)
+    expected = flatten_dict(gl.merge(dequantised(params), gl.generate_factors(spec, adapter)))
+    _, merged = gl.load_llama(tmp_path / "merged", **options)
+    for path, leaf in flatten_dict(merged).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-6)
+    with pytest.warns(UserWarning, match="in fp8 and is merged onto the original ones"):
+        run_main(cli.main, "merge", *paths, "--out", tmp_path / "other", "--onto", "original")
+    gl.export_hf(tmp_path / "exported", params, base=base, dtype=jnp.float32)
+    _, read = gl.load_llama(tmp_path / "exported", **options)
+    expected = flatten_dict(dequantised(params))
+    for path, leaf in flatten_dict(read).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+# Devices.
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability"), [("gpu", "8.0"), ("gpu", "gfx942"), ("tpu", None)]
+)
+def test_devices_without_fp8_are_refused(platform, capability):
+    device = SimpleNamespace(platform=platform, compute_capability=capability, device_kind="A100")
+    with pytest.raises(ValueError, match=r"base_dtype fp8 needs an NVIDIA GPU .* this is A100"):
+        FORM.check_device(device)
+    dataclasses.replace(FORM, form="int8").check_device(device)
+
+
+def test_devices_with_fp8_are_not():
+    for capability in ("8.9", "9.0", "10.0"):
+        device = SimpleNamespace(platform="gpu", compute_capability=capability)
+        FORM.check_device(device)
