@@ -80,6 +80,7 @@ STEPS = {
 }
 ERRORS = {
     "bf16": Variant("bf16"),
+    "bf16, kernels rounded to fp8": Variant("bf16"),
     "fp8": Variant(),
     "fp8, gradients in e4m3": Variant(gradient="float8_e4m3fn"),
     "fp8, accumulated in float32": Variant(exact=True),
@@ -182,6 +183,7 @@ def errors(size: str, model_path: Path | None, steps: int) -> Iterator[tuple[str
     import optax
 
     import genlora_jax as gl
+    from genlora_jax.base.kernel import read_kernel
     from genlora_jax.base.quantise import Quantisation, quantise
     from train.benchmarks.random_base import random_batch
 
@@ -216,6 +218,9 @@ def errors(size: str, model_path: Path | None, steps: int) -> Iterator[tuple[str
         variant.enter()
         form: Any = variant.form
         params = quantise(base, Quantisation(form))
+        if "rounded" in name:  # what the kernels alone cost
+            codes = quantise(base, Quantisation("fp8"))
+            params = jax.tree.map(lambda x, y: read_kernel(y, x.dtype), base, codes)
         compiled, found = gradient(model, params, variant.options)
         norms = np.linalg.norm(found), np.linalg.norm(expected)
         optimizer = optax.adam(1e-3)

@@ -30,6 +30,7 @@ RESULT = RESULTS / "step_time.json"
 SEGMENTS = 4  # examples in a packed row
 LORA = ("--adapter.class_path", "genlora_jax.LoRAConfig", "--adapter.alpha", "128")
 NOT_PACKED = ("--data.pack", "false")
+PACKED = ("--segments", str(SEGMENTS))
 
 
 def batch(rows: int, length: int, *more: str) -> tuple[str, ...]:
@@ -63,6 +64,8 @@ OURS = [
     Arm("GenLoRA, 1 x 8192", recipe=batch(1, 8192)),
     Arm("GenLoRA, 1 x 8192, not packed", recipe=batch(1, 8192, *NOT_PACKED)),
     Arm("1B: GenLoRA, 8 x 2048", size="llama3.2-1b", recipe=batch(8, 2048)),
+    Arm("1B: GenLoRA, 1 x 8192", size="llama3.2-1b", recipe=batch(1, 8192)),
+    Arm("1B: GenLoRA, 2 x 8192", size="llama3.2-1b", recipe=batch(2, 8192)),
 ]
 PEFT = [
     Arm("PEFT, 2 x 2048", peft=peft(2, 2048)),
@@ -71,6 +74,13 @@ PEFT = [
     Arm("PEFT + Liger, checkpointing, 4 x 2048", peft=peft(4, 2048, "--liger", "--checkpointing")),
     Arm("PEFT + Liger, 2 x 4096", peft=peft(2, 4096, "--liger")),
     Arm("1B: PEFT + Liger, 8 x 2048", size="llama3.2-1b", peft=peft(8, 2048, "--liger")),
+    Arm("PEFT + torch.compile, 2 x 2048", peft=peft(2, 2048, "--compile")),
+    Arm("PEFT + torch.compile + Liger, 2 x 2048", peft=peft(2, 2048, "--compile", "--liger")),
+    Arm("PEFT + Liger, 1 x 8192, packed", peft=peft(1, 8192, "--liger", *PACKED)),
+    Arm("1B: PEFT + torch.compile, 8 x 2048", "llama3.2-1b", peft=peft(8, 2048, "--compile")),
+    Arm(
+        "1B: PEFT + Liger, 1 x 8192, packed", "llama3.2-1b", peft=peft(1, 8192, "--liger", *PACKED)
+    ),
 ]
 
 
