@@ -1,12 +1,20 @@
-"""A training step of PyTorch with PEFT's LoRA: what `step_time` compares with, a process an arm.
+"""A training step of PyTorch with PEFT's LoRA: what ours is compared with, a process a GPU.
 
-python -m train.benchmarks.peft_step --size llama-8b --rows 2 --length 2048 --liger
+    python -m train.benchmarks.peft_step --size llama-8b --rows 2 --length 2048 --liger
+
+`--shard ddp | fsdp` runs it in each of the processes that RANK and WORLD_SIZE count, as torchrun
+sets them: rows are those of a process.
 """
 
 import argparse
 import json
+import os
+import socket
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from train.benchmarks.random_base import SIZES
@@ -66,6 +74,66 @@ def _to_nf4(model: Any, device: str) -> None:
     model.is_loaded_in_4bit = True
 
 
+def shard(model: Any, kind: str | None, device: str) -> tuple[Any, Any]:
+    """The model over all processes, and what to call after each backward pass.
+
+    With FSDP the base is sharded, a layer at a time; adapters are replicated.
+    """
+    if kind is None:
+        return model, lambda: None
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    if kind == "ddp":
+        ids = [int(os.environ["RANK"])] if device == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids), lambda: None
+    from torch.distributed.fsdp import fully_shard
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, ignored_params=set(trained))
+    fully_shard(model, ignored_params=set(trained))
+
+    def average() -> None:
+        import torch
+
+        flat = torch.cat([p.grad.flatten() for p in trained])
+        dist.all_reduce(flat)
+        parts = torch.split(flat / dist.get_world_size(), [p.numel() for p in trained])
+        for parameter, part in zip(trained, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    return model, average
+
+
+def measure(flags: Sequence[str], gpus: int = 1, first: int = 0) -> dict[str, Any]:
+    """Runs this script in a process for each of `gpus` GPUs from `first` on.
+
+    Returns:
+        What its first process measured; `error` if one failed.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(gpus), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "train.benchmarks.peft_step", *flags],
+            env=os.environ | world | visible | {"RANK": str(index), "NCCL_NVLS_ENABLE": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(gpus)
+    ]
+    outputs = [process.communicate() for process in started]
+    for process, (_, err) in zip(started, outputs, strict=True):
+        if process.returncode:
+            return {"error": err.strip().splitlines()[-1:]}
+    return json.loads(outputs[0][0].strip().splitlines()[-1])
+
+
 def main() -> None:
     """Times some steps and prints the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -75,16 +143,25 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--segments", type=int, default=1, help="examples packed in a row")
+    parser.add_argument("--shard", choices=("ddp", "fsdp"))
     for name in ("liger", "checkpointing", "compile", "nf4"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     import torch
+    import torch.distributed as dist
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    if options.shard:
+        if cuda:
+            torch.cuda.set_device(int(os.environ["RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(0)
-    model = build(options, device)
+    model, after_backward = shard(build(options, device), options.shard, device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # of the steps, not of making the model
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=cuda)
     shape = (options.rows, options.length)
     ids = torch.randint(0, SIZES[options.size].vocab_size, shape, device=device)
     inputs = {"input_ids": ids, "labels": ids}
@@ -97,13 +174,17 @@ def main() -> None:
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = model(**inputs).loss
         loss.backward()
+        after_backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
         seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     step = statistics.median(seconds[2:])
-    print(json.dumps({"step_s": step, "peak_gib": peak, "first_step_s": seconds[0]}))
+    result = {"step_s": step, "peak_gib": peak, "first_step_s": seconds[0]}
+    print(json.dumps(result), flush=True)
+    if options.shard:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -61,13 +61,17 @@ class Quantised:
 
 
 OURS = [
-    *(Quantised(form) for form in ("bf16", "int8", "nf4", "int4")),
-    *(Quantised(form, remat="none") for form in ("bf16", "nf4")),
-    *(Quantised(form, scan=True) for form in ("bf16", "nf4")),
-    Quantised("nf4", lora=True),
+    Quantised("nf4"),
+    Quantised("bf16"),
+    Quantised("nf4", size="llama-70b", scan=True),
+    Quantised("int8"),
     Quantised("nf4", lora=True, rows=4),
     Quantised("nf4", length=32768),
-    Quantised("nf4", size="llama-70b", scan=True),
+    Quantised("int4"),
+    Quantised("nf4", lora=True),
+    Quantised("bf16", remat="none"),
+    Quantised("nf4", remat="none"),
+    Quantised("nf4", scan=True),
     Quantised("nf4", size="llama-70b", rows=4, scan=True),
 ]
 PEFT = [
@@ -89,7 +93,8 @@ def measure(arm: Quantised, size: str | None, length: int | None, steps: int) ->
     arm = dataclasses.replace(arm, size=size or arm.size)
     form: Any = arm.form
     try:
-        base = random_base(SIZES[arm.size], scan=arm.scan, quantisation=Quantisation(form))
+        quantisation = None if arm.form == "bf16" else Quantisation(form)
+        base = random_base(SIZES[arm.size], scan=arm.scan, quantisation=quantisation)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(base[1])) / GIB
         found = measure_ours(arm.arm(length), base, steps) | {"base_gib": held}
     except jax.errors.JaxRuntimeError as error:

@@ -73,6 +73,19 @@ SIZES = {
 }
 
 
+def random_model(size: Size, mesh: Mesh | None = None, *, scan: bool = True) -> LlamaForCausalLM:
+    """The model alone; see `random_base`."""
+    return LlamaForCausalLM(
+        size.config,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+        scan=scan,
+        remat="full",
+        attention="cudnn" if jax.default_backend() == "gpu" else "xla",
+        mesh=mesh,
+    )
+
+
 def random_base(
     size: Size,
     mesh: Mesh | None = None,
@@ -91,15 +104,7 @@ def random_base(
     Returns:
         The model and its parameters, the same on every mesh.
     """
-    model = LlamaForCausalLM(
-        size.config,
-        dtype=jnp.bfloat16,
-        param_dtype=jnp.bfloat16,
-        scan=scan,
-        remat="full",
-        attention="cudnn" if jax.default_backend() == "gpu" else "xla",
-        mesh=mesh,
-    )
+    model = random_model(size, mesh, scan=scan)
     shapes = parameter_shapes(model.clone(mesh=None))
     specs = flatten_dict(param_specs(shapes))
     flat = {}

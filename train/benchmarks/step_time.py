@@ -10,10 +10,7 @@ and, for Liger, `liger-kernel`; an arm that cannot run says why.
 
 import argparse
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from train.benchmarks import peft_step
 from train.benchmarks.measuring import RESULTS, median_ms, time_step, write_result
 from train.benchmarks.random_base import SIZES
 
@@ -64,8 +62,6 @@ OURS = [
     Arm("GenLoRA, 1 x 8192", recipe=batch(1, 8192)),
     Arm("GenLoRA, 1 x 8192, not packed", recipe=batch(1, 8192, *NOT_PACKED)),
     Arm("1B: GenLoRA, 8 x 2048", size="llama3.2-1b", recipe=batch(8, 2048)),
-    Arm("1B: GenLoRA, 1 x 8192", size="llama3.2-1b", recipe=batch(1, 8192)),
-    Arm("1B: GenLoRA, 2 x 8192", size="llama3.2-1b", recipe=batch(2, 8192)),
 ]
 PEFT = [
     Arm("PEFT, 2 x 2048", peft=peft(2, 2048)),
@@ -74,6 +70,13 @@ PEFT = [
     Arm("PEFT + Liger, checkpointing, 4 x 2048", peft=peft(4, 2048, "--liger", "--checkpointing")),
     Arm("PEFT + Liger, 2 x 4096", peft=peft(2, 4096, "--liger")),
     Arm("1B: PEFT + Liger, 8 x 2048", size="llama3.2-1b", peft=peft(8, 2048, "--liger")),
+]
+# Run where `--only` asks for arms.
+MORE_OF_OURS = [
+    Arm("1B: GenLoRA, 1 x 8192", size="llama3.2-1b", recipe=batch(1, 8192)),
+    Arm("1B: GenLoRA, 2 x 8192", size="llama3.2-1b", recipe=batch(2, 8192)),
+]
+MORE_OF_PEFT = [
     Arm("PEFT + torch.compile, 2 x 2048", peft=peft(2, 2048, "--compile")),
     Arm("PEFT + torch.compile + Liger, 2 x 2048", peft=peft(2, 2048, "--compile", "--liger")),
     Arm("PEFT + Liger, 1 x 8192, packed", peft=peft(1, 8192, "--liger", *PACKED)),
@@ -87,15 +90,9 @@ PEFT = [
 def measure_peft(arm: Arm, steps: int) -> dict[str, Any]:
     """Step time and peak memory in a process of its own; `error` if it failed."""
     assert arm.peft is not None
-    command = [sys.executable, "-m", "train.benchmarks.peft_step", "--size", arm.size]
-    done = subprocess.run(
-        [*command, "--steps", str(steps), *arm.peft], capture_output=True, text=True
-    )
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1:]}
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = peft_step.measure(["--size", arm.size, "--steps", str(steps), *arm.peft])
     rows, length = int(arm.peft[1]), int(arm.peft[3])
-    return found | {"tokens_per_s": rows * length / found["step_s"]}
+    return found if "error" in found else found | {"tokens_per_s": rows * length / found["step_s"]}
 
 
 def measure_ours(
@@ -128,9 +125,9 @@ def measure_ours(
     state = init_state(init_adapter(recipe.adapter, jax.random.key(0), params), optimizer)
     options = dataclasses.replace(recipe.step_options, max_segments=most)
     step = make_train_step(model, recipe.adapter, optimizer, options)
-    batch = jax.device_put(random_batch(size, segments))
+    inputs = jax.device_put(random_batch(size, segments))
     timing = time_step(
-        step.lower, state, params, batch, calls=steps + 2, compiler_options=compiler_options
+        step.lower, state, params, inputs, calls=steps + 2, compiler_options=compiler_options
     )
     seconds = timing.median(warmup=2)
     return {
@@ -184,7 +181,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     ours, theirs = (
-        [arm for arm in arms if re.search(options.only, arm.name)] for arms in (OURS, PEFT)
+        [
+            arm
+            for arm in (arms + more if options.only else arms)
+            if re.search(options.only, arm.name)
+        ]
+        for arms, more in ((OURS, MORE_OF_OURS), (PEFT, MORE_OF_PEFT))
     )
     result = run(ours, theirs, options.steps, options.size)
     write_result(options.output, result)
