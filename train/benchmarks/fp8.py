@@ -13,6 +13,7 @@ result is written after each arm; what no longer fits `--seconds` is left out, a
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -167,12 +168,19 @@ def rates(shapes: dict[str, tuple[int, int, int]]) -> Iterator[tuple[str, Any]]:
         }
         on_gpu = jax.default_backend() == "gpu"
         for arm, (function, left, right, options) in arms.items():
-            program = jax.jit(function).lower(left, right).compile(options if on_gpu else {})
+            try:
+                program = jax.jit(function).lower(left, right).compile(options if on_gpu else {})
+                ms = median_ms(functools.partial(ten_times, program, left, right), 5) / 10
+                yield f"{name}: {arm}", 2 * m * k * n / ms / 1e9
+            except jax.errors.JaxRuntimeError as error:
+                yield f"{name}: {arm}", {"error": str(error).splitlines()[:1]}
 
-            def run(program: Any = program, left: Any = left, right: Any = right) -> None:
-                jax.block_until_ready([program(left, right) for _ in range(10)])
 
-            yield f"{name}: {arm}", 2 * m * k * n / (median_ms(run, 5) / 10) / 1e9
+def ten_times(program: Callable[..., Any], *operands: Any) -> None:
+    """Calls a program so often that its launch does not count."""
+    import jax
+
+    jax.block_until_ready([program(*operands) for _ in range(10)])
 
 
 def errors(size: str, model_path: Path | None, steps: int) -> Iterator[tuple[str, Any]]:
