@@ -220,8 +220,9 @@ def errors(size: str, model_path: Path | None, steps: int) -> Iterator[tuple[str
         leaves = jax.tree.leaves(compiled(noisy, params)[1])
         return compiled, np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves])
 
-    wide = model.clone(dtype=jnp.float32)
-    _, expected = gradient(wide, jax.tree.map(lambda x: x.astype(jnp.float32), base), {})
+    with jax.default_matmul_precision("highest"):
+        floats = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+        _, expected = gradient(model.clone(dtype=jnp.float32), floats, {})
     for name, variant in ERRORS.items():
         variant.enter()
         form: Any = variant.form
