@@ -66,7 +66,7 @@ OURS = [
     Quantised("nf4", size="llama-70b", scan=True),
     Quantised("int8"),
     Quantised("nf4", lora=True, rows=4),
-    Quantised("nf4", length=32768),
+    Quantised("nf4", length=32768, scan=True),
     Quantised("int4"),
     Quantised("nf4", lora=True),
     Quantised("bf16", remat="none"),
