@@ -1,7 +1,7 @@
 """A base in FP8: values and products as ml_dtypes has them, training, files, meshes, devices."""
 
 import dataclasses
-from types import SimpleNamespace
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,36 @@ from tiny_models import perturb, random_llama
 
 import genlora_jax as gl
 from genlora_jax import cli
-from genlora_jax.base import fp8
 from genlora_jax.base.fp8 import Fp8
 from genlora_jax.base.kernel import product, read_kernel
-from genlora_jax.base.quantise import Quantisation, quantisation_of, quantise
+from genlora_jax.base.quantise import (
+    Quantisation,
+    compiler_options,
+    quantisation_of,
+    quantise,
+)
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.plan.chips import parse_topology
+from genlora_jax.plan.estimate import rank_meshes
+from genlora_jax.settings import parse
 from genlora_jax.sharding import named, param_specs
 from genlora_jax.training import finetune
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.step import init_state, make_train_step
+from genlora_jax.training.sweep.loop import run_sweep
+from genlora_jax.training.sweep.members import Member
+from genlora_jax.training.sweep.program import SweepProgram
 
 FORM = Quantisation("fp8")
 IDS = jnp.arange(48).reshape(4, 12) % 61
+BATCH = {
+    "input_ids": np.arange(24, dtype=np.int32).reshape(2, 12) * 7 % 61,
+    "loss_mask": np.ones((2, 12), bool),
+    "segment_ids": np.ones((2, 12), np.int32),
+    "positions": np.tile(np.arange(12, dtype=np.int32), (2, 1)),
+}
 
 
 def normal(seed, *shape):
@@ -80,10 +99,8 @@ def test_a_stack_is_its_layers_and_zeros_stay():
     assert not np.asarray(stack[2].dequantised()).any()
 
 
-@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_products_are_those_of_rounded_operands(both, dtype, monkeypatch):
-    monkeypatch.setattr(fp8, "BOTH", both)
+def test_products_are_those_of_rounded_operands(dtype):
     kernel, x, gradient = 0.02 * normal(0, 40, 24), normal(1, 2, 5, 40), 1e-4 * normal(2, 2, 5, 24)
     x, gradient = x.astype(dtype), gradient.astype(dtype)
     stored = Fp8.of(kernel, jnp.float32)
@@ -151,6 +168,26 @@ def test_gradients_point_where_those_on_the_dequantised_base_do(cfg, scan, remat
         np.testing.assert_allclose(merged[path], leaf, atol=1e-6)
 
 
+def test_members_of_a_sweep_share_the_base_and_not_their_scales():
+    model, floats = random_llama(num_hidden_layers=2, attention="xla")
+    params, cfg, optim = quantise(floats, FORM), gl.LoRAConfig(rank=2), OptimConfig(warmup=0.5)
+    rates = (0.01, 0.3)
+    members = [Member(learning_rate=rate, generator_ratio=1.0, seed=0) for rate in rates]
+    program = SweepProgram(model=model, cfg=cfg, optim=optim, steps=3)
+    result = run_sweep(program, params, members, itertools.repeat(BATCH), [BATCH])
+    for i, rate in enumerate(rates):
+        optimizer = make_optimizer(dataclasses.replace(optim, learning_rate=rate), 3)
+        step = make_train_step(model, cfg, optimizer)
+        state, losses = init_state(gl.init_adapter(cfg, jax.random.key(0), params), optimizer), []
+        for _ in range(3):
+            state, metrics = step(state, params, BATCH)
+            losses.append(float(metrics["loss"]))
+        # Sums in another order may round to the neighbour in FP8.
+        np.testing.assert_allclose(result.loss[:, i], losses, rtol=2e-3)
+        final = jax.tree.map(lambda leaf, i=i: leaf[i], result.final.trainable)
+        assert cosine(final, state.adapter.trainable) > 0.99
+
+
 def test_a_mesh_changes_no_logits():
     model, params = random_llama(vocab_size=64, hidden_size=64, intermediate_size=128)
     params = quantise(params, FORM)
@@ -166,7 +203,7 @@ def test_a_mesh_changes_no_logits():
 # Files.
 
 
-def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path):
+def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=False)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
     (tmp_path / "recipe.yaml").write_text(
@@ -176,8 +213,26 @@ def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path):
         "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
     )
     start = ("--config", tmp_path / "recipe.yaml", "--train.progress", "false")
+    asked, given = [], []
+
+    def options(params, platform):
+        asked.append((quantisation_of(params).form, platform))
+        return {"xla_cpu_enable_fast_math": False}  # it is off anyway
+
+    def recorded(make):
+        def call(*args, **settings):
+            given.append(settings["compiler_options"])
+            return make(*args, **settings)
+
+        return call
+
+    for name in ("make_train_step", "make_eval_step"):
+        monkeypatch.setattr(finetune, name, recorded(getattr(finetune, name)))
+    monkeypatch.setattr(finetune, "compiler_options", options)
     status, _, err = run_main(finetune.main, *start, "--train.steps", "1")
     assert status == 0, err
+    assert asked == [("fp8", "cpu")]
+    assert given == [{"xla_cpu_enable_fast_math": False}] * 2
     more = (*start, "--train.steps", "2", "--train.resume", "true")
     status, _, err = run_main(finetune.main, *more, "--model.base_dtype", "int8")
     assert status == 1
@@ -212,13 +267,43 @@ def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path):
     ("platform", "capability"), [("gpu", "8.0"), ("gpu", "gfx942"), ("tpu", None)]
 )
 def test_devices_without_fp8_are_refused(platform, capability):
-    device = SimpleNamespace(platform=platform, compute_capability=capability, device_kind="A100")
     with pytest.raises(ValueError, match=r"base_dtype fp8 needs an NVIDIA GPU .* this is A100"):
-        FORM.check_device(device)
-    dataclasses.replace(FORM, form="int8").check_device(device)
+        FORM.check_device(platform, capability, "A100")
+    dataclasses.replace(FORM, form="int8").check_device(platform, capability, "A100")
 
 
-def test_devices_with_fp8_are_not():
-    for capability in ("8.9", "9.0", "10.0"):
-        device = SimpleNamespace(platform="gpu", compute_capability=capability)
-        FORM.check_device(device)
+@pytest.mark.parametrize("capability", ["8.9", "9.0", "10.0"])
+def test_devices_with_fp8_are_not(capability):
+    FORM.check_device("gpu", capability, "H100")
+
+
+def test_a_plan_refuses_what_a_run_would():
+    shapes = {
+        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "head_dim": 8},
+        **{"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8},
+    }
+    fields = {"model.path": "nowhere", "data.train": "nowhere", "train.output": "nowhere"}
+    fields |= {f"model.shape.{name}": value for name, value in shapes.items()}
+    fields |= {"model.base_dtype": "fp8"}
+    recipe = parse(Recipe, [f"--{name}={value}" for name, value in fields.items()])
+    with pytest.raises(ValueError, match=r"base_dtype fp8 needs .* this is v5e:1x1"):
+        rank_meshes(recipe, parse_topology("v5e:1x1"))
+    assert rank_meshes(recipe, parse_topology("gpu:1x80"))[0].fits
+
+
+def test_a_step_is_compiled_with_the_options_that_it_is_given():
+    model, params = random_llama(num_hidden_layers=1)
+    cfg, optimizer = gl.LoRAConfig(rank=1), make_optimizer(OptimConfig(), 1)
+    state = init_state(gl.init_adapter(cfg, jax.random.key(0), params), optimizer)
+    step = make_train_step(model, cfg, optimizer, compiler_options={"no_such_option": True})
+    with pytest.raises(Exception, match="no_such_option"):
+        step.lower(state, params, BATCH).compile()
+
+
+def test_products_are_cublas_on_gpus():
+    kernel = {"q_proj": {"kernel": normal(0, 8, 4)}}
+    stored = quantise(kernel, FORM)
+    assert compiler_options(stored, "gpu") == {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options(stored, "cpu") == {}
+    assert compiler_options(kernel, "gpu") == {}
+    assert compiler_options(quantise(kernel, Quantisation("int8")), "gpu") == {}

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax.base.fp8 import Fp8, refuse_without_fp8
+from genlora_jax.base.fp8 import GPU_OPTIONS, Fp8, refuse_without_fp8
 from genlora_jax.base.int4 import GROUPS, Int4
 from genlora_jax.base.int8 import Int8
 from genlora_jax.base.nf4 import NF4
@@ -55,10 +55,16 @@ class Quantisation:
         form: Any = {"fp8": Fp8, "int8": Int8, "nf4": NF4}[self.form]
         return form.of(kernel, kernel.dtype)
 
-    def check_device(self, device: jax.Device) -> None:
-        """Raises ValueError if a device cannot multiply by kernels in this form."""
+    def check_device(self, platform: str, capability: str | None, kind: str) -> None:
+        """Raises ValueError if a device cannot multiply by kernels in this form.
+
+        Args:
+            platform: What JAX calls it.
+            capability: A GPU's compute capability.
+            kind: The device in words.
+        """
         if self.form == "fp8":
-            refuse_without_fp8(device)
+            refuse_without_fp8(platform, capability, kind)
 
     def quantises(self, names: Any) -> set[str]:
         """Of dotted module names without layer index, those whose kernels are quantised."""
@@ -91,3 +97,9 @@ def quantisation_of(params: Mapping[str, Any]) -> Quantisation | None:
     plain = {path[-2] for path, leaf in flat.items() if not isinstance(leaf, StoredKernel)}
     form: Any = stored[0].name
     return Quantisation(form, tuple(sorted(plain)), getattr(stored[0], "group", GROUPS[0]))
+
+
+def compiler_options(params: Mapping[str, Any], platform: str) -> dict[str, Any]:
+    """XLA's options for programs that multiply by a base on `"cpu"`, `"gpu"` or `"tpu"`."""
+    found = quantisation_of(params)
+    return dict(GPU_OPTIONS) if platform == "gpu" and found and found.form == "fp8" else {}

@@ -84,7 +84,9 @@ def load_llama(
     config = _with_own_head(checkpoint, config)
     dtype, param_dtype = parse_dtype(dtype), parse_dtype(param_dtype)
     quantisation = Quantisation(base_dtype or "bf16", tuple(unquantised), int4_group)
-    quantisation.check_device(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    quantisation.check_device(device.platform, capability, device.device_kind)
     model = LlamaForCausalLM(config, dtype, param_dtype, scan, remat, attention, mesh)
     shapes = parameter_shapes(model)
     if base_dtype is None and isinstance(checkpoint, ReadyMade):

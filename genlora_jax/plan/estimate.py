@@ -91,8 +91,11 @@ def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
     """Estimates of all candidates: those that fit first, then by bytes received.
 
     Raises:
-        ValueError: If no mesh of so many chips divides the model and the batch.
+        ValueError: If no mesh of so many chips divides the model and the batch, or they cannot
+            multiply by the base in its form.
     """
+    if topology.chip.tpu:
+        recipe.model.quantisation.check_device("tpu", None, topology.name)
     found = [estimate(recipe, topology.chip, mesh) for mesh in candidates(recipe, topology)]
     if not found:
         raise ValueError(

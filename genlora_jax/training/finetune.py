@@ -20,6 +20,7 @@ import numpy as np
 
 from genlora_jax.adapter import count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, write_adapter
+from genlora_jax.base.quantise import compiler_options
 from genlora_jax.settings import run_command
 from genlora_jax.sharding import local_rows, place_batch, state_shardings
 from genlora_jax.storage import is_remote, storage_path
@@ -158,6 +159,8 @@ def train(
     """
     model, params, steps = run.base.model, run.base.params, run.steps
     settings: dict[str, Any] = {"loss": run.objective.loss, "mesh": run.mesh}
+    platform = run.mesh.devices.flat[0].platform
+    settings["compiler_options"] = compiler_options(params, platform)
     optimizer, options = make_optimizer(recipe.optim, steps), run.options
     train_step = make_train_step(model, recipe.adapter, optimizer, options, **settings)
     eval_step = make_eval_step(model, options, **settings)

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genlora_jax.base.fp8 import GPU_OPTIONS as CUBLAS
 from genlora_jax.training.provenance import provenance
 from train.benchmarks.measuring import GIB, RESULTS, median_ms, write_result
 from train.benchmarks.random_base import SIZES, random_base
 from train.benchmarks.step_time import Arm, measure_ours
 
 RESULT = RESULTS / "fp8.json"
-CUBLAS = {"xla_gpu_enable_triton_gemm": False}  # all products are cuBLASLt's
 ARM_S = 100  # what an arm of 8B takes: start, weights, compilation, steps
 
 
@@ -41,14 +41,12 @@ class Variant:
     Attributes:
         form: `fp8` or `bf16`.
         cublas: Whether XLA may not take its own kernels for products.
-        both: See `fp8.BOTH`.
         gradient: Dtype of the outputs' gradients.
         exact: Whether both products accumulate in float32.
     """
 
     form: str = "fp8"
     cublas: bool = True
-    both: bool = False
     gradient: str = "float8_e5m2"
     exact: bool = False
 
@@ -66,16 +64,14 @@ class Variant:
 
         from genlora_jax.base import fp8
 
-        fp8.BOTH, fp8.GRADIENT = self.both, jnp.dtype(self.gradient)
-        level = jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
-        fp8.FORWARD_PRECISION = fp8.BACKWARD_PRECISION = level
+        fp8.GRADIENT = jnp.dtype(self.gradient)
+        fp8.PRECISION = jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
 
 
 STEPS = {
     "fp8, cuBLASLt": Variant(),
     "bf16, the recipe as it is": Variant("bf16", cublas=False),
     "fp8, XLA chooses kernels": Variant(cublas=False),
-    "fp8, cuBLASLt, transposed copies kept": Variant(both=True),
     "fp8, cuBLASLt, accumulated in float32": Variant(exact=True),
     "bf16, cuBLASLt": Variant("bf16"),
 }
@@ -152,9 +148,6 @@ def rates(shapes: dict[str, tuple[int, int, int]]) -> Iterator[tuple[str, Any]]:
         codes, turned = w.astype(e4m3), w.mT.astype(e4m3)
         Variant().enter()
         kernel, reverse = fp8.Fp8.of(w, w.dtype), fp8.Fp8.of(w.mT, w.dtype)
-        Variant(both=True).enter()
-        two = fp8.Fp8.of(w.mT, w.dtype)
-        Variant().enter()
         arms: dict[str, tuple[Any, Any, Any, Any]] = {
             "bf16": (dot(0), x, w, {}),
             "fp8": (dot(1), x.astype(e4m3), turned, CUBLAS),
@@ -163,8 +156,7 @@ def rates(shapes: dict[str, tuple[int, int, int]]) -> Iterator[tuple[str, Any]]:
             "fp8, transposed before": (dot(0), x.astype(e4m3), codes, CUBLAS),
             "fp8, e5m2 x e4m3": (dot(1), x.astype(e5m2), turned, CUBLAS),
             "input quantised, forward": (forward, x, kernel, CUBLAS),
-            "input quantised, backward, one copy": (backward, x, reverse, CUBLAS),
-            "input quantised, backward, two copies": (backward, x, two, CUBLAS),
+            "input quantised, backward": (backward, x, reverse, CUBLAS),
         }
         on_gpu = jax.default_backend() == "gpu"
         for arm, (function, left, right, options) in arms.items():
