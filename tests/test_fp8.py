@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from tiny_base import write_base
-from tiny_models import perturb, random_llama
+from tiny_models import TINY, perturb, random_llama
 
 import genlora_jax as gl
 from genlora_jax import cli
@@ -23,14 +23,16 @@ from genlora_jax.base.quantise import (
     quantise,
 )
 from genlora_jax.base.stored import StoredKernel
+from genlora_jax.data.config import DataConfig
+from genlora_jax.hf.base_model import ModelConfig
 from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.models.config import LlamaConfig
 from genlora_jax.plan.chips import parse_topology
 from genlora_jax.plan.estimate import rank_meshes
-from genlora_jax.settings import parse
 from genlora_jax.sharding import named, param_specs
 from genlora_jax.training import finetune
 from genlora_jax.training.optim import OptimConfig, make_optimizer
-from genlora_jax.training.recipe import Recipe
+from genlora_jax.training.recipe import Recipe, TrainConfig
 from genlora_jax.training.step import init_state, make_train_step
 from genlora_jax.training.sweep.loop import run_sweep
 from genlora_jax.training.sweep.members import Member
@@ -171,7 +173,7 @@ def test_gradients_point_where_those_on_the_dequantised_base_do(cfg, scan, remat
 def test_members_of_a_sweep_share_the_base_and_not_their_scales():
     model, floats = random_llama(num_hidden_layers=2, attention="xla")
     params, cfg, optim = quantise(floats, FORM), gl.LoRAConfig(rank=2), OptimConfig(warmup=0.5)
-    rates = (0.01, 0.3)
+    rates = (0.01, 0.05)
     members = [Member(learning_rate=rate, generator_ratio=1.0, seed=0) for rate in rates]
     program = SweepProgram(model=model, cfg=cfg, optim=optim, steps=3)
     result = run_sweep(program, params, members, itertools.repeat(BATCH), [BATCH])
@@ -278,14 +280,10 @@ def test_devices_with_fp8_are_not(capability):
 
 
 def test_a_plan_refuses_what_a_run_would():
-    shapes = {
-        **{"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "head_dim": 8},
-        **{"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8},
-    }
-    fields = {"model.path": "nowhere", "data.train": "nowhere", "train.output": "nowhere"}
-    fields |= {f"model.shape.{name}": value for name, value in shapes.items()}
-    fields |= {"model.base_dtype": "fp8"}
-    recipe = parse(Recipe, [f"--{name}={value}" for name, value in fields.items()])
+    model = ModelConfig(path="nowhere", base_dtype="fp8", shape=LlamaConfig(**TINY))
+    data = DataConfig(train="nowhere", length=12, batch_size=8)
+    train, adapter = TrainConfig(output="nowhere"), gl.LoRAConfig(rank=2)
+    recipe = Recipe(model=model, data=data, train=train, adapter=adapter)
     with pytest.raises(ValueError, match=r"base_dtype fp8 needs .* this is v5e:1x1"):
         rank_meshes(recipe, parse_topology("v5e:1x1"))
     assert rank_meshes(recipe, parse_topology("gpu:1x80"))[0].fits
@@ -293,7 +291,7 @@ def test_a_plan_refuses_what_a_run_would():
 
 def test_a_step_is_compiled_with_the_options_that_it_is_given():
     model, params = random_llama(num_hidden_layers=1)
-    cfg, optimizer = gl.LoRAConfig(rank=1), make_optimizer(OptimConfig(), 1)
+    cfg, optimizer = gl.LoRAConfig(rank=1), make_optimizer(OptimConfig(), 3)
     state = init_state(gl.init_adapter(cfg, jax.random.key(0), params), optimizer)
     step = make_train_step(model, cfg, optimizer, compiler_options={"no_such_option": True})
     with pytest.raises(Exception, match="no_such_option"):
