@@ -136,9 +136,14 @@ class Step:
         return jnp.dtype(self.recipe.model.dtypes(self.platform)[0]).itemsize
 
     @property
+    def remat(self) -> str:
+        """What the backward pass recomputes."""
+        return self.recipe.model.policies[0]
+
+    @property
     def passes(self) -> int:
         """Passes over the layers."""
-        return PASSES[self.recipe.model.remat]
+        return PASSES[self.remat]
 
     @property
     def layers_values(self) -> int:
