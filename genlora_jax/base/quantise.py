@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from genlora_jax.base.fp8 import GPU_OPTIONS, Fp8, refuse_without_fp8
 from genlora_jax.base.int4 import GROUPS, Int4
 from genlora_jax.base.int8 import Int8
 from genlora_jax.base.nf4 import NF4
@@ -14,7 +15,7 @@ from genlora_jax.base.stored import StoredKernel
 from genlora_jax.targets import matching, split_layer
 from genlora_jax.validation import require, require_choice
 
-BaseDtype = Literal["bf16", "int8", "nf4", "int4"]
+BaseDtype = Literal["bf16", "fp8", "int8", "nf4", "int4"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Quantisation:
     Embeddings, norms and biases are no kernels and stay as they are.
 
     Attributes:
-        form: `int8`, `nf4` or `int4`.
+        form: `fp8`, `int8`, `nf4` or `int4`; `bf16` for none of them.
         unquantised: Patterns of modules whose kernels stay as they are too; see
             `TargetSelection`. One that the base lacks is no error: its head may be tied.
         group: Inputs that share a scale in `int4`: 64 or 128.
@@ -36,7 +37,7 @@ class Quantisation:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field at fault."""
-        require_choice("base_dtype", self.form, ("bf16", "int8", "nf4", "int4"))
+        require_choice("base_dtype", self.form, get_args(BaseDtype))
         require_choice("int4_group", self.group, GROUPS)
         object.__setattr__(self, "unquantised", tuple(self.unquantised))
         listed = all(isinstance(pattern, str) for pattern in self.unquantised)
@@ -51,8 +52,19 @@ class Quantisation:
         """A kernel `[..., d_in, d_out]` in this form."""
         if self.form == "int4":
             return Int4.of(kernel, kernel.dtype, self.group)
-        form: Any = {"int8": Int8, "nf4": NF4}[self.form]
+        form: Any = {"fp8": Fp8, "int8": Int8, "nf4": NF4}[self.form]
         return form.of(kernel, kernel.dtype)
+
+    def check_device(self, platform: str, capability: str | None, kind: str) -> None:
+        """Raises ValueError if a device cannot multiply by kernels in this form.
+
+        Args:
+            platform: What JAX calls it.
+            capability: A GPU's compute capability.
+            kind: The device in words.
+        """
+        if self.form == "fp8":
+            refuse_without_fp8(platform, capability, kind)
 
     def quantises(self, names: Any) -> set[str]:
         """Of dotted module names without layer index, those whose kernels are quantised."""
@@ -85,3 +97,9 @@ def quantisation_of(params: Mapping[str, Any]) -> Quantisation | None:
     plain = {path[-2] for path, leaf in flat.items() if not isinstance(leaf, StoredKernel)}
     form: Any = stored[0].name
     return Quantisation(form, tuple(sorted(plain)), getattr(stored[0], "group", GROUPS[0]))
+
+
+def compiler_options(params: Mapping[str, Any], platform: str) -> dict[str, Any]:
+    """XLA's options for programs that multiply by a base on `"cpu"`, `"gpu"` or `"tpu"`."""
+    found = quantisation_of(params)
+    return dict(GPU_OPTIONS) if platform == "gpu" and found and found.form == "fp8" else {}

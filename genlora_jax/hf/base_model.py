@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -33,10 +33,11 @@ class ModelConfig:
         scan: Layers scanned (fast to compile), or unrolled (faster on GPUs, which then copy neither
             kernels nor activations from and to stacks). None: unrolled on GPUs.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
-            attention (`dots`), or all (`full`).
+            attention (`dots`), or all (`full`). `auto`: in a run, the first of these whose step
+            fits the device's memory.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
-        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `int8`,
-            `nf4` or `int4`. None: as the checkpoint has them.
+        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `fp8`,
+            `int8`, `nf4` or `int4`. None: as the checkpoint has them.
         unquantised: Patterns of modules whose kernels are not quantised.
         int4_group: Inputs that share a scale in `int4`: 64 or 128.
         shape: The fields of the checkpoint's `config.json`, for planning without it.
@@ -47,7 +48,7 @@ class ModelConfig:
     param_dtype: str | None = None
     revision: str | None = None
     scan: bool | None = None
-    remat: Remat = "none"
+    remat: Literal["auto", "none", "dots", "full"] = "none"
     attention: Attention = "auto"
     base_dtype: BaseDtype | None = None
     unquantised: tuple[str, ...] = ("lm_head",)
@@ -62,6 +63,11 @@ class ModelConfig:
     def quantisation(self) -> Quantisation:
         """How kernels are quantised, if the checkpoint's are not already."""
         return Quantisation(self.base_dtype or "bf16", self.unquantised, self.int4_group)
+
+    @property
+    def policies(self) -> tuple[Remat, ...]:
+        """What `remat` may stand for, the fastest first."""
+        return get_args(Remat) if self.remat == "auto" else (self.remat,)
 
     def dtypes(self, platform: str) -> tuple[str, str]:
         """The dtypes of the computation and of the parameters on `"cpu"`, `"gpu"` or `"tpu"`."""
@@ -137,7 +143,7 @@ def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], m
     stop = tuple(end_tokens(source, tokenizer))
     options = {k: v for k, v in vars(cfg).items() if k not in ("path", "shape")}
     platform = mesh.devices.flat[0].platform
-    options["scan"] = cfg.scans(platform)
+    options["scan"], options["remat"] = cfg.scans(platform), cfg.policies[0]
     options["dtype"], options["param_dtype"] = cfg.dtypes(platform)
     model, params = load_llama(source, **options, mesh=mesh)
     return Base(source, tokenizer, stop, model, params)

@@ -61,8 +61,8 @@ def load_llama(
         mesh: Devices that shard the parameters as `genlora_jax.sharding` says. Each process reads
             its shard of every tensor; none ever holds the whole model.
         base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised as they are
-            read, to `int8`, `nf4` or `int4`. Embeddings, norms and biases never are. None: as the
-            checkpoint has them.
+            read, to `fp8`, `int8`, `nf4` or `int4`. Embeddings, norms and biases never are. None:
+            as the checkpoint has them.
         unquantised: Patterns of modules, as of `targets`, whose kernels are not quantised either.
         int4_group: Inputs that share a scale in `int4`: 64 or 128.
 
@@ -72,7 +72,7 @@ def load_llama(
     Raises:
         FileNotFoundError: If there is no such checkpoint, or a file of it is missing.
         ValueError: If its architecture is not supported, or a tensor is missing, damaged or
-            of another shape, or the mesh does not divide one.
+            of another shape, or the mesh does not divide one, or the device has no FP8.
     """
     directory = locate(path, revision=revision, token=token)
     config, checkpoint = model_config(directory), open_checkpoint(directory)
@@ -84,6 +84,9 @@ def load_llama(
     config = _with_own_head(checkpoint, config)
     dtype, param_dtype = parse_dtype(dtype), parse_dtype(param_dtype)
     quantisation = Quantisation(base_dtype or "bf16", tuple(unquantised), int4_group)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    quantisation.check_device(device.platform, capability, device.device_kind)
     model = LlamaForCausalLM(config, dtype, param_dtype, scan, remat, attention, mesh)
     shapes = parameter_shapes(model)
     if base_dtype is None and isinstance(checkpoint, ReadyMade):

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax.sharding import AbstractMesh
 
@@ -91,8 +91,11 @@ def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
     """Estimates of all candidates: those that fit first, then by bytes received.
 
     Raises:
-        ValueError: If no mesh of so many chips divides the model and the batch.
+        ValueError: If no mesh of so many chips divides the model and the batch, or they cannot
+            multiply by the base in its form.
     """
+    if topology.chip.tpu:
+        recipe.model.quantisation.check_device("tpu", None, topology.name)
     found = [estimate(recipe, topology.chip, mesh) for mesh in candidates(recipe, topology)]
     if not found:
         raise ValueError(
@@ -100,6 +103,20 @@ def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
             f"({recipe.data.batch_size}) and the model's shapes"
         )
     return sorted(found, key=lambda e: (not e.fits, sum(e.moved.values())))
+
+
+def fastest_that_fits(recipe: Recipe, topology: Topology) -> tuple[Recipe, list[Estimate]]:
+    """The recipe with the first of its policies that fits on a mesh, or the last, and its meshes.
+
+    Raises:
+        ValueError: As `rank_meshes` does.
+    """
+    for policy in recipe.model.policies:
+        recipe = replace(recipe, model=replace(recipe.model, remat=policy))
+        ranked = rank_meshes(recipe, topology)
+        if ranked[0].fits:
+            break
+    return recipe, ranked
 
 
 def step_flops(step: Step) -> float:

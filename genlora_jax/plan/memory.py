@@ -81,15 +81,14 @@ def _stored_bytes(step: Step) -> int:
 def _kept_bytes(step: Step) -> int:
     """Bytes of what the layers keep for their backward pass."""
     cfg, tensor = step.config, step.mesh.tensor
-    model = step.recipe.model
-    if model.remat == "full":  # what passes from layer to layer
+    if step.remat == "full":  # what passes from layer to layer
         kept = step.tokens * cfg.hidden_size * step.width // tensor
         if _factor_gradients_come_last(step):
             kept += _values(step, FACTOR_PRODUCTS) * step.width
         return cfg.num_hidden_layers * kept
-    if model.remat == "dots":
+    if step.remat == "dots":
         return cfg.num_hidden_layers * _values(step, KEPT_BY_DOTS) * step.width
-    if not model.scans(step.platform):
+    if not step.recipe.model.scans(step.platform):
         kept = _values(step, KEPT_UNROLLED) * step.width + _score_bytes(step)
         return cfg.num_hidden_layers * kept
     swiglu = SWIGLU_ACTIVATIONS * cfg.intermediate_size * step.width
@@ -139,7 +138,7 @@ def _layer_bytes(step: Step) -> int:
     # Kernel-sized factors, and what factors of other kinds form, exist for a layer at a time.
     deltas = step.formed_values + step.stored_values
     deltas = deltas // step.config.num_hidden_layers * step.width // step.mesh.tensor
-    recomputed = _activation_bytes(step) if step.recipe.model.remat == "full" else 0
+    recomputed = _activation_bytes(step) if step.remat == "full" else 0
     gathered = _gathered_copies(step) * step.layer_bytes
     # A layer's kernels are dequantised together, or gathered so.
     dequantised = step.dequantised_values * step.width // step.mesh.tensor

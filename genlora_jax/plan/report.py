@@ -6,7 +6,7 @@ from rich.table import Table
 from genlora_jax.mesh import MeshConfig, resolve
 from genlora_jax.plan.chips import GIB, Topology
 from genlora_jax.plan.compiled import Compiled, compile_step
-from genlora_jax.plan.estimate import Estimate, rank_meshes
+from genlora_jax.plan.estimate import Estimate, fastest_that_fits
 from genlora_jax.training.recipe import Recipe
 
 SHOWN = 8
@@ -20,7 +20,10 @@ def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None
     """
     console = Console()
     asked = resolve(recipe.mesh, topology.count)
-    ranked = rank_meshes(recipe, topology)
+    automatic = recipe.model.remat == "auto"
+    recipe, ranked = fastest_that_fits(recipe, topology)
+    if automatic:
+        console.print(f"model.remat: {recipe.model.remat}, which auto stands for by this estimate")
     console.print(_meshes(ranked, asked, topology))
     if not (chosen := ranked[0]).fits:
         raise ValueError(

@@ -136,9 +136,14 @@ class Step:
         return jnp.dtype(self.recipe.model.dtypes(self.platform)[0]).itemsize
 
     @property
+    def remat(self) -> str:
+        """What the backward pass recomputes."""
+        return self.recipe.model.policies[0]
+
+    @property
     def passes(self) -> int:
         """Passes over the layers."""
-        return PASSES[self.recipe.model.remat]
+        return PASSES[self.remat]
 
     @property
     def layers_values(self) -> int:
@@ -148,10 +153,12 @@ class Step:
 
     @property
     def dequantised_values(self) -> int:
-        """Values of the quantised kernels of one layer."""
+        """Values of those kernels of one layer that are dequantised to be multiplied."""
         layers: dict[Any, Any] = flatten_dict(self.shapes.params["model"]["layers"])
-        stored = [leaf.size for leaf in layers.values() if isinstance(leaf, StoredKernel)]
-        return sum(stored) // self.config.num_hidden_layers
+        stored = [leaf for leaf in layers.values() if isinstance(leaf, StoredKernel)]
+        return (
+            sum(leaf.size for leaf in stored if leaf.dequantises) // self.config.num_hidden_layers
+        )
 
     @property
     def layer_bytes(self) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 
 from genlora_jax.adapter import count_parameters, generate_factors
 from genlora_jax.adapter_files import config_fingerprint, write_adapter
+from genlora_jax.base.quantise import compiler_options
 from genlora_jax.settings import run_command
 from genlora_jax.sharding import local_rows, place_batch, state_shardings
 from genlora_jax.storage import is_remote, storage_path
@@ -34,6 +35,7 @@ from genlora_jax.training.output import claimed, keep_recipe
 from genlora_jax.training.pace import Pace
 from genlora_jax.training.recipe import Recipe
 from genlora_jax.training.recorder import Recorder, read
+from genlora_jax.training.remat import step_that_fits
 from genlora_jax.training.setup import Run, check_start, initial_adapter, prepare, recipe_mesh
 from genlora_jax.training.step import (
     TrainState,
@@ -163,11 +165,8 @@ def train(
     Returns:
         The last state, and the signal that ended the run early, or None.
     """
-    model, params, steps = run.base.model, run.base.params, run.steps
-    settings: dict[str, Any] = {"loss": run.objective.loss, "mesh": run.mesh}
-    optimizer, options = make_optimizer(recipe.optim, steps), run.options
-    train_step = make_train_step(model, recipe.adapter, optimizer, options, **settings)
-    eval_step = make_eval_step(model, options, **settings)
+    params, steps = run.base.params, run.steps
+    train_step, eval_step = compiled_steps(recipe, run, log.print_line)
     held_out = [place_batch(run.mesh, batch) for batch in run.held_out]
     output, start = storage_path(recipe.train.output), int(state.step)
     best = min(best_eval_loss(output, start), checkpoints.best_loss(start))
@@ -176,7 +175,7 @@ def train(
         rates = np.asarray(jax.vmap(learning_rate_schedule(recipe.optim, steps))(np.arange(steps)))
     pace = Pace(log)
     recorder = Recorder(rates, checkpoints, log, params, pace.on_device(read), batches)
-    train_step = pace.on_device(announced(train_step, log.print_line))
+    train_step = pace.on_device(train_step)
     take = pace.on_device(batches.take)  # which waits for the device as well
     pending: dict[str, jax.Array] | None = None
     for step in range(start + 1, steps + 1):
@@ -217,6 +216,26 @@ def train(
             )
             return state, signal
     return state, None
+
+
+def compiled_steps(
+    recipe: Recipe, run: Run, print_line: Callable[[str], None]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The steps of training and evaluation, which are compiled when they are first called."""
+    model, device = run.base.model, jax.local_devices()[0]
+    optimizer = make_optimizer(recipe.optim, run.steps)
+    settings: dict[str, Any] = {
+        "loss": run.objective.loss,
+        "mesh": run.mesh,
+        "compiler_options": compiler_options(run.base.params, device.platform),
+    }
+
+    def with_remat(policy: str) -> Any:
+        cfg, own = recipe.adapter, model.clone(remat=policy)
+        return make_train_step(own, cfg, optimizer, run.options, **settings)
+
+    step = step_that_fits(with_remat, recipe.model.policies, device, print_line)
+    return announced(step, print_line), make_eval_step(model, run.options, **settings)
 
 
 def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Callable[..., Any]:

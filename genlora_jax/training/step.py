@@ -125,6 +125,7 @@ def make_train_step(
     *,
     loss: Loss = cross_entropy,
     mesh: Mesh | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]:
     """A jitted step `(state, params, batch) -> (state, metrics)`; it is traced once.
 
@@ -139,6 +140,7 @@ def make_train_step(
         loss: What is minimised.
         mesh: Devices over which base and batch are sharded. The state is sharded as
             `sharding.state_specs` says, and metrics are replicated.
+        compiler_options: XLA's, as `quantise.compiler_options` knows them for the base.
 
     Returns:
         The step. Its metrics are `loss` (mean over what the loss counts), `grad_norm`,
@@ -163,7 +165,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         return sharding.constrain_tree(mesh, compute(state, params, batch), sharding.state_specs)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def make_eval_step(
@@ -172,6 +174,7 @@ def make_eval_step(
     *,
     loss: Loss = cross_entropy,
     mesh: Mesh | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any], Batch], tuple[jax.Array, jax.Array]]:
     """A jitted `(params, factors, batch) -> (summed loss, what it counts)`; traced once."""
 
@@ -180,7 +183,8 @@ def make_eval_step(
     ) -> tuple[jax.Array, jax.Array]:
         return loss(model, params, factors, batch, options.over(mesh))
 
-    return jax.jit(step, out_shardings=None if mesh is None else sharding.replicated(mesh))
+    where = None if mesh is None else sharding.replicated(mesh)
+    return jax.jit(step, out_shardings=where, compiler_options=compiler_options)
 
 
 def evaluate(

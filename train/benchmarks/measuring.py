@@ -26,6 +26,7 @@ class Timing:
         losses: The metric `loss` of each call.
         arguments_gib: Memory of the program's arguments, as the compiler reports it.
         temporaries_gib: The same of its temporaries.
+        compiled: The program.
     """
 
     compile_s: float
@@ -33,13 +34,20 @@ class Timing:
     losses: list[Any]
     arguments_gib: float
     temporaries_gib: float
+    compiled: Any
 
     def median(self, warmup: int = 1) -> float:
         """Median seconds of the calls after the first ones."""
         return statistics.median(self.seconds[warmup:])
 
 
-def time_step(lower: Callable[..., Any], state: Any, *operands: Any, calls: int) -> Timing:
+def time_step(
+    lower: Callable[..., Any],
+    state: Any,
+    *operands: Any,
+    calls: int,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Timing:
     """Compiles and times `(state, *operands) -> (state, metrics)`.
 
     Args:
@@ -47,12 +55,13 @@ def time_step(lower: Callable[..., Any], state: Any, *operands: Any, calls: int)
         state: The first call's state, which may be donated.
         operands: What every call is given besides.
         calls: Number of calls.
+        compiler_options: Of XLA, for this program.
 
     Raises:
         FloatingPointError: If a loss is not finite.
     """
     began = time.perf_counter()
-    compiled = lower(state, *operands).compile()
+    compiled = lower(state, *operands).compile(compiler_options)
     compile_s = time.perf_counter() - began
     memory = compiled.memory_analysis()
     seconds, losses = [], []
@@ -69,6 +78,7 @@ def time_step(lower: Callable[..., Any], state: Any, *operands: Any, calls: int)
         losses=losses,
         arguments_gib=memory.argument_size_in_bytes / GIB,
         temporaries_gib=memory.temp_size_in_bytes / GIB,
+        compiled=compiled,
     )
 
 

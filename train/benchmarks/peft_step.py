@@ -142,6 +142,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--segments", type=int, default=1, help="examples packed in a row")
     parser.add_argument("--shard", choices=("ddp", "fsdp"))
     for name in ("liger", "checkpointing", "compile", "nf4"):
         parser.add_argument(f"--{name}", action="store_true")
@@ -163,11 +164,15 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=cuda)
     shape = (options.rows, options.length)
     ids = torch.randint(0, SIZES[options.size].vocab_size, shape, device=device)
+    inputs = {"input_ids": ids, "labels": ids}
+    if options.segments > 1:  # positions that begin anew are how transformers knows the examples
+        each = -(-options.length // options.segments)
+        inputs["position_ids"] = (torch.arange(options.length, device=device) % each).expand(shape)
     seconds = []
     for _ in range(options.steps + 2):
         began = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**inputs).loss
         loss.backward()
         after_backward()
         optimizer.step()

@@ -31,6 +31,7 @@ RESULT = RESULTS / "quantised_quality.json"
 LENGTH = 256
 OURS: dict[str, BaseDtype] = {
     "not quantised": "bf16",
+    "FP8": "fp8",
     "int8": "int8",
     "NF4": "nf4",
     "int4": "int4",

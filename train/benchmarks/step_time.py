@@ -11,6 +11,7 @@ and, for Liger, `liger-kernel`; an arm that cannot run says why.
 import argparse
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ RESULT = RESULTS / "step_time.json"
 SEGMENTS = 4  # examples in a packed row
 LORA = ("--adapter.class_path", "genlora_jax.LoRAConfig", "--adapter.alpha", "128")
 NOT_PACKED = ("--data.pack", "false")
+PACKED = ("--segments", str(SEGMENTS))
 
 
 def batch(rows: int, length: int, *more: str) -> tuple[str, ...]:
@@ -69,6 +71,20 @@ PEFT = [
     Arm("PEFT + Liger, 2 x 4096", peft=peft(2, 4096, "--liger")),
     Arm("1B: PEFT + Liger, 8 x 2048", size="llama3.2-1b", peft=peft(8, 2048, "--liger")),
 ]
+# Run where `--only` asks for arms.
+MORE_OF_OURS = [
+    Arm("1B: GenLoRA, 1 x 8192", size="llama3.2-1b", recipe=batch(1, 8192)),
+    Arm("1B: GenLoRA, 2 x 8192", size="llama3.2-1b", recipe=batch(2, 8192)),
+]
+MORE_OF_PEFT = [
+    Arm("PEFT + torch.compile, 2 x 2048", peft=peft(2, 2048, "--compile")),
+    Arm("PEFT + torch.compile + Liger, 2 x 2048", peft=peft(2, 2048, "--compile", "--liger")),
+    Arm("PEFT + Liger, 1 x 8192, packed", peft=peft(1, 8192, "--liger", *PACKED)),
+    Arm("1B: PEFT + torch.compile, 8 x 2048", "llama3.2-1b", peft=peft(8, 2048, "--compile")),
+    Arm(
+        "1B: PEFT + Liger, 1 x 8192, packed", "llama3.2-1b", peft=peft(1, 8192, "--liger", *PACKED)
+    ),
+]
 
 
 def measure_peft(arm: Arm, steps: int) -> dict[str, Any]:
@@ -79,8 +95,14 @@ def measure_peft(arm: Arm, steps: int) -> dict[str, Any]:
     return found if "error" in found else found | {"tokens_per_s": rows * length / found["step_s"]}
 
 
-def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
-    """Step time and memory of the recipe's own step."""
+def measure_ours(
+    arm: Arm,
+    base: tuple[Any, Any],
+    steps: int,
+    compiler_options: Mapping[str, Any] | None = None,
+    describe: Callable[[Any], dict[str, Any]] = lambda compiled: {},
+) -> dict[str, Any]:
+    """Step time and memory of the recipe's own step, and what `describe` says of its program."""
     import jax
 
     from genlora_jax.adapter import init_adapter
@@ -103,8 +125,9 @@ def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
     state = init_state(init_adapter(recipe.adapter, jax.random.key(0), params), optimizer)
     options = dataclasses.replace(recipe.step_options, max_segments=most)
     step = make_train_step(model, recipe.adapter, optimizer, options)
+    inputs = jax.device_put(random_batch(size, segments))
     timing = time_step(
-        step.lower, state, params, jax.device_put(random_batch(size, segments)), calls=steps + 2
+        step.lower, state, params, inputs, calls=steps + 2, compiler_options=compiler_options
     )
     seconds = timing.median(warmup=2)
     return {
@@ -112,7 +135,7 @@ def measure_ours(arm: Arm, base: tuple[Any, Any], steps: int) -> dict[str, Any]:
         "tokens_per_s": rows * length / seconds,
         "peak_gib": timing.arguments_gib + timing.temporaries_gib,
         "compile_s": timing.compile_s,
-    }
+    } | describe(timing.compiled)
 
 
 def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[str, Any]:
@@ -158,7 +181,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     ours, theirs = (
-        [arm for arm in arms if re.search(options.only, arm.name)] for arms in (OURS, PEFT)
+        [
+            arm
+            for arm in (arms + more if options.only else arms)
+            if re.search(options.only, arm.name)
+        ]
+        for arms, more in ((OURS, MORE_OF_OURS), (PEFT, MORE_OF_PEFT))
     )
     result = run(ours, theirs, options.steps, options.size)
     write_result(options.output, result)

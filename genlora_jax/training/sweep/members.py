@@ -99,6 +99,10 @@ class SweepRecipe(Recipe):
         """Raises ValueError that names the fields at fault."""
         super().__post_init__()
         require_int("steps_per_call", self.steps_per_call, 1)
+        require(
+            self.model.remat != "auto",
+            "model.remat auto: a sweep does not choose; give none, dots or full",
+        )
         for name in ("resume", "distributed", "wandb"):
             given = getattr(self.train, name)
             require(not given, f"train.{name}: a sweep has no such thing; leave it out")

@@ -1,0 +1,72 @@
+"""`model.remat: auto`: the fastest step that fits the device's memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from genlora_jax.training.processes import broadcast_from_primary
+
+GIB = 2**30
+# Assumed: a share of the memory for the next batch, evaluation, and gaps between arrays.
+SPARE = 0.05
+
+
+def step_that_fits(
+    make: Callable[[Any], Any],
+    policies: Sequence[str],
+    device: jax.Device,
+    print_line: Callable[[str], None],
+) -> Callable[..., Any]:
+    """A step that is chosen at its first call, by the memory of the compiled programs.
+
+    Args:
+        make: Makes the jitted step of a policy.
+        policies: Each takes less memory, and more time, than the one before.
+        device: One of those that the step runs on. On CPUs the first policy is taken, and the
+            last where the memory is not known.
+        print_line: Prints the choice, if there is one.
+    """
+    chosen: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal chosen
+        if chosen is None:
+            policy, chosen, reason = _choose(make, policies, device, args)
+            if len(policies) > 1:
+                print_line(f"remat: {policy} ({reason})")
+        return chosen(*args)
+
+    return call
+
+
+def _choose(
+    make: Callable[[Any], Any], policies: Sequence[str], device: jax.Device, args: Any
+) -> tuple[str, Any, str]:
+    """A policy, its step, and why it is taken."""
+    *others, last = policies
+    if not others or device.platform == "cpu":
+        return policies[0], make(policies[0]), "as on all CPUs"
+    memory = broadcast_from_primary((device.memory_stats() or {}).get("bytes_limit", 0))
+    if not memory:
+        return last, make(last), "the device does not say how much memory it has"
+    for policy in others:
+        step = make(policy)
+        held = held_bytes(step, args, device.platform)
+        if held is not None and held < (1 - SPARE) * memory:
+            return policy, step, f"{held / GIB:.1f} of {memory / GIB:.1f} GiB"
+    return last, make(last), f"no other fits {memory / GIB:.1f} GiB"
+
+
+def held_bytes(step: Any, args: Any, platform: str) -> int | None:
+    """Bytes of a step's arguments and temporaries on a device; None if its compiler refuses."""
+    try:
+        memory = step.lower(*args).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+    # On TPUs `temp_size_in_bytes` is up to a half more than the peak takes.
+    if platform == "tpu":
+        return int(memory.peak_memory_in_bytes)
+    return int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)

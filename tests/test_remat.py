@@ -1,0 +1,133 @@
+"""`model.remat: auto`: which step is taken for which memory."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import pytest
+from tiny_base import write_base
+from tiny_models import TINY
+
+import genlora_jax as gl
+from genlora_jax.data.config import DataConfig
+from genlora_jax.hf.base_model import ModelConfig
+from genlora_jax.models.config import LlamaConfig
+from genlora_jax.plan.chips import GIB, parse_topology
+from genlora_jax.plan.estimate import fastest_that_fits, rank_meshes
+from genlora_jax.training import finetune
+from genlora_jax.training.recipe import Recipe, TrainConfig
+from genlora_jax.training.remat import step_that_fits
+from genlora_jax.training.sweep.members import SweepRecipe
+
+HELD = {"none": 70, "dots": 50, "full": 20}  # GiB
+POLICIES = tuple(HELD)
+
+
+class Step:
+    """A jitted step whose program takes so many GiB, half of them as arguments."""
+
+    def __init__(self, policy, refused=()):
+        self.policy, self.refused = policy, refused
+
+    def __call__(self, state):
+        return self.policy, state
+
+    def lower(self, state):
+        return self
+
+    def compile(self):
+        if self.policy in self.refused:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm")
+        half = HELD[self.policy] * GIB // 2
+        return SimpleNamespace(
+            memory_analysis=lambda: SimpleNamespace(
+                argument_size_in_bytes=half, temp_size_in_bytes=half, peak_memory_in_bytes=2 * half
+            )
+        )
+
+
+def device(platform, memory):
+    stats = None if memory is None else {"bytes_limit": memory * GIB}
+    return SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+
+
+@pytest.mark.parametrize(
+    ("platform", "memory", "refused", "line"),
+    [
+        ("gpu", 79, (), "remat: none (70.0 of 79.0 GiB)"),
+        ("gpu", 71, (), "remat: dots (50.0 of 71.0 GiB)"),
+        ("gpu", 40, (), "remat: full (no other fits 40.0 GiB)"),
+        ("gpu", 10, (), "remat: full (no other fits 10.0 GiB)"),
+        ("gpu", None, (), "remat: full (the device does not say how much memory it has)"),
+        ("tpu", 95, ("none",), "remat: dots (50.0 of 95.0 GiB)"),
+        ("cpu", None, (), "remat: none (as on all CPUs)"),
+    ],
+)
+def test_the_fastest_that_fits_is_taken_and_said_once(platform, memory, refused, line):
+    lines = []
+    step = step_that_fits(
+        lambda policy: Step(policy, refused), POLICIES, device(platform, memory), lines.append
+    )
+    for state in (1, 2):
+        assert step(state) == (line.split()[1], state)
+    assert lines == [line]
+
+
+def test_a_policy_that_is_given_is_not_weighed():
+    lines = []
+    step = step_that_fits(Step, ("dots",), device("gpu", 1), lines.append)
+    assert step(1) == ("dots", 1)
+    assert not lines
+
+
+def test_another_error_of_the_compiler_is_not_hidden():
+    class Broken(Step):
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    step = step_that_fits(Broken, POLICIES, device("gpu", 79), print)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        step(1)
+
+
+def recipe(**model):
+    return Recipe(
+        model=ModelConfig(path="nowhere", shape=LlamaConfig(**TINY), **model),
+        data=DataConfig(train="nowhere", length=64, batch_size=64),
+        train=TrainConfig(output="nowhere"),
+        adapter=gl.LoRAConfig(rank=2),
+    )
+
+
+def test_a_plan_takes_the_first_that_fits_by_its_estimate():
+    topology = parse_topology("gpu:1x80")
+    found, ranked = fastest_that_fits(recipe(remat="auto"), topology)
+    assert found.model.remat == "none"
+    assert ranked == rank_meshes(recipe(remat="none"), topology)
+    memory = rank_meshes(recipe(remat="dots"), topology)[0]
+    chip = dataclasses.replace(topology.chip, memory=1.2 * (memory.arguments + memory.temporaries))
+    found, _ = fastest_that_fits(recipe(remat="auto"), dataclasses.replace(topology, chip=chip))
+    assert found.model.remat == "dots"
+
+
+def test_a_sweep_refuses_to_choose():
+    given = vars(recipe(remat="auto")) | {"data": DataConfig(train="nowhere", eval="nowhere")}
+    with pytest.raises(ValueError, match=r"model\.remat auto: a sweep does not choose"):
+        SweepRecipe(**given)
+
+
+def test_a_run_on_a_cpu_keeps_everything(run_main, tmp_path):
+    base = write_base(tmp_path / "base", num_hidden_layers=1)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
+    recipe = {
+        "model": {"path": str(base), "remat": "auto"},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "length": 16, "batch_size": 8},
+        "mesh": {"data": 8, "fsdp": 1},
+        "train": {"output": str(tmp_path / "run"), "steps": 1},
+        "adapter": {"class_path": "genlora_jax.LoRAConfig", "init_args": {"rank": 2}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    status, out, err = run_main(finetune.main, "--config", tmp_path / "recipe.yaml")
+    assert status == 0, err
+    assert out.count("remat: none (as on all CPUs)") == 1
