@@ -64,8 +64,9 @@ def check_basis(cfg: "GenLoRAConfig") -> None:
             FAMILIES[cfg.basis].has_bandwidth,
             f"bandwidth means nothing to basis={cfg.basis!r}: leave it out",
         )
-    if cfg.bandwidth not in (None, "spread"):
-        require_float("bandwidth", cfg.bandwidth, 0.0, above=True)
+    width: Any = cfg.bandwidth
+    if width not in (None, "spread"):
+        require_float("bandwidth", width, 0.0, above=True)
     if cfg.projection is not None:
         require_int("projection", cfg.projection, 1)
         within = cfg.projection <= cfg.group_size

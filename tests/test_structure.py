@@ -60,7 +60,7 @@ ARROWS: dict[str, set[str]] = {
         *("adapter", "atomic_files", "base", "methods", "sharding", "storage", "targets"),
         "validation",
     },
-    "data": {"atomic_files", "remote_path", "storage", "validation"},
+    "data": {"atomic_files", "remote_path", "storage", "threads", "validation"},
     "settings": {"methods", "storage", "validation"},
     "hf": {
         *(

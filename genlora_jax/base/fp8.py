@@ -121,7 +121,8 @@ def _forward(x: jax.Array, codes: jax.Array, scale: jax.Array) -> Any:
 
 
 def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    return _product(gradient, *kept, GRADIENT, 0), None, None
+    codes, scale = kept
+    return _product(gradient, codes, scale, GRADIENT, 0), None, None
 
 
 _multiply.defvjp(_forward, _backward)

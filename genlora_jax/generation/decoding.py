@@ -239,17 +239,17 @@ def _advance(
         if sampled:
             # A key for each token of each prompt: whichever row it has, and beside whatever others.
             keys = jax.vmap(lambda *at: jax.random.fold_in(jax.random.fold_in(key, at[0]), at[1]))
-            new = _sample(logits, keys(rows.prompt, rows.length), temperature, top_p)
+            token = _sample(logits, keys(rows.prompt, rows.length), temperature, top_p)
         else:
-            new = logits.argmax(axis=-1)
+            token = logits.argmax(axis=-1)
         # Rows that are done write beyond the tokens, which drops it.
         at = jnp.where(rows.done, rows.tokens.shape[1], rows.length)
         length = jnp.where(rows.done, rows.length, rows.length + 1)
         new = Rows(
-            tokens=rows.tokens.at[each, at].set(new.astype(jnp.int32), mode="drop"),
+            tokens=rows.tokens.at[each, at].set(token.astype(jnp.int32), mode="drop"),
             length=length,
             limit=rows.limit,
-            done=rows.done | jnp.isin(new, stop) | (length == rows.limit),
+            done=rows.done | jnp.isin(token, stop) | (length == rows.limit),
             prompt=rows.prompt,
             finite=(jnp.isfinite(logits).all(axis=-1) | rows.done).all(),
         )

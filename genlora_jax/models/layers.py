@@ -180,6 +180,7 @@ class LlamaAttention(nn.Module):
             q, k = norm("q_norm")(q), norm("k_norm")(k)
         q, k = (constrain(rotate(part, context.rope), "tensor", None) for part in (q, k))
         if cache is not None:
+            assert mask is not None  # some of its slots are empty
             slots = context.start[:, None] + jnp.arange(x.shape[1])[None]
             at = (layer, jnp.arange(x.shape[0])[:, None], slice(None), slots)
             cache = {
