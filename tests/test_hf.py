@@ -346,8 +346,13 @@ def test_dtypes_that_are_not_given_are_chosen_by_the_device(given, cpu, gpu):
 
 @pytest.mark.parametrize(
     ("given", "on_gpus"),
-    [({}, False), ({"base_dtype": "fp8"}, False), ({"base_dtype": "nf4"}, True)]
-    + [({"base_dtype": "int8", "scan": False}, False), ({"scan": True}, True)],
+    [
+        ({}, False),
+        ({"base_dtype": "fp8"}, False),
+        ({"base_dtype": "nf4"}, True),
+        ({"base_dtype": "int8", "scan": False}, False),
+        ({"scan": True}, True),
+    ],
 )
 def test_layers_are_unrolled_on_gpus_unless_their_kernels_are_dequantised(given, on_gpus):
     config = ModelConfig(path="base", **given)
