@@ -344,6 +344,17 @@ def test_dtypes_that_are_not_given_are_chosen_by_the_device(given, cpu, gpu):
     assert config.dtypes("gpu") == config.dtypes("tpu") == gpu
 
 
+@pytest.mark.parametrize(
+    ("given", "on_gpus"),
+    [({}, False), ({"base_dtype": "fp8"}, False), ({"base_dtype": "nf4"}, True)]
+    + [({"base_dtype": "int8", "scan": False}, False), ({"scan": True}, True)],
+)
+def test_layers_are_unrolled_on_gpus_unless_their_kernels_are_dequantised(given, on_gpus):
+    config = ModelConfig(path="base", **given)
+    assert config.scans("gpu") == on_gpus
+    assert config.scans("cpu") == config.scans("tpu") == given.get("scan", True)
+
+
 def test_an_adapter_of_a_scanned_base_serves_an_unrolled_one(make_adapter, tmp_path):
     cfg = dataclasses.replace(CFG, layers=[0, 2])
     (scanned, stacked), (unrolled, single) = random_llama(scan=True), random_llama(scan=False)

@@ -103,7 +103,8 @@ def scaled(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 def _product(x: jax.Array, codes: jax.Array, scale: jax.Array, fp8: Any, axis: int) -> jax.Array:
     """`x` `[m, n]` in an FP8 type, times codes, of which an axis is contracted; `[m, k]`."""
     operand, scale_of_x = scaled(x, fp8)
-    wide = jnp.promote_types(x.dtype, jnp.bfloat16)  # float16 would not hold the sums of codes
+    # float16 would not hold the sums of codes.
+    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     dimensions = (((1,), (axis,)), ((), ()))
     y = jax.lax.dot_general(
         operand, codes, dimensions, precision=PRECISION, preferred_element_type=wide

@@ -31,7 +31,8 @@ class ModelConfig:
             each step would convert them, else `bfloat16`.
         revision: Branch, tag or commit on the hub.
         scan: Layers scanned (fast to compile), or unrolled (faster on GPUs, which then copy neither
-            kernels nor activations from and to stacks). None: unrolled on GPUs.
+            kernels nor activations from and to stacks). None: unrolled on GPUs, but for `int8`,
+            `nf4` and `int4`.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
             attention (`dots`), or all (`full`). `auto`: in a run, the first of these whose step
             fits the device's memory.
@@ -75,8 +76,14 @@ class ModelConfig:
         return dtype, self.param_dtype or (dtype if platform == "cpu" else "bfloat16")
 
     def scans(self, platform: str) -> bool:
-        """Whether layers are scanned on `"cpu"`, `"gpu"` or `"tpu"`."""
-        return platform != "gpu" if self.scan is None else self.scan
+        """Whether layers are scanned on `"cpu"`, `"gpu"` or `"tpu"`.
+
+        Unrolled layers are faster on GPUs, unless kernels are dequantised: codes are cheap to copy
+        out of a stack, and XLA dequantises the kernels of unrolled layers ahead of their use.
+        """
+        if self.scan is not None:
+            return self.scan
+        return platform != "gpu" or self.base_dtype in ("int8", "nf4", "int4")
 
 
 @dataclass(frozen=True)
