@@ -277,7 +277,8 @@ def main() -> None:
     if arguments.tokenizer:
         found = tokenised(arguments.tokenizer, arguments.text) | provenance()
         print(json.dumps(found, indent=1))
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenised": found}, indent=1))
+        whole = json.loads(file.read_text()) | {"tokenised": found}
+        file.write_text(json.dumps(whole, indent=1) + "\n")
         return
     result: dict[str, Any] = {"planning": planning(arguments.rows), "padding": padding()}
     result["rate"] = rate() | {"assumed_tokens_per_second": DEVICE}
