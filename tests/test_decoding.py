@@ -42,8 +42,9 @@ def test_answers_in_few_rows_are_those_of_whole_passes_in_the_prompts_order(rows
     assert found == [ids[:end] for ids, end in zip(expected, ends, strict=True)]
 
 
-def test_a_row_that_ends_takes_the_next_prompt_at_once(monkeypatch):
-    model, params = random_llama()
+@pytest.fixture
+def steps(monkeypatch):
+    """How many tokens each call of `_advance` added to a row."""
     advance, steps = decoding._advance, []
 
     def counted(*args, **options):
@@ -52,12 +53,24 @@ def test_a_row_that_ends_takes_the_next_prompt_at_once(monkeypatch):
         return state, cache
 
     monkeypatch.setattr(decoding, "_advance", counted)
+    return steps
+
+
+def test_a_row_that_ends_takes_the_next_prompt_at_once(steps):
+    model, params = random_llama()
     prompts = prompts_of(*range(2, 26))
     found = decode(model, params, prompts, max_new_tokens=40, stop=[4, 11, 17, 30], rows=4)
     lengths = [len(ids) + 1 for ids in found]  # with the end
     batches = [max(lengths[i : i + 4]) for i in range(0, len(lengths), 4)]
     assert sum(steps) <= 0.75 * sum(batches)
     assert sum(steps) >= sum(lengths) / 4
+
+
+def test_all_prompts_are_continued_at_once_unless_rows_are_given(steps):
+    model, params = random_llama()
+    prompts = prompts_of(*range(2, 19))  # 17, which no group of two rows divides
+    assert [len(ids) for ids in decode(model, params, prompts, max_new_tokens=5)] == [5] * 17
+    assert sum(steps) == 5
 
 
 def test_samples_do_not_depend_on_the_number_of_rows():

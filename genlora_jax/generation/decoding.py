@@ -85,7 +85,7 @@ def decode(
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
         key: PRNG key; needed to sample. What a prompt is continued with does not depend on `rows`.
-        rows: How many prompts are continued at a time; 0 for all of them.
+        rows: How many prompts are continued at a time, or up to an eighth more; 0 for all of them.
 
     Returns:
         The continuations' token ids, in the order of the prompts.
@@ -137,6 +137,7 @@ def _continue(
     sampled = sampling["temperature"] > 0
     least = max(1, count // FREED)
     part = _part_length(prompts, least)
+    count = -(-count // least) * least  # what would be left over would wait for `least` free rows
     rows = _empty(count, _slots(len(prompts[waiting[-1]]) + max_new_tokens))
     cache = adapted[0].init_cache(count, rows.slots)
     while waiting or not rows.done.all():
