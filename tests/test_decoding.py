@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import random_llama
 
 from genlora_jax.generation import decoding
 from genlora_jax.generation.decoding import decode
+from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.sharding import named, param_specs
 
 LENGTHS = (3, 90, 1, 12, 40, 7, 33, 64, 5, 18, 65, 2)
 
@@ -71,6 +74,28 @@ def test_all_prompts_are_continued_at_once_unless_rows_are_given(steps):
     prompts = prompts_of(*range(2, 19))  # 17, which no group of two rows divides
     assert [len(ids) for ids in decode(model, params, prompts, max_new_tokens=5)] == [5] * 17
     assert sum(steps) == 5
+
+
+@pytest.mark.parametrize(("scan", "data"), [(True, 2), (False, 1)])
+def test_on_a_mesh_a_cache_is_sharded_in_one_way(scan, data, monkeypatch):
+    model, params = random_llama(scan=scan, num_hidden_layers=1, vocab_size=64)
+    mesh = make_mesh(MeshConfig(data=data, tensor=2))
+    model = model.clone(mesh=mesh)
+    params = jax.device_put(params, named(mesh, param_specs(params)))
+    read, advance, found = decoding._read, decoding._advance, []
+
+    def watched(*args, **options):
+        found.extend((leaf.sharding, leaf.ndim) for leaf in jax.tree.leaves(args[3]))
+        return read(*args, **options)
+
+    monkeypatch.setattr(decoding, "_read", watched)
+    before = read._cache_size(), advance._cache_size()
+    # The cache is cut once, when all prompts have been read.
+    decode(model, params, prompts_of(120, 3, 40, 5, 6), max_new_tokens=9, rows=4)
+    where = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
+    assert len(found) > 4
+    assert all(sharding.is_equivalent_to(where, ndim) for sharding, ndim in found)
+    assert (read._cache_size() - before[0], advance._cache_size() - before[1]) == (1, 2)
 
 
 def test_samples_do_not_depend_on_the_number_of_rows():
