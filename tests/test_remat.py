@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from tiny_base import write_base
 from tiny_models import TINY
@@ -15,7 +16,7 @@ from genlora_jax.hf.base_model import ModelConfig
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.plan.chips import GIB, parse_topology
 from genlora_jax.plan.estimate import fastest_that_fits, rank_meshes
-from genlora_jax.training import finetune
+from genlora_jax.training import finetune, remat
 from genlora_jax.training.recipe import Recipe, TrainConfig
 from genlora_jax.training.remat import step_that_fits
 from genlora_jax.training.sweep.members import SweepRecipe
@@ -72,6 +73,24 @@ def test_the_fastest_that_fits_is_taken_and_said_once(platform, memory, refused,
     for state in (1, 2):
         assert step(state) == (line.split()[1], state)
     assert lines == [line]
+
+
+@pytest.mark.parametrize("refused", [(), ("none",)])
+def test_a_policy_must_fit_in_all_processes_which_agree_on_each(refused, monkeypatch):
+    others, said = [79 * GIB, 51 * GIB], []  # of another process, by policy
+
+    def gather_values(values):
+        said.extend(values)
+        return np.array([values, [others[len(said) - 1]]], np.float32)
+
+    monkeypatch.setattr(remat, "gather_values", gather_values)
+    lines = []
+    step = step_that_fits(
+        lambda policy: Step(policy, refused), POLICIES, device("gpu", 79), lines.append
+    )
+    assert step(1) == ("dots", 1)
+    assert lines == ["remat: dots (51.0 of 79.0 GiB)"]
+    assert said == [float("inf") if refused else 70 * GIB, 50 * GIB]
 
 
 def test_a_policy_that_is_given_is_not_weighed():
