@@ -13,9 +13,12 @@ from tiny_models import TINY
 import genlora_jax as gl
 from genlora_jax.data.config import DataConfig
 from genlora_jax.hf.base_model import ModelConfig
+from genlora_jax.mesh import MeshConfig
 from genlora_jax.models.config import LlamaConfig
+from genlora_jax.plan import estimate
 from genlora_jax.plan.chips import GIB, parse_topology
 from genlora_jax.plan.estimate import fastest_that_fits, rank_meshes
+from genlora_jax.plan.report import report
 from genlora_jax.training import finetune, remat
 from genlora_jax.training.recipe import Recipe, TrainConfig
 from genlora_jax.training.remat import step_that_fits
@@ -128,6 +131,27 @@ def test_a_plan_takes_the_first_that_fits_by_its_estimate():
     chip = dataclasses.replace(topology.chip, memory=1.2 * (memory.arguments + memory.temporaries))
     found, _ = fastest_that_fits(recipe(remat="auto"), dataclasses.replace(topology, chip=chip))
     assert found.model.remat == "dots"
+
+
+def test_a_plan_in_which_nothing_fits_takes_what_needs_least(monkeypatch):
+    meshes = [MeshConfig(data=2, fsdp=1)]  # `full` keeps more than `dots` there, on GPUs
+    monkeypatch.setattr(estimate, "candidates", lambda recipe, topology: iter(meshes))
+    topology = parse_topology("gpu:2x80")
+    small = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=2**20))
+    found, ranked = fastest_that_fits(recipe(remat="auto"), small)
+    held = {
+        policy: sum(e.arguments + e.temporaries for e in rank_meshes(recipe(remat=policy), small))
+        for policy in POLICIES
+    }
+    assert held["dots"] < held["full"]
+    assert not ranked[0].fits
+    assert (found.model.remat, ranked) == ("dots", rank_meshes(recipe(remat="dots"), small))
+
+
+def test_a_plan_says_for_which_mesh_it_chose(capsys):
+    report(recipe(remat="auto"), parse_topology("gpu:1x80"), compiled=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "none, which auto stands for on the best mesh by this estimate; a run" in said
 
 
 def test_a_sweep_refuses_to_choose():
