@@ -1,4 +1,4 @@
-"""Full fine-tuning's factor: the whole delta."""
+"""The factor of full fine-tuning and of Sine-LoRA: the whole delta."""
 
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ class Delta(Kind):
 
     name = "full fine-tuning"
     axes: ClassVar = {"delta": ("in", "out")}
+    scaled = "delta"
     option = "full fine-tuning"
 
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
