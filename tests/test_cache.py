@@ -302,6 +302,18 @@ def test_an_edit_that_keeps_a_file_s_size_is_seen(tmp_path, monkeypatch):
         assert rows_digest([str(path)]) != before
 
 
+def test_an_edit_behind_a_link_is_seen(tmp_path):
+    (real := tmp_path / "real").mkdir()
+    (data := tmp_path / "data").mkdir()
+    (real / "rows.jsonl").write_text("a")
+    (data / "train").symlink_to(real)
+    (real / "loop").symlink_to(data)
+    before = rows_digest([str(data)])
+    assert before is not None
+    (real / "rows.jsonl").write_text("b")
+    assert rows_digest([str(data)]) not in (before, None)
+
+
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "lengths.npy", "cache.json"])
 def test_a_damaged_cache_is_refused(tmp_path, tokenizer, here, name):
     file = write(tmp_path / "rows.jsonl", ROWS * 9)
