@@ -89,6 +89,15 @@ def check_basis(cfg: "GenLoRAConfig") -> None:
     )
 
 
+def check_side(cfg: "GenLoRAConfig", side: str, n: int) -> None:
+    """Raises ValueError if features have but one group of a side's latent to vary over."""
+    require(
+        not cfg.standardize or n > cfg.group_size,
+        f"standardize: {side} of length {n} is one group (group_size {cfg.group_size}), over which "
+        "every feature would be 0; give a smaller group_size, or leave the module out",
+    )
+
+
 def basis_features(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> jax.Array | None:
     """Values of the basis functions at normalised groups `t: [J, g]`.
 

@@ -314,6 +314,13 @@ def test_more_centres_than_groups_of_latents_are_refused():
         jax.eval_shape(lambda: gl.init_adapter(cfg, jax.random.key(0), base))
 
 
+def test_features_that_one_group_cannot_vary_are_refused():
+    cfg = gl.GenLoRAConfig(rank=2, group_size=12, kernels=3, standardize=True)
+    base = {"layers": {"proj": {"kernel": jax.ShapeDtypeStruct((2, 16, 12), np.float32)}}}
+    with pytest.raises(ValueError, match=r"layers\.proj/b of length 12 .*group_size 12"):
+        jax.eval_shape(lambda: gl.init_adapter(cfg, jax.random.key(0), base))
+
+
 def test_group_normalisation_of_a_lone_last_element_is_zero():
     cfg = gl.GenLoRAConfig(rank=1, group_size=4, normalize="group", eps=0.0)
     t = generators.normalize_latent(cfg, jnp.arange(5.0))

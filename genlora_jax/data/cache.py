@@ -166,9 +166,7 @@ def find_cache(
     return CacheSource(f"{cfg.cache}/{found[0] if rows is None else f'{key}-{rows}'}", weights)
 
 
-def cache_name(
-    names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig
-) -> str:
+def cache_name(names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig) -> str:
     """The name of the cache of sources.
 
     Raises:

@@ -165,6 +165,7 @@ class GenLoRAConfig(TwoSidedConfig):
         normals = self._normals(key, target)
         latents, weights = {}, {}
         for side, n in lengths.items():
+            generators.check_side(self, f"{target.name}/{side}", n)
             name = f"{self._generator_name(target)}/{side}"
             weights[side] = {
                 part: jnp.zeros((self._sets(target), *shape), jnp.float32)
