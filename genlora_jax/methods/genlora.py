@@ -166,7 +166,6 @@ class GenLoRAConfig(TwoSidedConfig):
         latents, weights = {}, {}
         for side, n in lengths.items():
             generators.check_side(self, f"{target.name}/{side}", n)
-            name = f"{self._generator_name(target)}/{side}"
             weights[side] = {
                 part: jnp.zeros((self._sets(target), *shape), jnp.float32)
                 for part, shape in generators.weight_shapes(self, n).items()
@@ -176,7 +175,9 @@ class GenLoRAConfig(TwoSidedConfig):
             else:
                 z = latents[side] = self.latent_std * normals[f"latents/{side}"]
             served = self._served(target, z)
-            centers = self._initial_centers(name, served)
+            # Of shared generators the first target's are kept.
+            first = not self.share_across_targets or target == targets[0]
+            centers = self.initial_centers(target, side, z, at_groups=first)
             if self.joint and self.trainable_centers:
                 weights[side] |= centers
             if side == "a":
@@ -234,10 +235,20 @@ class GenLoRAConfig(TwoSidedConfig):
             return z[None]
         return jnp.broadcast_to(z, (self._sets(target), z.shape[1]))[:, None]
 
-    def _initial_centers(self, name: str, served: jax.Array) -> Leaves:
-        """Each set's centres, widths and projections, `[S, ...]`."""
-        drawn = generators.fixed_centers(self, name)
-        if self.centers == "latents":
+    def initial_centers(
+        self, target: Target, side: Literal["a", "b"], z: jax.Array, *, at_groups: bool = True
+    ) -> Leaves:
+        """Each set's centres, widths and projections, `[S, ...]`, for a side's latents.
+
+        With `at_groups=False` centres are drawn from N(0, 1) whatever `centers` says.
+
+        Raises:
+            ValueError: If the latents have fewer groups than there are centres.
+        """
+        name = f"{self._generator_name(target)}/{side}"
+        drawn, served = generators.fixed_centers(self, name), self._served(target, z)
+        if self.centers == "latents" and at_groups:
+            generators.check_centers(self, f"{target.name}/{side}", *served.shape[1:])
             place = functools.partial(generators.centers_at_groups, self, name, drawn=drawn)
             return jax.vmap(place)(served)
         sets = len(served)
