@@ -326,7 +326,7 @@ def test_shared_centres_are_at_groups_of_the_first_target_alone():
 
     adapter = start(24, 8)  # whose two groups would be too few
     groups = np.asarray(reference_groups(cfg, adapter["latents"]["a_proj"]["b"][0]))
-    for center in adapter["generators"]["shared"]["b"]["centers"][0]:
+    for center in adapter["generators"]["shared"]["b"]["centers"][0].tolist():
         assert np.abs(groups - center).max(axis=1).min() < 1e-5
     with pytest.raises(ValueError, match="a_proj/b has 2 groups for 4 centres"):
         start(8, 24)
