@@ -47,8 +47,9 @@ class GenLoRAConfig(TwoSidedConfig):
         latent_std: Research option. Standard deviation of the latents at first.
         rbf_init: Research option. Share, in [0, 1], of side A's initial variance that the basis
             functions carry; the residual carries the rest.
-        trainable_centers: Research option. Whether the centres and bandwidths of groupwise RBFs
-            are trained. The centres of the elementwise generator lie on a fixed grid.
+        trainable_centers: Research option. Whether the centres, bandwidths and projections of
+            groupwise RBFs are trained; else they are rebuilt from `seed`, never trained or stored.
+            The centres of the elementwise generator lie on a fixed grid.
         bandwidth: Research option. Width h of the functions. `None` means sqrt(2) for groupwise
             RBFs and the spacing of the grid (1 when K = 1) otherwise. For groupwise RBFs also
             `"spread"`: h_k^2 is the standard deviation of `|t - c_k|^2 / g` over the groups, so
@@ -56,8 +57,8 @@ class GenLoRAConfig(TwoSidedConfig):
         standardize: Research option. Whether each groupwise feature has mean 0 and variance 1 over
             the groups of a latent.
         projection: Research option. Dimensions d of groupwise RBFs: each sees a group through a
-            trained projection of its own, `P_k t` in R^d (d = 1: ridge functions). None: all of
-            the group.
+            projection of its own, trained as centres are, `P_k t` in R^d (d = 1: ridge functions).
+            None: all of the group.
         centers: Research option. Where the centres of groupwise RBFs start: drawn from N(0, 1)
             (`"random"`), or at groups of the initial `"latents"`.
         center_basis: Research option. Subtract from each generated basis vector its mean.
