@@ -178,6 +178,12 @@ def test_sine_lora_is_the_papers_equation():
     assert np.linalg.matrix_rank(theirs[0]) == D_IN
 
 
+def test_an_error_about_a_whole_delta_names_sine_lora():
+    factors = gl.generate_factors(CONFIGS["sine"], moved_adapter("sine")[0])
+    with pytest.raises(ValueError, match=r"has a delta \(full fine-tuning or Sine-LoRA\)"):
+        gl.combine([factors], [1.0])
+
+
 def test_nola_is_the_papers_equation():
     adapter, target = moved_adapter("nola")
     weights = exact(adapter.trainable["mixtures"]["layers.proj"])

@@ -11,10 +11,10 @@ from genlora_jax.factors.kind import DenseCall, Kind, Leaves
 class Delta(Kind):
     """`delta` `[..., d_in, d_out]`."""
 
-    name = "full fine-tuning"
+    name = "full fine-tuning or Sine-LoRA"
     axes: ClassVar = {"delta": ("in", "out")}
     scaled = "delta"
-    option = "full fine-tuning"
+    option = name
 
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
         return call.y + call.x @ leaves["delta"].astype(call.x.dtype)
