@@ -12,30 +12,9 @@ def low_rank_change(call: DenseCall, leaves: Leaves) -> jax.Array:
     """`x A B` in the dtype of the output, by way of the factors."""
     a, b = (leaves[leaf].astype(call.x.dtype) for leaf in ("a", "b"))
     if call.adapter_index is None:
-        return _expand(call.x @ a, b)
+        return (call.x @ a) @ b
     a, b = a[call.adapter_index], b[call.adapter_index]
     return jnp.einsum("n...i,nir,nro->n...o", call.x, a, b, optimize="optimal")
-
-
-@jax.custom_vjp
-def _expand(h: jax.Array, b: jax.Array) -> jax.Array:
-    """`h @ b`, whose gradient in b transposes h, which is narrow, and not the wide `h @ b`'s."""
-    return h @ b
-
-
-def _expand_forward(h: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return h @ b, (h, b)
-
-
-def _expand_backward(
-    residuals: tuple[jax.Array, jax.Array], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    h, b = residuals
-    rows = tuple(range(h.ndim - 1))
-    return d_out @ b.swapaxes(0, 1), jax.lax.dot_general(h, d_out, ((rows, rows), ((), ())))
-
-
-_expand.defvjp(_expand_forward, _expand_backward)
 
 
 def low_rank_singular_values(a: jax.Array, b: jax.Array) -> jax.Array:
