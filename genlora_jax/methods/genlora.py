@@ -55,7 +55,7 @@ class GenLoRAConfig(TwoSidedConfig):
             `"spread"`: h_k^2 is the standard deviation of `|t - c_k|^2 / g` over the groups, so
             that they are no flatter in many dimensions than in few.
         standardize: Research option. Whether each groupwise feature has mean 0 and variance 1 over
-            the groups of a latent.
+            the groups of a latent, which must have two or more.
         projection: Research option. Dimensions d of groupwise RBFs: each sees a group through a
             projection of its own, trained as centres are, `P_k t` in R^d (d = 1: ridge functions).
             None: all of the group.
@@ -237,7 +237,7 @@ class GenLoRAConfig(TwoSidedConfig):
         return jnp.broadcast_to(z, (self._sets(target), z.shape[1]))[:, None]
 
     def initial_centers(
-        self, target: Target, side: Literal["a", "b"], z: jax.Array, *, at_groups: bool = True
+        self, target: Target, side: str, z: jax.Array, *, at_groups: bool = True
     ) -> Leaves:
         """Each set's centres, widths and projections, `[S, ...]`, for a side's latents.
 
