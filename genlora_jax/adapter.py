@@ -59,11 +59,13 @@ class Adapter:
             `generators/TARGET/{a,b}/...` `[S, ...]`, where S is 1 if all layers share one, else
             L; perhaps `gates/TARGET` `[L, r]`.
             LoRA: `factors/TARGET/{a,b}`, `[L, d_in, r]` and `[L, r, d_out]`. A side A that is
-            seeded has no leaf. DoRA also `magnitudes/TARGET` `[L, d_out]`. VeRA:
-            `vectors/TARGET/{d,b}`, `[L, r]` and `[L, d_out]`. Full: `deltas/TARGET`
-            `[L, d_in, d_out]`.
+            seeded has no leaf. DoRA also `magnitudes/TARGET` `[L, d_out]`. PiSSA and Sine-LoRA as
+            LoRA; tied LoRA too, with L = 1 on the tied side. VeRA: `vectors/TARGET/{d,b}`,
+            `[L, r]` and `[L, d_out]`. Uni-LoRA: `vectors/shared` `[size]`. NOLA:
+            `mixtures/TARGET/{a,b}` `[L, count]`. Full: `deltas/TARGET` `[L, d_in, d_out]`.
         frozen: Leaves that cannot be rebuilt from the seed; no gradient reaches them. PiSSA:
-            `principal/TARGET/{a,b}`, what the factors started at.
+            `principal/TARGET/{a,b}`, what the factors started at. Uni-LoRA: `initial/shared`, what
+            the vector did.
         spec: The static part.
     """
 

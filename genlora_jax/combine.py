@@ -27,7 +27,7 @@ def combine(
 
     Raises:
         ValueError: If there are no sets, a weight is missing, shapes disagree, or some factors are
-            not A and B (DoRA, `hadamard=True`, full fine-tuning).
+            not A and B (DoRA, `hadamard=True`, a whole delta).
     """
     if not sets or len(sets) != len(weights):
         raise ValueError(f"combine needs a weight a set: {len(sets)} sets, {len(weights)} weights")

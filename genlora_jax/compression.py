@@ -53,8 +53,7 @@ def compress(
         The adapter, and how well it does.
 
     Raises:
-        ValueError: If the method is another or has a side that is not trained, or the targets and
-            the factors do not match.
+        ValueError: If the method is another, a side is not trained, or targets do not match.
     """
     if isinstance(cfg, LoRAConfig):
         return lora_from_factors(cfg, factors, params=params, key=key)
@@ -99,8 +98,7 @@ def lora_from_factors(
     rank it truncates the singular values of each delta, which is the best there is.
 
     Args:
-        cfg: Its targets and layers are those of `factors`. Layers that it has beyond those begin
-            anew.
+        cfg: Its targets and layers are those of `factors`. Layers beyond those begin anew.
         factors: Result of `import_peft`, or of `generate_factors`.
         params: As for `compress`.
         key: PRNG key of what begins anew.
@@ -109,8 +107,7 @@ def lora_from_factors(
         The adapter, and how well it does.
 
     Raises:
-        ValueError: If the config has a side that is not trained, or the targets and the factors do
-            not match.
+        ValueError: If a side is not trained, or the targets and the factors do not match.
     """
     if not cfg.starts_from_peft:
         raise ValueError(f"compress makes GenLoRA and LoRA adapters, not {type(cfg).__name__}'s")
@@ -254,16 +251,19 @@ def _start(
 ) -> Adapter:
     """Latents from the first singular vectors, and generators of which the first passes them on."""
     trainable = jax.tree.map(lambda leaf: leaf, adapter.trainable)
+    targets = {target.name: target for target in adapter.spec.targets}
     for i, (name, (u, s, v)) in enumerate(deltas.items()):
         largest = s[:, 0].mean()
         for side, vectors in (("a", u), ("b", v)):
             n = vectors.shape[1]
+            generator = trainable["generators"][name][side]
             if "latents" in trainable:
                 top = vectors[..., 0] * jnp.sqrt(s[:, :1] / largest)
                 if cfg.share_latents:
                     top = _common_direction(top)
-                trainable["latents"][name][side] = math.sqrt(n) * top
-            generator = trainable["generators"][name][side]
+                z = trainable["latents"][name][side] = math.sqrt(n) * top
+                if cfg.centers == "latents":
+                    generator |= cfg.initial_centers(targets[name], side, z)
             size = jnp.sqrt(largest / n / (1.0 if side == "a" else cfg.scale**2))
             for j, part in enumerate(p for p in ("residual", "weights") if p in generator):
                 part_key = jax.random.fold_in(key, 4 * i + 2 * j + (side == "b"))

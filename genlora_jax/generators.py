@@ -89,6 +89,25 @@ def check_basis(cfg: "GenLoRAConfig") -> None:
     )
 
 
+def check_side(cfg: "GenLoRAConfig", side: str, n: int) -> None:
+    """Raises ValueError if features have but one group of a side's latent to vary over."""
+    require(
+        not cfg.standardize or n > cfg.group_size,
+        f"standardize: {side} of length {n} is one group (group_size {cfg.group_size}), over which "
+        "every feature would be 0; give a smaller group_size, or leave the module out",
+    )
+
+
+def check_centers(cfg: "GenLoRAConfig", side: str, layers: int, n: int) -> None:
+    """Raises ValueError if a side's latents, `[layers, n]`, have fewer groups than centres."""
+    count = layers * group_count(cfg, n)
+    require(
+        count >= cfg.kernels,
+        f'centers="latents": {side} has {count} groups for {cfg.kernels} centres; '
+        'give fewer kernels, a smaller group_size or centers="random"',
+    )
+
+
 def basis_features(cfg: "GenLoRAConfig", t: jax.Array, generator: Generator) -> jax.Array | None:
     """Values of the basis functions at normalised groups `t: [J, g]`.
 
@@ -177,15 +196,9 @@ def fixed_centers(cfg: "GenLoRAConfig", name: str) -> Generator:
 def centers_at_groups(cfg: "GenLoRAConfig", name: str, z: jax.Array, drawn: Generator) -> Generator:
     """The same with centres at groups of latents `z: [L, n]`, which the config's seed chooses.
 
-    Raises:
-        ValueError: If the latents have fewer groups than there are centres.
+    There are at least as many groups, see `check_centers`.
     """
     count = z.shape[0] * group_count(cfg, z.shape[1])
-    if count < cfg.kernels:
-        raise ValueError(
-            f'centers="latents": {name} has {count} groups for {cfg.kernels} centres; '
-            'give fewer kernels, a smaller group_size or centers="random"'
-        )
     groups = jax.vmap(lambda row: normalize_latent(cfg, row))(z).reshape(count, cfg.group_size)
     order = jnp.argsort(seeded_normal(cfg.seed, f"{name}/groups", (count,)))
     chosen = groups[order[: cfg.kernels]]

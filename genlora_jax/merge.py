@@ -18,7 +18,7 @@ from genlora_jax.targets import kernel_path, refuse_other_than_dense
 def merge(params: Mapping[str, Any], factors: Mapping[str, Any], *, donate: bool = False) -> Any:
     """The base's parameters with the factors merged into their kernels.
 
-    LoRA's and full fine-tuning's delta is added. DoRA then brings the columns of the sum to its
+    LoRA's delta is added, and so is a whole one. DoRA then brings the columns of the sum to its
     magnitudes. HiRA (`hadamard=True`) multiplies the kernel's elements with 1 plus its gain.
 
     Args:

@@ -21,7 +21,7 @@ from genlora_jax import cli, remote_path
 from genlora_jax.data import cache as cache_module
 from genlora_jax.data import cache_writing, files, lazy, open_source, streaming, workers
 from genlora_jax.data import rows_digest as rows_digest_module
-from genlora_jax.data.cache import CacheSource, cache_name, find_cache
+from genlora_jax.data.cache import CacheSource, find_cache, source_fingerprint
 from genlora_jax.data.cache_writing import write_cache
 from genlora_jax.data.config import DataConfig, MixedSource
 from genlora_jax.data.encode import load_examples
@@ -302,6 +302,18 @@ def test_an_edit_that_keeps_a_file_s_size_is_seen(tmp_path, monkeypatch):
         assert rows_digest([str(path)]) != before
 
 
+def test_an_edit_behind_a_link_is_seen(tmp_path):
+    (real := tmp_path / "real").mkdir()
+    (data := tmp_path / "data").mkdir()
+    (real / "rows.jsonl").write_text("a")
+    (data / "train").symlink_to(real)
+    (real / "loop").symlink_to(data)
+    before = rows_digest([str(data)])
+    assert before is not None
+    (real / "rows.jsonl").write_text("b")
+    assert rows_digest([str(data)]) not in (before, None)
+
+
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "lengths.npy", "cache.json"])
 def test_a_damaged_cache_is_refused(tmp_path, tokenizer, here, name):
     file = write(tmp_path / "rows.jsonl", ROWS * 9)
@@ -372,13 +384,14 @@ def test_a_large_file_is_read_as_it_is_in_memory(tmp_path, tokenizer, here, monk
         train=[file, other], length=48, overlong="split", bad_rows="skip", bad_rows_limit=0.1
     )
     expected, report = load_examples(cfg.train, tokenizer, cfg)
-    name = cache_name(cfg.train, tokenizer, cfg)
+    fingerprint = source_fingerprint(cfg.train, tokenizer, cfg)
+    monkeypatch.setattr(cache_module, "FORMAT", 99)  # a run goes on whatever caches are like
     monkeypatch.setattr(open_source, "LARGE", 10)
     # Its digest is made as its lines are found, and not by reading it once more.
     monkeypatch.setattr(rows_digest_module, "_file_digest", None)
     source, read = load_source(cfg.train, tokenizer, cfg)
     assert isinstance(source, LazySource)
-    assert source.fingerprint == name
+    assert source.fingerprint == fingerprint
     assert "genlora tokenize" in str(read)
     assert len(source) == 6 * 22 + 1
     assert sum(part.rows for part in source.parts) == len(source)

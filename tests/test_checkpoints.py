@@ -15,6 +15,7 @@ import genlora_jax as gl
 from genlora_jax.data.batches import train_batches
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.sources import MemorySource
+from genlora_jax.remote_path import RemoteError
 from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.checkpoint_storage import RETRIES, _of_bucket, naming_whole
 from genlora_jax.training.optim import OptimConfig, make_optimizer
@@ -195,12 +196,29 @@ def test_keeping_steps_that_are_never_saved_is_refused():
 def test_an_error_of_a_bucket_says_what_is_saved():
     for step, words in ((8, "step 8 is saved"), (None, "no checkpoint was whole")):
         with (
-            pytest.raises(PermissionError, match=f"^refused. {words}: go on with --train.resume"),
+            pytest.raises(
+                PermissionError, match=f"^s3://bucket/run: refused. {words}: go on with --train.res"
+            ),
             naming_whole("s3://bucket/run", lambda step=step: step),
         ):
-            raise PermissionError("refused")
+            raise PermissionError("s3://bucket/run: refused")
     with pytest.raises(PermissionError, match=r"^refused$"), naming_whole("run", lambda: 8):
         raise PermissionError("refused")
+    with (  # of where the rows are
+        pytest.raises(PermissionError, match=r"^s3://rows: refused$"),
+        naming_whole("s3://bucket/run", lambda: 8),
+    ):
+        raise PermissionError("s3://rows: refused")
+
+    class Answer(RemoteError):
+        def __init__(self, *, code):
+            super().__init__(f"s3://bucket/run: code {code}")
+
+    with (
+        pytest.raises(RemoteError, match=r"^s3://bucket/run: code 503\. step 8 is saved"),
+        naming_whole("s3://bucket/run", lambda: 8),
+    ):
+        raise Answer(code=503)
     spec = {"driver": "ocdbt", "base": {"driver": "gcs", "bucket": "b", "path": "p/"}}
     base = _of_bucket(spec, "gs")["base"]
     assert base == spec["base"] | {"gcs_request_retries": RETRIES}

@@ -126,6 +126,20 @@ def test_the_first_latent_is_the_first_singular_pair(monkeypatch):
     assert first == pytest.approx(truncated, rel=1e-4, abs=1e-9)
 
 
+def test_centres_start_at_groups_of_the_latents_that_are_fitted(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        compression, "minimise", lambda _, start, *a, **k: (started.append(start) or start, 0.0)
+    )
+    cfg = dataclasses.replace(CFG, kernels=5, centers="latents")
+    gl.compress(cfg, random_factors())
+    for side in "ab":
+        latents = started[0]["latents"]["layers.q"][side]
+        groups = np.asarray(latents).reshape(-1, cfg.group_size)  # normalize="none"
+        for center in started[0]["generators"]["layers.q"][side]["centers"][0].tolist():
+            assert np.abs(groups - center).max(axis=1).min() < 1e-6
+
+
 def test_the_name_of_version_0_1_is_kept():
     assert gl.fit is gl.compress
 

@@ -314,6 +314,31 @@ def test_more_centres_than_groups_of_latents_are_refused():
         jax.eval_shape(lambda: gl.init_adapter(cfg, jax.random.key(0), base))
 
 
+def test_shared_centres_are_at_groups_of_the_first_target_alone():
+    cfg = gl.GenLoRAConfig(
+        rank=2, group_size=4, kernels=4, centers="latents", share_across_targets=True
+    )
+
+    def start(first, then):
+        shapes = {"a_proj": (16, first), "b_proj": (16, then)}
+        base = {m: {"kernel": jax.ShapeDtypeStruct(s, np.float32)} for m, s in shapes.items()}
+        return gl.init_adapter(cfg, jax.random.key(0), base).trainable
+
+    adapter = start(24, 8)  # whose two groups would be too few
+    groups = np.asarray(reference_groups(cfg, adapter["latents"]["a_proj"]["b"][0]))
+    for center in adapter["generators"]["shared"]["b"]["centers"][0].tolist():
+        assert np.abs(groups - center).max(axis=1).min() < 1e-5
+    with pytest.raises(ValueError, match="a_proj/b has 2 groups for 4 centres"):
+        start(8, 24)
+
+
+def test_features_that_one_group_cannot_vary_are_refused():
+    cfg = gl.GenLoRAConfig(rank=2, group_size=12, kernels=3, standardize=True)
+    base = {"layers": {"proj": {"kernel": jax.ShapeDtypeStruct((2, 16, 12), np.float32)}}}
+    with pytest.raises(ValueError, match=r"layers\.proj/b of length 12 .*group_size 12"):
+        jax.eval_shape(lambda: gl.init_adapter(cfg, jax.random.key(0), base))
+
+
 def test_group_normalisation_of_a_lone_last_element_is_zero():
     cfg = gl.GenLoRAConfig(rank=1, group_size=4, normalize="group", eps=0.0)
     t = generators.normalize_latent(cfg, jnp.arange(5.0))

@@ -344,6 +344,12 @@ def test_dtypes_that_are_not_given_are_chosen_by_the_device(given, cpu, gpu):
     assert config.dtypes("gpu") == config.dtypes("tpu") == gpu
 
 
+@pytest.mark.parametrize("remat", ["auto", "ful"])
+def test_a_loader_that_cannot_choose_refuses_what_is_no_policy(remat):
+    with pytest.raises(ValueError, match=rf"remat must be one of .*'full'.*, got '{remat}'"):
+        gl.load_llama("nowhere", remat=remat)
+
+
 @pytest.mark.parametrize(
     ("given", "on_gpus"),
     [

@@ -89,6 +89,17 @@ def test_whole_deltas_are_put_together_like_kernels_and_summed_up_where_they_are
     assert moved["gradients"] == 4 * values * (3 / 4 + 2 * 1 / 2 / 4)
 
 
+def test_a_whole_delta_that_is_formed_takes_memory_that_a_trained_one_has_in_its_state(recipe):
+    values = 3 * (4 * 64 * 64 + 3 * 64 * 128)
+    full, sine = (
+        estimate(dataclasses.replace(recipe, adapter=cfg), CHIPS["v5e"], MeshConfig(fsdp=2))
+        for cfg in (gl.FullConfig(), gl.SineLoRAConfig(rank=2))
+    )
+    # The delta and the sine's argument.
+    assert sine.temporaries - full.temporaries == 2 * 4 * values / 2
+    assert sine.arguments < full.arguments
+
+
 def test_only_meshes_that_divide_everything_are_candidates(recipe):
     found = list(candidates(recipe, parse_topology("v5e:2x4")))
     assert MeshConfig(fsdp=8) in found

@@ -123,6 +123,13 @@ def test_places_of_uni_lora_are_spread_evenly():
     assert np.abs(counts - expected).max() < 5 * expected**0.5  # five deviations of a Poisson
 
 
+def test_a_vector_of_uni_lora_that_is_longer_than_its_factors_is_refused():
+    elements = LAYERS * (D_IN + D_OUT) * 3
+    gl.init_adapter(gl.UniLoRAConfig(rank=3, size=elements), jax.random.key(0), BASE)
+    with pytest.raises(ValueError, match=f"size {elements + 1} exceeds the {elements} elements"):
+        gl.init_adapter(gl.UniLoRAConfig(rank=3, size=elements + 1), jax.random.key(0), BASE)
+
+
 def test_a_tied_b_is_lily_of_peft_whose_bs_are_alike():
     import peft
     import torch
@@ -169,6 +176,12 @@ def test_sine_lora_is_the_papers_equation():
     # The sine's argument is about 30 and rounded like it.
     np.testing.assert_allclose(deltas(adapter), theirs, rtol=0, atol=1e-5)
     assert np.linalg.matrix_rank(theirs[0]) == D_IN
+
+
+def test_an_error_about_a_whole_delta_names_sine_lora():
+    factors = gl.generate_factors(CONFIGS["sine"], moved_adapter("sine")[0])
+    with pytest.raises(ValueError, match=r"has a delta \(full fine-tuning or Sine-LoRA\)"):
+        gl.combine([factors], [1.0])
 
 
 def test_nola_is_the_papers_equation():

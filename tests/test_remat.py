@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from tiny_base import write_base
 from tiny_models import TINY
@@ -12,10 +13,13 @@ from tiny_models import TINY
 import genlora_jax as gl
 from genlora_jax.data.config import DataConfig
 from genlora_jax.hf.base_model import ModelConfig
+from genlora_jax.mesh import MeshConfig
 from genlora_jax.models.config import LlamaConfig
+from genlora_jax.plan import estimate
 from genlora_jax.plan.chips import GIB, parse_topology
 from genlora_jax.plan.estimate import fastest_that_fits, rank_meshes
-from genlora_jax.training import finetune
+from genlora_jax.plan.report import report
+from genlora_jax.training import finetune, remat
 from genlora_jax.training.recipe import Recipe, TrainConfig
 from genlora_jax.training.remat import step_that_fits
 from genlora_jax.training.sweep.members import SweepRecipe
@@ -74,6 +78,24 @@ def test_the_fastest_that_fits_is_taken_and_said_once(platform, memory, refused,
     assert lines == [line]
 
 
+@pytest.mark.parametrize("refused", [(), ("none",)])
+def test_a_policy_must_fit_in_all_processes_which_agree_on_each(refused, monkeypatch):
+    others, said = [79 * GIB, 51 * GIB], []  # of another process, by policy
+
+    def gather_values(values):
+        said.extend(values)
+        return np.array([values, [others[len(said) - 1]]], np.float32)
+
+    monkeypatch.setattr(remat, "gather_values", gather_values)
+    lines = []
+    step = step_that_fits(
+        lambda policy: Step(policy, refused), POLICIES, device("gpu", 79), lines.append
+    )
+    assert step(1) == ("dots", 1)
+    assert lines == ["remat: dots (51.0 of 79.0 GiB)"]
+    assert said == [float("inf") if refused else 70 * GIB, 50 * GIB]
+
+
 def test_a_policy_that_is_given_is_not_weighed():
     lines = []
     step = step_that_fits(Step, ("dots",), device("gpu", 1), lines.append)
@@ -109,6 +131,27 @@ def test_a_plan_takes_the_first_that_fits_by_its_estimate():
     chip = dataclasses.replace(topology.chip, memory=1.2 * (memory.arguments + memory.temporaries))
     found, _ = fastest_that_fits(recipe(remat="auto"), dataclasses.replace(topology, chip=chip))
     assert found.model.remat == "dots"
+
+
+def test_a_plan_in_which_nothing_fits_takes_what_needs_least(monkeypatch):
+    meshes = [MeshConfig(data=2, fsdp=1)]  # `full` keeps more than `dots` there, on GPUs
+    monkeypatch.setattr(estimate, "candidates", lambda recipe, topology: iter(meshes))
+    topology = parse_topology("gpu:2x80")
+    small = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=2**20))
+    found, ranked = fastest_that_fits(recipe(remat="auto"), small)
+    held = {
+        policy: sum(e.arguments + e.temporaries for e in rank_meshes(recipe(remat=policy), small))
+        for policy in POLICIES
+    }
+    assert held["dots"] < held["full"]
+    assert not ranked[0].fits
+    assert (found.model.remat, ranked) == ("dots", rank_meshes(recipe(remat="dots"), small))
+
+
+def test_a_plan_says_for_which_mesh_it_chose(capsys):
+    report(recipe(remat="auto"), parse_topology("gpu:1x80"), compiled=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "none, which auto stands for on the best mesh by this estimate; a run" in said
 
 
 def test_a_sweep_refuses_to_choose():

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from tiny_base import REPOSITORY, write_base
-from tiny_models import random_llama
+from tiny_models import perturb, random_llama
 
 import genlora_jax as gl
 from genlora_jax.mesh import MeshConfig, make_mesh
+from genlora_jax.methods import METHODS
 from genlora_jax.models import cudnn
 from genlora_jax.models.attention import attend
 from genlora_jax.settings import parse
@@ -161,6 +162,23 @@ def test_alphas_of_members_scale_gains(base, batches, run):
         loss = evaluate(eval_step, params, factors, batches[STEPS:])
         assert_close(found.eval_loss[:, i].min(), np.float64(loss))
     assert abs(np.diff(found.eval_loss[-1])) > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_member_s_factors_are_those_of_its_alpha(method):
+    cfg = METHODS[method](**{"uni_lora": {"size": 9}, "full": {}}.get(method, {"rank": 2}))
+    kernel = jax.random.normal(jax.random.key(1), (16, 12))
+    adapter = gl.init_adapter(cfg, jax.random.key(0), {"q_proj": {"kernel": kernel}})
+    adapter = adapter.replace(trainable=perturb(adapter.trainable))
+    alone = cfg if method == "full" else cfg.with_alpha(48.0)
+    program = sweep_program.SweepProgram(model=None, cfg=cfg, optim=OPTIM, steps=1)
+    found = program.factors(adapter, jnp.float32(alone.scale / cfg.scale))["q_proj"]
+    expected = gl.generate_factors(alone, adapter.with_config(alone))["q_proj"]
+    for leaf, value in expected.items():
+        largest = np.abs(value).max()
+        assert largest > 0
+        atol = 8 * np.finfo(np.float32).eps * largest
+        np.testing.assert_allclose(found[leaf], value, rtol=0, atol=atol)
 
 
 def test_a_member_that_diverges_leaves_the_others_as_they_were_to_the_bit(run, result):

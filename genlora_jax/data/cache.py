@@ -25,7 +25,8 @@ from genlora_jax.storage import WRITTEN, is_remote, size_and_version, storage_pa
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 3  # of what is written, and of its name
+FORMAT = 3  # of what is written, and in its name
+EXAMPLES = 2  # of how rows become examples: part of what a run that goes on must have the same
 LENGTHS, INDEX = "lengths.npy", "cache.json"
 # What is raised over files that are not as they were written.
 DAMAGE = (
@@ -141,7 +142,8 @@ def find_cache(
         ValueError: If it was made of other rows, or cannot be read.
     """
     names, weights = paths_and_weights(sources)
-    root, key, rows = storage_path(str(cfg.cache)), _key(names, tokenizer, cfg), rows_digest(names)
+    root, rows = storage_path(str(cfg.cache)), rows_digest(names)
+    key = _key(names, tokenizer, cfg, FORMAT)
     listed = [path.name for path in root.iterdir()] if root.is_dir() else []
     found = [
         name for name in listed if name.startswith(f"{key}-") and (root / name / WRITTEN).is_file()
@@ -164,28 +166,45 @@ def find_cache(
     return CacheSource(f"{cfg.cache}/{found[0] if rows is None else f'{key}-{rows}'}", weights)
 
 
-def cache_name(
+def cache_name(names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig) -> str:
+    """The name of the cache of sources.
+
+    Raises:
+        FileNotFoundError: If a source is not there.
+    """
+    return f"{_key(names, tokenizer, cfg, FORMAT)}-{_rows(names)}"
+
+
+def source_fingerprint(
     names: Sequence[str],
     tokenizer: "PreTrainedTokenizerFast",
     cfg: DataConfig,
     known: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The name of the cache of sources, whose digests may be known: see `rows_digest`.
+    """What tells whether a run goes on with the same examples, however caches are written.
+
+    The digests of sources may be known: see `rows_digest`.
 
     Raises:
         FileNotFoundError: If a source is not there.
     """
+    return f"{_key(names, tokenizer, cfg, EXAMPLES)}-{_rows(names, known)}"
+
+
+def _rows(names: Sequence[str], known: Mapping[str, str] = MappingProxyType({})) -> str:
     if (rows := rows_digest(names, known)) is None:
         raise FileNotFoundError(f"no such data: {', '.join(names)}")
-    return f"{_key(names, tokenizer, cfg)}-{rows}"
+    return rows
 
 
-def _key(names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig) -> str:
+def _key(
+    names: Sequence[str], tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig, version: int
+) -> str:
     """A digest of all that makes rows into examples."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     used = {name: part for name, part in state.items() if name not in ("truncation", "padding")}
     made = {
-        "format": FORMAT,
+        "format": version,
         "sources": names,
         "settings": [cfg.length, cfg.overlong, cfg.bad_rows],
         "tokenizer": [used, tokenizer.eos_token_id, tokenizer.split_special_tokens],

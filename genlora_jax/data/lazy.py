@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from genlora_jax.data.cache import cache_name
+from genlora_jax.data.cache import source_fingerprint
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import PlacedRow
 from genlora_jax.data.examples import Example, split_examples
@@ -73,7 +73,7 @@ class LazySource:
         self._tables, self._name = tables, ", ".join(names)
         own = zip(names, tables, strict=True)
         known = {name: found for name, table in own if (found := getattr(table, "digest", None))}
-        self.fingerprint = cache_name(names, tokenizer, cfg, known)
+        self.fingerprint = source_fingerprint(names, tokenizer, cfg, known)
         counts = [len(table) for table in tables]
         for name, count in zip(names, counts, strict=True):
             if not count:

@@ -1,7 +1,8 @@
 """Digests of files of rows, which tell whether a cache was made of them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,7 +57,16 @@ def _files(name: str) -> list[Any]:
         return [path]
     if is_remote(place):
         return [path / below for below in listed(place)]
-    return sorted((found for found in path.rglob("*") if found.is_file()), key=str)
+    return sorted((found for found in _below(path) if found.is_file()), key=str)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """What is below a directory, also behind links, as readers follow them; no loop of links."""
+    for directory, inner, names in os.walk(path, followlinks=True):
+        here = Path(directory)
+        above = {other.resolve() for other in (here, *here.parents)}
+        inner[:] = [name for name in inner if (here / name).resolve() not in above]
+        yield from (here / name for name in names)
 
 
 def _file_digest(path: Any) -> str:

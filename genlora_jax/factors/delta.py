@@ -1,4 +1,4 @@
-"""Full fine-tuning's factor: the whole delta."""
+"""The factor of full fine-tuning and of Sine-LoRA: the whole delta."""
 
 from typing import ClassVar
 
@@ -11,9 +11,10 @@ from genlora_jax.factors.kind import DenseCall, Kind, Leaves
 class Delta(Kind):
     """`delta` `[..., d_in, d_out]`."""
 
-    name = "full fine-tuning"
+    name = "full fine-tuning or Sine-LoRA"
     axes: ClassVar = {"delta": ("in", "out")}
-    option = "full fine-tuning"
+    scaled = "delta"
+    option = name
 
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
         return call.y + call.x @ leaves["delta"].astype(call.x.dtype)

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 
 from genlora_jax.inject import apply
+from genlora_jax.mesh import BATCH
+from genlora_jax.models.layers import constrain
 from genlora_jax.models.llama import LlamaForCausalLM
 from genlora_jax.validation import no_result, require, require_float, require_int
 
@@ -84,8 +86,9 @@ def decode(
         stop: Token ids that end one; they are not returned.
         temperature: 0 for greedy, else softmax temperature.
         top_p: Sample from the most likely tokens of this total probability.
-        key: PRNG key; needed to sample. What a prompt is continued with does not depend on `rows`.
-        rows: How many prompts are continued at a time; 0 for all of them.
+        key: PRNG key; needed to sample. What a prompt is continued with does not depend on `rows`,
+            but for rounding (`fp8` has one scale for all rows).
+        rows: How many prompts are continued at a time, or up to an eighth more; 0 for all of them.
 
     Returns:
         The continuations' token ids, in the order of the prompts.
@@ -137,8 +140,9 @@ def _continue(
     sampled = sampling["temperature"] > 0
     least = max(1, count // FREED)
     part = _part_length(prompts, least)
+    count = -(-count // least) * least  # what would be left over would wait for `least` free rows
     rows = _empty(count, _slots(len(prompts[waiting[-1]]) + max_new_tokens))
-    cache = adapted[0].init_cache(count, rows.slots)
+    cache = _make_cache(adapted[0], count, rows.slots)
     while waiting or not rows.done.all():
         while waiting and rows.done.sum() >= least:
             free = np.flatnonzero(rows.done)[:least]
@@ -156,7 +160,10 @@ def _continue(
             *(len(prompts[i]) + max_new_tokens for i in waiting[-1:]),
         ]
         if 2 * (slots := _slots(int(max(needed)))) <= rows.slots:
-            rows, cache = replace(rows, tokens=rows.tokens[:, :slots]), _cut(cache, slots)
+            rows, cache = (
+                replace(rows, tokens=rows.tokens[:, :slots]),
+                _cut(adapted[0], cache, slots),
+            )
         before = rows.done
         until = least if waiting else count
         state, cache = _advance(*adapted, rows, cache, until, **sampling, sampled=sampled)
@@ -187,6 +194,18 @@ def _part_length(prompts: Sequence[Sequence[int]], rows: int) -> int:
     return max(PART, min(1 << (usual // 2).bit_length(), TOKENS // rows))
 
 
+def _constrained(model: LlamaForCausalLM, cache: Any) -> Any:
+    """A cache sharded by its rows and heads, in one way throughout: each other would compile."""
+    axes = (None, BATCH, "tensor", None, None)
+    return jax.tree.map(lambda leaf: constrain(model.mesh, leaf, *axes), cache)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "count", "slots"))
+def _make_cache(model: LlamaForCausalLM, count: int, slots: int) -> Any:
+    """An empty cache, of which no device ever holds more than its shard."""
+    return _constrained(model, model.init_cache(count, slots))
+
+
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _read(
     model: LlamaForCausalLM,
@@ -201,13 +220,14 @@ def _read(
     some = jax.tree.map(lambda leaf: leaf[:, rows], cache)
     starts = jnp.full(ids.shape[:1], start)
     _, some = apply(model, params, factors, ids, starts, some, method="decode")
-    return jax.tree.map(lambda leaf, new: leaf.at[:, rows].set(new), cache, some)
+    cache = jax.tree.map(lambda leaf, new: leaf.at[:, rows].set(new), cache, some)
+    return _constrained(model, cache)
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def _cut(cache: Any, slots: int) -> Any:
+@functools.partial(jax.jit, static_argnames=("model", "slots"))
+def _cut(model: LlamaForCausalLM, cache: Any, slots: int) -> Any:
     """The first slots of a cache."""
-    return jax.tree.map(lambda leaf: leaf[:, :, :, :slots], cache)
+    return _constrained(model, jax.tree.map(lambda leaf: leaf[:, :, :, :slots], cache))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampled"), donate_argnames="cache")
@@ -255,7 +275,8 @@ def _advance(
         )
         return new, cache
 
-    return lax.while_loop(unfinished, step, (rows, cache))
+    state, cache = lax.while_loop(unfinished, step, (rows, cache))
+    return state, _constrained(model, cache)
 
 
 def _sample(logits: jax.Array, keys: jax.Array, temperature: Any, top_p: Any) -> jax.Array:

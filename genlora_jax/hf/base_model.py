@@ -31,8 +31,8 @@ class ModelConfig:
             each step would convert them, else `bfloat16`.
         revision: Branch, tag or commit on the hub.
         scan: Layers scanned (fast to compile), or unrolled (faster on GPUs, which then copy neither
-            kernels nor activations from and to stacks). None: unrolled on GPUs, but for `int8`,
-            `nf4` and `int4`.
+            kernels nor activations from and to stacks). None: unrolled on GPUs, but for a
+            `base_dtype` of `int8`, `nf4` or `int4`; see `scans`.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
             attention (`dots`), or all (`full`). `auto`: in a run, the first of these whose step
             fits the device's memory.
@@ -79,7 +79,9 @@ class ModelConfig:
         """Whether layers are scanned on `"cpu"`, `"gpu"` or `"tpu"`.
 
         Unrolled layers are faster on GPUs, unless kernels are dequantised: codes are cheap to copy
-        out of a stack, and XLA dequantises the kernels of unrolled layers ahead of their use.
+        out of a stack, and XLA dequantises the kernels of unrolled layers ahead of their use. A
+        checkpoint that is in NF4 already is the exception: without `base_dtype` it is unrolled,
+        since no file is read here. Give `scan: true` for it.
         """
         if self.scan is not None:
             return self.scan

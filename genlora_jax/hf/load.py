@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from genlora_jax.models.attention import Attention
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
 from genlora_jax.threads import in_threads
+from genlora_jax.validation import require_choice
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -72,8 +73,10 @@ def load_llama(
     Raises:
         FileNotFoundError: If there is no such checkpoint, or a file of it is missing.
         ValueError: If its architecture is not supported, or a tensor is missing, damaged or
-            of another shape, or the mesh does not divide one, or the device has no FP8.
+            of another shape, or the mesh does not divide one, or the device has no FP8, or
+            there is no such `remat`.
     """
+    require_choice("remat", remat, get_args(Remat))
     directory = locate(path, revision=revision, token=token)
     config, checkpoint = model_config(directory), open_checkpoint(directory)
     if config.num_hidden_layers > (count := len(checkpoint.names())):

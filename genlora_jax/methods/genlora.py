@@ -47,17 +47,18 @@ class GenLoRAConfig(TwoSidedConfig):
         latent_std: Research option. Standard deviation of the latents at first.
         rbf_init: Research option. Share, in [0, 1], of side A's initial variance that the basis
             functions carry; the residual carries the rest.
-        trainable_centers: Research option. Whether the centres and bandwidths of groupwise RBFs
-            are trained. The centres of the elementwise generator lie on a fixed grid.
+        trainable_centers: Research option. Whether the centres, bandwidths and projections of
+            groupwise RBFs are trained; else they are rebuilt from `seed`, never trained or stored.
+            The centres of the elementwise generator lie on a fixed grid.
         bandwidth: Research option. Width h of the functions. `None` means sqrt(2) for groupwise
             RBFs and the spacing of the grid (1 when K = 1) otherwise. For groupwise RBFs also
             `"spread"`: h_k^2 is the standard deviation of `|t - c_k|^2 / g` over the groups, so
             that they are no flatter in many dimensions than in few.
         standardize: Research option. Whether each groupwise feature has mean 0 and variance 1 over
-            the groups of a latent.
+            the groups of a latent, which must have two or more.
         projection: Research option. Dimensions d of groupwise RBFs: each sees a group through a
-            trained projection of its own, `P_k t` in R^d (d = 1: ridge functions). None: all of
-            the group.
+            projection of its own, trained as centres are, `P_k t` in R^d (d = 1: ridge functions).
+            None: all of the group.
         centers: Research option. Where the centres of groupwise RBFs start: drawn from N(0, 1)
             (`"random"`), or at groups of the initial `"latents"`.
         center_basis: Research option. Subtract from each generated basis vector its mean.
@@ -165,7 +166,7 @@ class GenLoRAConfig(TwoSidedConfig):
         normals = self._normals(key, target)
         latents, weights = {}, {}
         for side, n in lengths.items():
-            name = f"{self._generator_name(target)}/{side}"
+            generators.check_side(self, f"{target.name}/{side}", n)
             weights[side] = {
                 part: jnp.zeros((self._sets(target), *shape), jnp.float32)
                 for part, shape in generators.weight_shapes(self, n).items()
@@ -175,7 +176,9 @@ class GenLoRAConfig(TwoSidedConfig):
             else:
                 z = latents[side] = self.latent_std * normals[f"latents/{side}"]
             served = self._served(target, z)
-            centers = self._initial_centers(name, served)
+            # Of shared generators the first target's are kept.
+            first = not self.share_across_targets or target == targets[0]
+            centers = self.initial_centers(target, side, z, at_groups=first)
             if self.joint and self.trainable_centers:
                 weights[side] |= centers
             if side == "a":
@@ -233,10 +236,20 @@ class GenLoRAConfig(TwoSidedConfig):
             return z[None]
         return jnp.broadcast_to(z, (self._sets(target), z.shape[1]))[:, None]
 
-    def _initial_centers(self, name: str, served: jax.Array) -> Leaves:
-        """Each set's centres, widths and projections, `[S, ...]`."""
-        drawn = generators.fixed_centers(self, name)
-        if self.centers == "latents":
+    def initial_centers(
+        self, target: Target, side: str, z: jax.Array, *, at_groups: bool = True
+    ) -> Leaves:
+        """Each set's centres, widths and projections, `[S, ...]`, for a side's latents.
+
+        With `at_groups=False` centres are drawn from N(0, 1) whatever `centers` says.
+
+        Raises:
+            ValueError: If the latents have fewer groups than there are centres.
+        """
+        name = f"{self._generator_name(target)}/{side}"
+        drawn, served = generators.fixed_centers(self, name), self._served(target, z)
+        if self.centers == "latents" and at_groups:
+            generators.check_centers(self, f"{target.name}/{side}", *served.shape[1:])
             place = functools.partial(generators.centers_at_groups, self, name, drawn=drawn)
             return jax.vmap(place)(served)
         sets = len(served)

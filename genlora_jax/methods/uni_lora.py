@@ -10,7 +10,7 @@ from genlora_jax.factors.kind import Leaves
 from genlora_jax.methods.config import Groups, Kernels, LowRankConfig
 from genlora_jax.seeded_random import seeded_uniform
 from genlora_jax.targets import Target
-from genlora_jax.validation import require_float, require_int
+from genlora_jax.validation import require, require_float, require_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class UniLoRAConfig(LowRankConfig):
     zero at first, as in PiSSA; PEFT's Uni-LoRA begins beside the base.
 
     Attributes:
-        size: Length of the vector, which is all that is trained.
+        size: Length of the vector, which is all that is trained; at most the elements of all A
+            and B.
         bound: The vector is at first uniform in [-bound, bound].
     """
 
@@ -40,7 +41,17 @@ class UniLoRAConfig(LowRankConfig):
     def init(
         self, key: jax.Array, target: Target, targets: tuple[Target, ...], kernels: Kernels
     ) -> tuple[Groups, Groups]:
-        """The vector, which all targets share, and the same kept."""
+        """The vector, which all targets share, and the same kept.
+
+        Raises:
+            ValueError: If it is longer than all of A and B, of whose elements it is made.
+        """
+        elements = sum(self.lora_size(other) for other in targets)
+        require(
+            self.size <= elements,
+            f"size {self.size:,} exceeds the {elements:,} elements of all A and B of rank "
+            f"{self.rank}: nothing would use the rest; give size at most {elements}",
+        )
         theta = jax.random.uniform(key, (self.size,), jnp.float32, -self.bound, self.bound)
         return {"vectors": {"shared": theta}}, {"initial": {"shared": theta}}
 

@@ -62,6 +62,21 @@ class Dense(nn.Dense):
         return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
+def constrain(mesh: Mesh | None, x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """An array each of whose axes is sharded over the mesh's that are named.
+
+    An axis whose size the mesh does not divide is replicated.
+    """
+    if mesh is None:
+        return x
+    spec = []
+    for size, names in zip(x.shape, axes, strict=True):
+        names_of_axis = (names,) if isinstance(names, str) else names or ()
+        shards = math.prod(mesh.shape[name] for name in names_of_axis)
+        spec.append(names if size % shards == 0 else None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """What every module of a layer is built from."""
@@ -78,16 +93,8 @@ class Blueprint:
 
         An axis whose size the mesh does not divide is replicated.
         """
-        if self.mesh is None:
-            return x
-        spec = []
         replicated = (None,) * (x.ndim - 1 - len(axes))
-        for size, names in zip(x.shape, (BATCH, *replicated, *axes), strict=True):
-            names_of_axis = (names,) if isinstance(names, str) else names or ()
-            shards = math.prod(self.mesh.shape[name] for name in names_of_axis)
-            spec.append(names if size % shards == 0 else None)
-        where = NamedSharding(self.mesh, PartitionSpec(*spec))
-        return jax.lax.with_sharding_constraint(x, where)
+        return constrain(self.mesh, x, BATCH, *replicated, *axes)
 
     def residual(self, x: Array) -> Array:
         """The residual stream `[batch, length, hidden]`, sharded between layers.

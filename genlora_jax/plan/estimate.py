@@ -106,17 +106,21 @@ def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
 
 
 def fastest_that_fits(recipe: Recipe, topology: Topology) -> tuple[Recipe, list[Estimate]]:
-    """The recipe with the first of its policies that fits on a mesh, or the last, and its meshes.
+    """The recipe with the first of its policies that fits on a mesh, and its meshes.
+
+    If none fits, it is the policy that takes the least memory, on whichever mesh.
 
     Raises:
         ValueError: As `rank_meshes` does.
     """
+    tried = []
     for policy in recipe.model.policies:
-        recipe = replace(recipe, model=replace(recipe.model, remat=policy))
-        ranked = rank_meshes(recipe, topology)
+        with_policy = replace(recipe, model=replace(recipe.model, remat=policy))
+        ranked = rank_meshes(with_policy, topology)
         if ranked[0].fits:
-            break
-    return recipe, ranked
+            return with_policy, ranked
+        tried.append((with_policy, ranked))
+    return min(tried, key=lambda plan: min(e.arguments + e.temporaries for e in plan[1]))
 
 
 def step_flops(step: Step) -> float:

@@ -33,6 +33,9 @@ KEPT_UNROLLED = (4, 2, 2, 3)
 # Derived, the same for the gradients of all factors: inputs of the products and gradients of their
 # outputs. Measured: on GPUs that share the batch and no more, the compiler computes these last.
 FACTOR_PRODUCTS = (4, 2, 2, 3)
+# Derived: a whole delta that is not trained itself is formed in float32 (Sine-LoRA's), and what it
+# is the function of is kept for its gradient.
+FORMED_COPIES = 2
 # Derived: a scan without remat stacks whatever the backward pass reads: all activations, SwiGLU's
 # parts that are no product's input or output, and two float32 arrays in each of the two norms.
 SWIGLU_ACTIVATIONS = 2
@@ -70,6 +73,8 @@ def temporary_bytes(step: Step) -> int:
     peak = _kept_bytes(step) + factors * step.width + max(in_a_layer, _head_bytes(step))
     if step.recipe.train.accumulate > 1:
         peak += FLOAT32 * factors  # the sum of the micro-batches' gradients
+    if step.stored_values and "deltas" not in step.shapes.adapter.trainable:
+        peak += FORMED_COPIES * FLOAT32 * factors
     return peak + _transposed_values(step) * _stored_bytes(step)
 
 

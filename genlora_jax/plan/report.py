@@ -23,7 +23,8 @@ def report(recipe: Recipe, topology: Topology, *, compiled: bool = True) -> None
     automatic = recipe.model.remat == "auto"
     recipe, ranked = fastest_that_fits(recipe, topology)
     if automatic:
-        console.print(f"model.remat: {recipe.model.remat}, which auto stands for by this estimate")
+        line = f"model.remat: {recipe.model.remat}, which auto stands for on the best mesh"
+        console.print(f"{line} by this estimate; a run chooses for its own")
     console.print(_meshes(ranked, asked, topology))
     if not (chosen := ranked[0]).fits:
         raise ValueError(

@@ -21,6 +21,8 @@ NO_ANSWER = (  # of TensorStore
     *("UNAUTHENTICATED", "UNAVAILABLE"),
 )
 
+OUTPUT_ERRORS = (RemoteError, PermissionError, FileNotFoundError)
+
 # Waits of 1, 2, 4, 8 and 16 seconds, as the libraries for single files have them.
 RETRIES = {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}
 SILENCE = {  # seconds at less than a byte a second until a request has failed
@@ -75,14 +77,16 @@ def unreachable(directory: Any, error: Exception) -> bool:
 
 @contextlib.contextmanager
 def naming_whole(directory: Any, whole: Callable[[], int | None]) -> Iterator[None]:
-    """Has errors of a bucket say from where a run can go on: `whole` is its last whole step."""
+    """Has errors of a run's bucket say from where it can go on: `whole` is its last whole step."""
     try:
         yield
-    except (RemoteError, PermissionError, FileNotFoundError) as error:
-        if not is_remote(directory):
+    except OUTPUT_ERRORS as error:
+        if not is_remote(directory) or str(directory) not in str(error):
             raise
         kept = "no checkpoint was whole" if (step := whole()) is None else f"step {step} is saved"
-        raise type(error)(f"{error}. {kept}: go on with --train.resume true") from error
+        # A subclass may not be made of a message alone.
+        kind = next(kind for kind in OUTPUT_ERRORS if isinstance(error, kind))
+        raise kind(f"{error}. {kept}: go on with --train.resume true") from error
 
 
 @functools.cache

@@ -22,7 +22,7 @@ class OptimConfig:
         basis_ratio: The rate of the generators' basis functions (weights, centres and all) over
             that of their residual (GenLoRA).
         b_ratio: The rate of B over that of A, where factors themselves are trained (LoRA, DoRA,
-            PiSSA); LoRA+ (arXiv 2402.12354) has 2 to 16.
+            PiSSA, tied LoRA, Sine-LoRA); LoRA+ (arXiv 2402.12354) has 2 to 16.
         warmup: Share of the steps in which the rate rises from 0.
         final_ratio: The rate at which the cosine ends, one step after the last, over the peak.
         weight_decay: Decoupled weight decay.

@@ -1,11 +1,12 @@
 """`model.remat: auto`: the fastest step that fits the device's memory."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from genlora_jax.training.processes import broadcast_from_primary
+from genlora_jax.training.processes import broadcast_from_primary, gather_values
 
 GIB = 2**30
 # Assumed: a share of the memory for the next batch, evaluation, and gaps between arrays.
@@ -22,9 +23,10 @@ def step_that_fits(
 
     Args:
         make: Makes the jitted step of a policy.
-        policies: Each takes less memory, and more time, than the one before.
+        policies: The fastest first. Each takes less memory than the one before, except that on
+            GPUs which share the batch alone, `full` may take more than `dots` (`plan.memory`).
         device: One of those that the step runs on. On CPUs the first policy is taken, and the
-            last where the memory is not known.
+            last where the memory is not known or no other fits.
         print_line: Prints the choice, if there is one.
     """
     chosen: Callable[..., Any] | None = None
@@ -52,21 +54,22 @@ def _choose(
         return last, make(last), "the device does not say how much memory it has"
     for policy in others:
         step = make(policy)
-        held = held_bytes(step, args, device.platform)
-        if held is not None and held < (1 - SPARE) * memory:
+        # The most of all processes: with unlike steps they would wait for one another for ever.
+        held = float(gather_values([held_bytes(step, args, device.platform)]).max())
+        if held < (1 - SPARE) * memory:
             return policy, step, f"{held / GIB:.1f} of {memory / GIB:.1f} GiB"
     return last, make(last), f"no other fits {memory / GIB:.1f} GiB"
 
 
-def held_bytes(step: Any, args: Any, platform: str) -> int | None:
-    """Bytes of a step's arguments and temporaries on a device; None if its compiler refuses."""
+def held_bytes(step: Any, args: Any, platform: str) -> float:
+    """Bytes of a step's arguments and temporaries on a device; infinite if its compiler refuses."""
     try:
         memory = step.lower(*args).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None
+        return math.inf
     # On TPUs `temp_size_in_bytes` is up to a half more than the peak takes.
     if platform == "tpu":
-        return int(memory.peak_memory_in_bytes)
-    return int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+        return float(memory.peak_memory_in_bytes)
+    return float(memory.argument_size_in_bytes + memory.temp_size_in_bytes)

@@ -115,7 +115,7 @@ def measure_ours(
     assert arm.recipe is not None
     recipe = parse(Recipe, ["--config", str(RECIPE), *arm.recipe])
     model, params = base
-    model = model.clone(remat=recipe.model.remat, attention=recipe.model.attention)
+    model = model.clone(remat=recipe.model.policies[0], attention=recipe.model.attention)
     rows, length = recipe.data.batch_size, recipe.data.length
     segments = SEGMENTS if recipe.data.pack else 1
     # What packing allows for rows of so many examples, see `data.packing.max_segments`.
