@@ -20,7 +20,7 @@ from genlora_jax.training.checkpoint_reading import SUMS, read_metadata
 from genlora_jax.training.checkpoint_storage import open_checkpointer
 from genlora_jax.training.metrics import read_records
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 SEED = int(os.environ.get("SEED", "0"))
 STEPS = 4 + 4 * KILLS
 STORES = {"s3": s3_server, "gs": gcs_server}
