@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flax.traverse_util import flatten_dict
 
 from genlora_jax.patterns import full_matches
-from genlora_jax.validation import require, require_int
+from genlora_jax.validation import listed, require, require_int
 
 _INDEXED = re.compile(r"(.+)_(\d+)")
 _SCANNED = re.compile(r"layers|Scan.*")  # names that say `nn.scan`: ours, and Linen's own
@@ -241,8 +241,9 @@ def find_targets(selection: TargetSelection, params: Mapping[str, Any]) -> tuple
             if kept:
                 targets.append(Target(name=name + suffix, d_in=d_in, d_out=d_out, kernels=kept))
     if missing := sorted(set(selection.layers or ()) - present):
+        names = listed([str(layer) for layer in missing])
         raise ValueError(
-            f"layers: {missing} not in the base, whose targets have layers 0 to {max(present)}"
+            f"layers: {names} not in the base, whose targets have layers 0 to {max(present)}"
         )
     return tuple(targets)
 
