@@ -62,9 +62,6 @@ class Fp8(StoredKernel):
         codes, scale = scaled(kernel, INPUT)
         return cls(codes.mT, scale[..., 0, 0], dtype)
 
-    def store(self, kernel: jax.Array) -> "Fp8":
-        return self.of(kernel, self.dtype)
-
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, d_out, d_in = self.codes.shape

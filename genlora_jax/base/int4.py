@@ -42,7 +42,7 @@ class Int4(StoredKernel):
     dtype: Any
 
     @classmethod
-    def of(cls, kernel: jax.Array, dtype: Any, group: int) -> "Int4":
+    def of(cls, kernel: jax.Array, dtype: Any, group: int = GROUPS[0]) -> "Int4":
         """A kernel in this form."""
         blocks, absmax = block_absmax(kernel, group)
         # The codes are those for the scale as it is stored.

@@ -34,9 +34,6 @@ class Int8(StoredKernel):
         codes = jnp.round(kernel.astype(jnp.float32) * to_codes)
         return cls(codes.astype(jnp.int8), absmax, dtype)
 
-    def store(self, kernel: jax.Array) -> "Int8":
-        return self.of(kernel, self.dtype)
-
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)

@@ -110,9 +110,6 @@ class NF4(StoredKernel):
         codes, nested, offset = quantised_scales(absmax)
         return cls(pack(low, high), codes, nested, offset, kernel.shape[-2], dtype)
 
-    def store(self, kernel: jax.Array) -> "NF4":
-        return self.of(kernel, self.dtype)
-
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, _, d_out = self.codes.shape

@@ -36,9 +36,14 @@ class StoredKernel:
         """The kernel `[..., d_in, d_out]`, float32."""
         raise NotImplementedError
 
-    def store(self, kernel: jax.Array) -> Self:
-        """A kernel `[..., d_in, d_out]` in this form."""
+    @classmethod
+    def of(cls, kernel: jax.Array, dtype: Any) -> Self:
+        """A kernel `[..., d_in, d_out]` in this form; `dtype` is that of what is not quantised."""
         raise NotImplementedError
+
+    def store(self, kernel: jax.Array) -> Self:
+        """A kernel `[..., d_in, d_out]` stored as this one is."""
+        return self.of(kernel, self.dtype)
 
     def times(self, x: jax.Array, *, prevent_cse: bool) -> jax.Array:
         """`x @ kernel` in the dtype of x, for a kernel without a stack; see `kernel.product`.

@@ -30,8 +30,13 @@ EXAMPLES = 2  # of how rows become examples: part of what a run that goes on mus
 LENGTHS, INDEX = "lengths.npy", "cache.json"
 # What is raised over files that are not as they were written.
 DAMAGE = (
-    *(FileNotFoundError, ValueError, KeyError, TypeError),
-    *(IndexError, AttributeError, RecursionError),
+    FileNotFoundError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    RecursionError,
 )
 AGAIN = "run genlora tokenize with the recipe"
 

@@ -71,8 +71,8 @@ class LazySource:
             ValueError: If a row of the sample is bad, or a table has none.
         """
         self._tables, self._name = tables, ", ".join(names)
-        own = zip(names, tables, strict=True)
-        known = {name: found for name, table in own if (found := getattr(table, "digest", None))}
+        named = zip(names, tables, strict=True)
+        known = {name: found for name, table in named if (found := getattr(table, "digest", None))}
         self.fingerprint = source_fingerprint(names, tokenizer, cfg, known)
         counts = [len(table) for table in tables]
         for name, count in zip(names, counts, strict=True):

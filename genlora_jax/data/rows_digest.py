@@ -36,11 +36,12 @@ def rows_digest(
             digests.append(known.get(name, name))
             continue
         try:
-            digests += (own := [_file_digest(path) for path in _files(name)])
+            found = [_file_digest(path) for path in _files(name)]
         except FileNotFoundError:
             return None
-        if not own:
+        if not found:
             return None
+        digests += found
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genlora_jax.generation.answers import padded
 from genlora_jax.generation.subject import Subject
 from genlora_jax.inject import apply
 from genlora_jax.models.llama import LlamaForCausalLM
@@ -16,6 +15,7 @@ from genlora_jax.training.losses import split_columns, split_head
 from genlora_jax.validation import no_result
 
 CHUNK = 1024  # tokens whose logits exist at a time
+SHORTEST = 32  # rows are padded to this many tokens or more
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 
@@ -25,6 +25,11 @@ class Score(NamedTuple):
 
     logprob: float
     greedy: bool
+
+
+def padded(length: int) -> int:
+    """The length to pad to: the next power of two, so that few lengths are compiled."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 def encode_pair(subject: Subject, context: str, continuation: str) -> Pair:

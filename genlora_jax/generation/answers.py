@@ -1,4 +1,4 @@
-"""Answers: continuations of many prompts as text, in batches of few shapes."""
+"""Answers: continuations of many prompts as text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +7,6 @@ import jax
 
 from genlora_jax.generation.decoding import decode
 from genlora_jax.generation.subject import Subject
-
-SHORTEST = 32  # prompts are padded to this many tokens or more
 
 
 def answers(
@@ -56,11 +54,6 @@ def answers(
     )
     texts = [_text(subject, *both) for both in zip(kept, new, strict=True)]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
-
-
-def padded(length: int) -> int:
-    """The length to pad to: the next power of two, so that few lengths are compiled."""
-    return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
 def room(subject: Subject, max_new_tokens: int) -> int:

@@ -231,8 +231,8 @@ def compiled_steps(
     }
 
     def with_remat(policy: str) -> Any:
-        cfg, own = recipe.adapter, model.clone(remat=policy)
-        return make_train_step(own, cfg, optimizer, run.options, **settings)
+        with_policy = model.clone(remat=policy)
+        return make_train_step(with_policy, recipe.adapter, optimizer, run.options, **settings)
 
     step = step_that_fits(with_remat, recipe.model.policies, device, print_line)
     return announced(step, print_line), make_eval_step(model, run.options, **settings)

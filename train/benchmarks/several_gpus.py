@@ -319,6 +319,8 @@ def measure_peers(gpus: int, tiny: bool, steps: int) -> dict[str, Any]:
 
 def measure_ours(options: argparse.Namespace, chosen: list[Arm], keep: Any) -> None:
     """Compiles all programs and runs one after another; `keep` gets each one's result."""
+    from jax.errors import JaxRuntimeError
+
     programs = []
     with ThreadPoolExecutor(max_workers=8) as pool:
         for arm in chosen:
@@ -333,17 +335,11 @@ def measure_ours(options: argparse.Namespace, chosen: list[Arm], keep: Any) -> N
                     raise TimeoutError("no time left")
                 wait([future for _, future in programs])  # compilers time kernels on the GPUs
                 found = run(program, compiled, options.steps)
-            except (jax_error(), TimeoutError) as error:
+            except (JaxRuntimeError, TimeoutError) as error:
                 found = {"error": str(error).splitlines()[:1]}
             about = {"gpus": program.arm.gpus, "family": program.arm.family}
             keep(program.arm.name, found | program.arm.mesh | about)
             gc.collect()
-
-
-def jax_error() -> Any:
-    import jax
-
-    return jax.errors.JaxRuntimeError
 
 
 def main() -> None:
