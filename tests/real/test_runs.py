@@ -490,7 +490,8 @@ def test_a_damaged_line_of_the_metrics_is_named_and_left_out(line, tmp_path, cap
 
 
 def test_tensorboard_reads_what_is_written(tmp_path):
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as loader
+
     options = {"steps": 5, "wandb": None, "settings": {}, "progress": False, "primary": True}
     with MetricsLog(tmp_path, start=0, **options) as log:
         log.write(1, {"loss": 0.5})
