@@ -102,7 +102,9 @@ FINAL = (
 )
 FEW = (
     *("lora r=1", "residual g=32", "rbf K=8 r=51, h=spread", "target r=32 g=16, from lora"),
-    *("lora r=4", "target r=64 g=32, from lora", "lora r=16"),
+    *("lora r=4", "target r=64 g=32, from lora", "lora r=16", "lora r=2"),
+    *("target r=25 g=16 K=4, h=spread, from lora", "rbf, h=spread", "residual r=96 g=32"),
+    *("target r=64 g=16, from lora", "sine-lora r=2", "residual g=48", "uni-lora r=4 436k"),
 )
 LATER = ("nola r=4 k=1024", "rbf K=120 g=8, well, half of A", "elementwise K=8 g=48, half of A")
 SETS: dict[str, tuple[str, ...]] = {

@@ -135,7 +135,7 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
         options.rates,
         at_once=at_once,
         seeds=options.seeds,
-        stop=lambda: time.time() > options.end,
+        stop=lambda: time.time() > options.end - options.reserve,
     )
     ranked = trials.ranked(options.seeds)
     best = ranked[0]
@@ -257,6 +257,9 @@ def main() -> None:
     parser.add_argument("--per-gpu", type=int, default=1, help="workers on each")
     parser.add_argument("--keep", default="", help="expression: arms whose adapters are stored")
     parser.add_argument("--seconds", type=float, default=86400, help="stop after this time")
+    parser.add_argument(
+        "--reserve", type=float, default=0, help="seconds of them without new rates"
+    )
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for compiled programs")
     parser.add_argument("--limit-rows", action="store_true", help="two rows of each batch")
     parser.add_argument("--out", type=Path, required=True)

@@ -190,7 +190,7 @@ def tested(
         which rows were right, a bit each, in hexadecimal.
     """
     task = TASKS[name]
-    subject = merged_subject(base, adapter, 256 if task.kind in ("text", "letter") else 128)
+    subject = merged_subject(base, adapter, 256)
     if task.kind in ("chat", "code"):
         cfg = config(task)
         rows = eval_batches(
