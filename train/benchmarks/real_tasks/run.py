@@ -162,7 +162,7 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
     }
     if options.keep and re.search(options.keep, job["arm"]):
         name = re.sub(r"[^a-z0-9]+", "-", f"{job['task']} {job['arm']}".lower())
-        gl.save_adapter(options.out.parent / name, chosen[0])
+        gl.save_adapter(options.out.parent / name, arm.cfg, chosen[0])
     if options.test:
         record |= test_record(options, base, job["task"], chosen)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
