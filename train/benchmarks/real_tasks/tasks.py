@@ -36,7 +36,13 @@ Batches = list[dict[str, np.ndarray]]
 
 
 PROGRAMS = code.CodeConfig(
-    data="mbpp", allow_code=True, samples=10, temperature=0.6, top_p=0.95, k=[1, 10]
+    data="mbpp",
+    allow_code=True,
+    samples=10,
+    temperature=0.6,
+    top_p=0.95,
+    k=[1, 10],
+    max_new_tokens=256,
 )
 
 
@@ -190,7 +196,7 @@ def tested(
         which rows were right, a bit each, in hexadecimal.
     """
     task = TASKS[name]
-    subject = merged_subject(base, adapter, 256)
+    subject = merged_subject(base, adapter, min(256, 10 * limit))
     if task.kind in ("chat", "code"):
         cfg = config(task)
         rows = eval_batches(
