@@ -205,6 +205,7 @@ def tested(
         step = make_eval_step(base.model, StepOptions(chunk=CHUNK))
         figures = {"loss": evaluate(step, subject.params, {}, list(rows))}
         if task.kind == "code":
+            code.check_sandbox(PROGRAMS)
             ran = code.run(subject, PROGRAMS, exercises(data, tested=True)[:limit]).metrics
             figures |= {f"pass@{k}": ran[f"pass@{k}"] for k in PROGRAMS.k}
         return figures, {}
