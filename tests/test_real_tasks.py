@@ -161,3 +161,22 @@ def test_the_report_has_a_line_an_arm_with_its_spread():
     )
     assert lines[3] == "| base | | | | 25.0 | 25.0 |"
     assert lines[-1] == "failed: rbf: ValueError: no"
+
+
+def test_a_difference_has_errors_over_seeds_and_over_rows():
+    def record(*rights):
+        packed = [{"quiz": np.packbits(bits).tobytes().hex()} for bits in rights]
+        return {"accuracy": [{"mean": float(np.mean(bits))} for bits in rights], "right": packed}
+
+    rng = np.random.default_rng(0)
+    ours, theirs = (rng.random((3, 80)) < share for share in (0.7, 0.5))
+    gap, seeds, rows = report.difference(record(*ours), record(*theirs))
+    means = [each.mean(axis=1) for each in (ours, theirs)]
+    np.testing.assert_allclose(gap, means[0].mean() - means[1].mean(), rtol=1e-12)
+    np.testing.assert_allclose(seeds**2, sum(x.var(ddof=1) / 3 for x in means), rtol=1e-12)
+    paired = ours.mean(axis=0) - theirs.mean(axis=0)
+    np.testing.assert_allclose(rows, paired.std(ddof=1) / 80**0.5, rtol=1e-12)
+    records = {"rbf": record(*ours), "residual": record(*theirs), "base": {}}
+    lines = report.comparisons(records, ["rbf", "residual", "rbf", "base"]).splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith(f"| rbf | residual | {100 * gap:+.2f} |")
