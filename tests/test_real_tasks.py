@@ -3,10 +3,12 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import genlora_jax as gl
 from train.benchmarks.frontier.arms import rate_at
@@ -180,3 +182,13 @@ def test_a_difference_has_errors_over_seeds_and_over_rows():
     lines = report.comparisons(records, ["rbf", "residual", "rbf", "base"]).splitlines()
     assert len(lines) == 3
     assert lines[2].startswith(f"| rbf | residual | {100 * gap:+.2f} |")
+
+
+def test_the_papers_generator_is_the_recipe_with_rbfs():
+    folder = Path(run.__file__).parents[2] / "recipes"
+    plain, rbfs = (
+        yaml.safe_load((folder / f"quickstart{end}.yaml").read_text()) for end in ("", "_rbf")
+    )
+    assert gl.GenLoRAConfig(**rbfs["adapter"]) == gl.GenLoRAConfig.paper(**plain["adapter"])
+    assert gl.GenLoRAConfig.paper(kernels=4).kernels == 4
+    assert gl.GenLoRAConfig().kernels == 0

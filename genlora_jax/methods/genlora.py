@@ -121,6 +121,15 @@ class GenLoRAConfig(TwoSidedConfig):
             "use a larger group_size or another normalize",
         )
 
+    @classmethod
+    def paper(cls, **fields: Any) -> "GenLoRAConfig":
+        """The paper's generator, RBFs beside the residual; widths by the spread of distances.
+
+        Args:
+            **fields: Fields of the config, in place of these or besides.
+        """
+        return cls(**({"kernels": 16, "bandwidth": "spread"} | fields))
+
     @property
     def joint(self) -> bool:
         """Whether the basis functions are RBFs on R^g, rather than of one coordinate each."""

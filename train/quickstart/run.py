@@ -34,7 +34,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OUT = ROOT / "out" / "quickstart"
 BASE = HERE / "base"
-RECIPES = {"GenLoRA": "quickstart.yaml", "LoRA": "quickstart_lora.yaml"}
+RECIPES = {
+    "GenLoRA": "quickstart.yaml",
+    "GenLoRA_RBF": "quickstart_rbf.yaml",
+    "LoRA": "quickstart_lora.yaml",
+}
 SHOWN = ("base", *RECIPES)
 Rows = list[dict[str, str]]
 

@@ -121,17 +121,19 @@ def main() -> None:
     save(figure, folder / "real_tasks.png")
     final = tasks["completions"]
     one_seed = read("ablation")["completions"] | read("grid").get("completions", {})
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9))
-    draw_losses(axes[0, 0], one_seed, "rank", {"group_size": 32})
-    axes[0, 0].set_title("completions, g = 32, one seed")
-    draw_losses(axes[0, 1], one_seed, "group_size", {"rank": 64})
-    axes[0, 1].set_title("completions, r = 64, one seed")
-    draw_spectra(axes[1, 0], final)
-    axes[1, 0].set_title("completions, deltas of the first seed")
-    arms = json.loads((HERE / "reconstruction.json").read_text())["arms"]
-    draw_reconstruction(axes[1, 1], arms)
-    axes[1, 1].set_title("basis vectors of the trained LoRA, r = 16")
+    figure, axes = plt.subplots(1, 3, figsize=(18, 4.5))
+    draw_losses(axes[0], one_seed, "rank", {"group_size": 32})
+    axes[0].set_title("completions, g = 32, one seed")
+    draw_losses(axes[1], one_seed, "group_size", {"rank": 64})
+    axes[1].set_title("completions, r = 64, one seed")
+    draw_spectra(axes[2], final)
+    axes[2].set_title("completions, deltas of the first seed")
     save(figure, folder / "real_tasks_shapes.png")
+    reconstruction = HERE / "reconstruction.json"
+    if reconstruction.exists():
+        figure, axis = plt.subplots(figsize=(6, 4.5))
+        draw_reconstruction(axis, json.loads(reconstruction.read_text())["arms"])
+        save(figure, folder / "real_tasks_reconstruction.png")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
         "inside": min(ranked) < best < max(ranked),
         "best_loss": round(trials.mean_loss(best), 5),
         "best_losses": [round(trials.losses[i], 5) for i in trials.of_rate(best)],
-        "singular_values": spectrum(chosen[0]),
+        "singular_values": spectrum_on_cpu(chosen[0]),
         "tuning_seconds": round(time.perf_counter() - began, 1),
     }
     if options.keep and re.search(options.keep, job["arm"]):
@@ -166,6 +166,13 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
     if options.test:
         record |= test_record(options, base, job["task"], chosen)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def spectrum_on_cpu(adapter: gl.Adapter) -> list[float] | None:
+    """Its singular values; a GPU's solver has no memory beside what JAX has taken."""
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        return spectrum(jax.device_put(adapter, cpu))
 
 
 def test_record(
