@@ -123,11 +123,7 @@ class GenLoRAConfig(TwoSidedConfig):
 
     @classmethod
     def paper(cls, **fields: Any) -> "GenLoRAConfig":
-        """The paper's generator, RBFs beside the residual; widths by the spread of distances.
-
-        Args:
-            **fields: Fields of the config, in place of these or besides.
-        """
+        """The paper's generator: RBFs beside the residual, as wide as the distances spread."""
         return cls(**({"kernels": 16, "bandwidth": "spread"} | fields))
 
     @property
@@ -223,9 +219,7 @@ class GenLoRAConfig(TwoSidedConfig):
         weights = groups["generators"][name][side]
         seeded = self.latents == "seeded"
         z = self._seeded_latents(target, side) if seeded else groups["latents"][target.name][side]
-        fixed: Leaves = {}
-        if not self.trainable_centers:
-            fixed = generators.fixed_centers(self, f"{name}/{side}")
+        fixed = {} if self.trainable_centers else generators.fixed_centers(self, f"{name}/{side}")
 
         def basis(latent: jax.Array, layer_weights: Leaves) -> jax.Array:
             return generators.generate(self, latent, fixed | layer_weights)
@@ -290,14 +284,12 @@ class GenLoRAConfig(TwoSidedConfig):
         }
 
     def _seeded_latents(self, target: Target, side: Literal["a", "b"]) -> jax.Array:
-        rows = 1 if self.share_latents else target.depth
-        name = f"{target.name}/{side}/latents"
-        return self.latent_std * seeded_normal(self.seed, name, (rows, target.lengths[side]))
+        shape = (1 if self.share_latents else target.depth, target.lengths[side])
+        return self.latent_std * seeded_normal(self.seed, f"{target.name}/{side}/latents", shape)
 
     def _lengths(self, target: Target) -> dict[Literal["a", "b"], int]:
         """Lengths of the sides that are generated."""
-        sides = target.lengths.items()
-        return {side: n for side, n in sides if side == "b" or self.side_a == "trained"}
+        return {s: n for s, n in target.lengths.items() if s == "b" or self.side_a == "trained"}
 
     def _sets(self, target: Target) -> int:
         """Number S of sets of generators of a target."""
