@@ -49,6 +49,7 @@ class Arm:
     length: int = 2048
     size: str = "llama-8b"
     recipe: tuple[str, ...] = ()
+    xla: tuple[tuple[str, Any], ...] = ()  # options of the compiler, as `compiler_options` has them
 
     @property
     def gpus(self) -> int:
@@ -61,7 +62,8 @@ class Arm:
     @property
     def name(self) -> str:
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
-        changed = ", ".join(("", *self.recipe[1::2]))
+        options = (f"{name.removeprefix('xla_gpu_')}={value}" for name, value in self.xla)
+        changed = ", ".join(("", *self.recipe[1::2], *options))
         return f"{self.family}: {axes or 'one GPU'}{changed}"
 
     @property
@@ -325,7 +327,7 @@ def measure_ours(options: argparse.Namespace, chosen: list[Arm], keep: Any) -> N
     with ThreadPoolExecutor(max_workers=8) as pool:
         for arm in chosen:
             program = lower(arm)
-            programs.append((program, pool.submit(program.lowered.compile)))
+            programs.append((program, pool.submit(program.lowered.compile, dict(arm.xla))))
             print(f"{time.perf_counter() - BEGAN:.0f} s: lowered {arm.name}", flush=True)
         for program, compiling in programs:
             try:
@@ -366,7 +368,8 @@ def main() -> None:
     if options.tiny:
         chosen = [dataclasses.replace(arm, size="tiny", length=arm.length // 32) for arm in chosen]
     measure_ours(options, [arm for arm in chosen if re.search(options.only, arm.name)], keep)
-    result["files"] = measure_files(options.gpus, "tiny" if options.tiny else "llama-8b")
+    if re.search(options.only, "files"):
+        result["files"] = measure_files(options.gpus, "tiny" if options.tiny else "llama-8b")
     write_result(options.output, result, where)
     show(result)
 
