@@ -141,7 +141,7 @@ def repeated(cache: str, folder: Path, rows: int) -> str:
     lengths = np.load(Path(cache) / LENGTHS)
     times, count = rows // len(lengths), len(index["shards"])
     for number in range(times * count):
-        os.link(Path(cache) / shard_name(number % count), folder / shard_name(number))
+        shutil.copyfile(Path(cache) / shard_name(number % count), folder / shard_name(number))
     np.save(folder / LENGTHS, np.tile(lengths, times))
     index |= {"shards": index["shards"] * times, "rows": [len(lengths) * times]}
     (folder / INDEX).write_text(json.dumps(index))
