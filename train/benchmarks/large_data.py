@@ -31,7 +31,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from genlora_jax.data.cache import INDEX, LENGTHS, CacheSource, shard_name
+from genlora_jax.data.cache import INDEX, LENGTHS, CacheSource, index_digest, shard_name
 from genlora_jax.data.cache_writing import write_cache
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import load_examples
@@ -144,6 +144,7 @@ def repeated(cache: str, folder: Path, rows: int) -> str:
         shutil.copyfile(Path(cache) / shard_name(number % count), folder / shard_name(number))
     np.save(folder / LENGTHS, np.tile(lengths, times))
     index |= {"shards": index["shards"] * times, "rows": [len(lengths) * times]}
+    index["digest"] = index_digest(index, (folder / LENGTHS).read_bytes())
     (folder / INDEX).write_text(json.dumps(index))
     return str(folder)
 
