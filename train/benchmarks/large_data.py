@@ -143,6 +143,7 @@ def repeated(cache: str, folder: Path, rows: int) -> str:
     for number in range(times * count):
         shutil.copyfile(Path(cache) / shard_name(number % count), folder / shard_name(number))
     np.save(folder / LENGTHS, np.tile(lengths, times))
+    del index["digest"]
     index |= {"shards": index["shards"] * times, "rows": [len(lengths) * times]}
     index["digest"] = index_digest(index, (folder / LENGTHS).read_bytes())
     (folder / INDEX).write_text(json.dumps(index))
@@ -204,7 +205,6 @@ def main() -> None:
         return
     folder, tokenizer, origin = given.folder, read_tokenizer(given.folder), provenance()
     cfg = DataConfig(train="-", cache=str(folder / "caches"), length=1024)
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for part in PARTS if given.only is None else [given.only]:
         if part == "tokenising":
             found: Any = rates(folder, tokenizer, cfg)
@@ -219,6 +219,7 @@ def main() -> None:
             for count in counted(given.counted, known=part == "counting-known"):
                 found.append(count)
                 print(count, flush=True)
+        result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         result[part] = {"found": found, "commit": origin["commit"]}
         write_result(RESULT, result, origin)
         print(json.dumps({part: found}, indent=1), flush=True)
