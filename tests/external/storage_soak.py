@@ -129,4 +129,5 @@ def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
             process = launch(here, alone)
             assert process.wait() == 0, process.stderr.read()
         compare(here, url, alone)
-        compare_exports(here, url)
+        if kind == "s3" or KILLS > 1:  # files at GCS are written in storage_writing, too
+            compare_exports(here, url)
