@@ -124,7 +124,7 @@ class GenLoRAConfig(TwoSidedConfig):
     @classmethod
     def paper(cls, **fields: Any) -> "GenLoRAConfig":
         """The paper's generator: RBFs beside the residual, as wide as the distances spread."""
-        return cls(**({"kernels": 16, "bandwidth": "spread"} | fields))
+        return cls(**(dict[str, Any](kernels=16, bandwidth="spread") | fields))
 
     @property
     def joint(self) -> bool:
