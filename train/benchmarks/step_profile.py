@@ -11,9 +11,13 @@ a profile says which instruction each kernel belongs to.
 
 import argparse
 import collections
+import gzip
+import json
 import re
+import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,8 @@ from train.benchmarks.step_time import Arm, batch, program_of
 RESULT = RESULTS / "step_profile.json"
 VARIANTS: dict[str, dict[str, Any]] = {
     "as shipped": {},
-    "products of one input merged": {"xla_gpu_dot_merger_threshold_mb": 64},
+    # XLA puts the products of q, k and v with A side by side, and those of gate and up.
+    "products of one input apart": {"xla_gpu_dot_merger_threshold_mb": 0},
 }
 CALL = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 PRODUCT = re.compile(r"\b(?:dot|custom-call)\(|__cublas|__triton_gemm|__triton_nested_gemm")
@@ -114,8 +119,16 @@ def spans_of(folder: Path) -> list[tuple[str, str, float]]:
     return found
 
 
-def profile(compiled: Any, operands: Any, steps: int, rank: int, vocabulary: int) -> dict[str, Any]:
-    """Time of a step, and its kernels' by kind."""
+@dataclass(frozen=True)
+class Profile:
+    """A step's time, and its kernels as `spans_of` returns them."""
+
+    step_ms: float
+    kernels: list[tuple[str, str, float]]
+
+
+def profile(compiled: Any, operands: Any, steps: int) -> Profile:
+    """Times some steps, and profiles one."""
     import jax
 
     state, *rest = operands
@@ -129,8 +142,11 @@ def profile(compiled: Any, operands: Any, steps: int, rank: int, vocabulary: int
         with jax.profiler.trace(folder):
             state, metrics = compiled(state, *rest)
             jax.block_until_ready(metrics)
-        spans = spans_of(Path(folder))
-    kinds = kinds_of(compiled.as_text(), rank, vocabulary)
+        return Profile(1e3 * statistics.median(seconds[1:]), spans_of(Path(folder)))
+
+
+def by_kind(spans: list[tuple[str, str, float]], kinds: dict[str, str]) -> dict[str, Any]:
+    """Milliseconds of kernels by the kind of their instruction, and the largest kernels."""
     names = {name.replace(".", "_").replace("-", "_"): kind for name, kind in kinds.items()}
     total: dict[str, float] = collections.defaultdict(float)
     kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
@@ -143,7 +159,6 @@ def profile(compiled: Any, operands: Any, steps: int, rank: int, vocabulary: int
         entry[1] += ms
     largest = sorted(kernels.items(), key=lambda item: -item[1][1])[:60]
     return {
-        "step_ms": 1e3 * min(seconds[1:]),
         "kernels_ms": sum(total.values()),
         "by_kind_ms": dict(sorted(total.items(), key=lambda item: -item[1])),
         "largest": [[name, int(calls), ms] for name, (calls, ms) in largest],
@@ -168,6 +183,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="llama-8b")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--raw", type=Path, help="folder for the programs' texts and all kernels")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     import jax
@@ -203,9 +219,16 @@ def main() -> None:
         lowered = program.make(program.remat).lower(*program.operands)
         compiled = lowered.compile(variant if on_gpu else None)
         compile_s = time.perf_counter() - began
-        found = profile(
-            compiled, program.operands, options.steps, program.recipe.adapter.rank, size.vocab_size
-        )
+        spans = profile(compiled, program.operands, options.steps)
+        text = compiled.as_text()
+        if options.raw:
+            raw = json.dumps({"text": text, "spans": spans.kernels})
+            options.raw.mkdir(parents=True, exist_ok=True)
+            (options.raw / f"variant{len(result['variants'])}.json.gz").write_bytes(
+                gzip.compress(raw.encode())
+            )
+        kinds = kinds_of(text, program.recipe.adapter.rank, size.vocab_size)
+        found = {"step_ms": spans.step_ms} | by_kind(spans.kernels, kinds)
         result["variants"][name] = found | {"compile_s": compile_s}
         print(name, f"{found['step_ms']:.1f} ms, compiled in {compile_s:.0f} s", flush=True)
         for kind, ms in found["by_kind_ms"].items():
