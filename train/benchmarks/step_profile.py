@@ -31,17 +31,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # XLA puts the products of q, k and v with A side by side, and those of gate and up.
     "products of one input apart": {"xla_gpu_dot_merger_threshold_mb": 0},
 }
+BASE = "products of the base and the head"
 CALL = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
-PRODUCT = re.compile(r"\b(?:dot|custom-call)\(|__cublas|__triton_gemm|__triton_nested_gemm")
 
 
-def kinds_of(text: str, rank: int, vocabulary: int) -> dict[str, str]:
+def kinds_of(text: str, rank: int) -> dict[str, str]:
     """The kind of each instruction of a compiled program.
 
     Args:
         text: The program's.
         rank: Of the adapter: a product with an axis of this size is one of its own.
-        vocabulary: Rows of the head, of which no other product has an axis.
     """
     bodies: dict[str, list[str]] = {}
     name = ""
@@ -78,9 +77,7 @@ def kinds_of(text: str, rank: int, vocabulary: int) -> dict[str, str]:
                         for dims in re.findall(r"\[([\d,]+)\]", shape)
                         for n in dims.split(",")
                     }
-            if vocabulary in sizes:
-                return "products with the head"
-            return "products of the adapter" if rank in sizes else "products of the base"
+            return "products of the adapter" if rank in sizes else BASE
         scope = (re.findall(r'op_name="([^"]*)"', line) or [""])[0]
         for part in ("layernorm", "rope", "mlp", "self_attn", "lm_head", "embed_tokens"):
             if part in scope:
@@ -153,6 +150,8 @@ def by_kind(spans: list[tuple[str, str, float]], kinds: dict[str, str]) -> dict[
     for instruction, kernel, ms in spans:
         # Without the instruction, kernels of XLA's own are named after it.
         kind = kinds.get(instruction) or names.get(kernel) or library(kernel)
+        if kernel.startswith("Memset"):
+            kind += ": memory set to zero"
         total[kind] += ms
         entry = kernels[f"{kind} | {kernel[:60]}"]
         entry[0] += 1
@@ -206,10 +205,7 @@ def main() -> None:
         "length": options.length,
         "product_tflops": rate / 1e12,
         # Forward, and the gradient of the input; of the base no gradient is formed.
-        "floor_ms": {
-            "products of the base": 1e3 * 4 * kernels * tokens / rate,
-            "products with the head": 1e3 * 4 * head * tokens / rate,
-        },
+        "floor_ms": {BASE: 1e3 * 4 * (kernels + head) * tokens / rate},
         "variants": {},
     }
     for name, variant in VARIANTS.items():
@@ -227,7 +223,7 @@ def main() -> None:
             (options.raw / f"variant{len(result['variants'])}.json.gz").write_bytes(
                 gzip.compress(raw.encode())
             )
-        kinds = kinds_of(text, program.recipe.adapter.rank, size.vocab_size)
+        kinds = kinds_of(text, program.recipe.adapter.rank)
         found = {"step_ms": spans.step_ms} | by_kind(spans.kernels, kinds)
         result["variants"][name] = found | {"compile_s": compile_s}
         print(name, f"{found['step_ms']:.1f} ms, compiled in {compile_s:.0f} s", flush=True)
