@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -145,6 +146,8 @@ class Proxy:
         endpoint: Where clients reach it.
         faults: What it does to requests from now on.
         requests: Method and target of each that it got.
+        unheard: By upload session of GCS, the answer that was cut, for the next who asks: GCS knows
+            what it has completed, the emulator forgets it.
         injected: How many faults of each kind it injected.
         transferred: Bytes of bodies that the server sent, which clients got whole or in part.
     """
@@ -152,6 +155,7 @@ class Proxy:
     endpoint: str
     faults: Faults
     requests: list[str] = field(default_factory=list)
+    unheard: dict[str, Any] = field(default_factory=dict)
     injected: dict[str, int] = field(default_factory=dict)
     transferred: int = 0
 
@@ -224,6 +228,20 @@ class _Forward(BaseHTTPRequestHandler):
         if cut < faults.cut / 2:
             self.count("cut before")
             return self._hang_up()
+        answer = self.state.unheard.pop(self.path, None) or self._upstream(body)
+        content = answer[-1]
+        self.state.transferred += len(content)
+        if cut < faults.cut:
+            self.count("cut after")
+            if "upload_id=" in self.path:
+                self.state.unheard[self.path] = answer
+            self._answer(*answer, sent=len(content) // 2)
+            return self._hang_up()
+        self._answer(*answer)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _forward
+
+    def _upstream(self, body: bytes) -> tuple[int, str, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.upstream, timeout=60)
         try:
             connection.request(self.command, self.path, body, dict(self.headers))
@@ -234,14 +252,7 @@ class _Forward(BaseHTTPRequestHandler):
         headers = {k: v for k, v in answer.getheaders() if k.lower() not in _HOP_BY_HOP}
         if self.command == "HEAD":
             headers["Content-Length"] = answer.getheader("Content-Length") or "0"
-        self.state.transferred += len(content)
-        if cut < faults.cut:
-            self.count("cut after")
-            self._answer(answer.status, answer.reason, headers, content, sent=len(content) // 2)
-            return self._hang_up()
-        self._answer(answer.status, answer.reason, headers, content)
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _forward
+        return answer.status, answer.reason, headers, content
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

@@ -26,7 +26,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 SPACE = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MARK = b"\xef\xbb\xbf"  # UTF-8's byte-order mark
-BLOCK = 1 << 20  # bytes of lines that are read at once
+BLOCK = 3 << 20  # bytes of lines that are read at once
 MANY = 2**31 - 1  # characters that a CSV's cell may have
 
 

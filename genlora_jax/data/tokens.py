@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 [n], and which are trained, bool [n]
 # What reading or a tokenizer raises over a row.
 ROW_ERRORS = (ValueError, TypeError, KeyError, RecursionError)
-# At once: the encodings of so many take some 300 MB at worst.
-CHARACTERS = 1_000_000
+# At once: the encodings of so many take some 100 MB, at worst a gigabyte.
+CHARACTERS = 3_000_000
 
 
 class Text(NamedTuple):

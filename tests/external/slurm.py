@@ -125,6 +125,7 @@ def losses(output):
 
 def reaches(output, step, job, here):
     def there():
+        assert state_of(job) != "FAILED", (here / "job.txt").read_text()
         return max(losses(output), default=0) >= step
 
     wait_until(there, 180, lambda: state_of(job) + (here / "job.txt").read_text())

@@ -105,12 +105,11 @@ def killed_at_request(process, proxy, requests):
 
 @pytest.mark.parametrize("kind", STORES)
 def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
-    # The emulator of GCS forgets an upload that it has completed, and knows no second attempt.
-    start, faults, kills = {
-        "s3": (s3_server, Faults(slow=0.05, unavailable=0.03, cut=0.04, delay=0.1), KILLS),
-        "gs": (gcs_server, Faults(), KILLS // 4),
-    }[kind]
-    with start() as store, faulty_proxy(store, faults, seed=SEED) as proxy:
+    # Each costs a client a second or so of patience.
+    few = 1 if "KILLS" in os.environ else 0.4
+    faults = Faults(slow=0.05 * few, unavailable=0.03 * few, cut=0.04 * few, delay=0.1)
+    kills = {"s3": KILLS, "gs": KILLS - 1}[kind]  # one less: in CI, faults alone
+    with STORES[kind]() as store, faulty_proxy(store, faults, seed=SEED) as proxy:
         store.reach(monkeypatch)
         url = f"{store.url}/runs/1"
 
@@ -130,4 +129,5 @@ def test_no_kill_and_no_fault_changes_a_run(here, kind, monkeypatch):
             process = launch(here, alone)
             assert process.wait() == 0, process.stderr.read()
         compare(here, url, alone)
-        compare_exports(here, url)
+        if kind == "s3" or KILLS > 1:  # files at GCS are written in storage_writing, too
+            compare_exports(here, url)

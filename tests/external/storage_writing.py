@@ -61,7 +61,7 @@ def test_a_directory_is_old_or_absent_or_new_wherever_its_writer_dies(store, pro
     old, new = ("old", ["sub/model.bin", "sub/of-old"]), ("new", ["sub/model.bin", "sub/of-new"])
     seen = []
     every = "KILLS" in os.environ  # request, or some
-    some = 11 if store.url.startswith("s3") else 23
+    some = 19 if store.url.startswith("s3") else 41
     for requests in range(0, 200, 1 if every else some):
         write(url, "old", "of-old")
         assert content(url) == old

@@ -16,6 +16,7 @@ epoch in which the number of processes changes halfway; lengths of rows that are
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -31,7 +32,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from genlora_jax.data.cache import INDEX, LENGTHS, CacheSource, shard_name
+from genlora_jax.data.cache import INDEX, LENGTHS, CacheSource, index_digest, shard_name
 from genlora_jax.data.cache_writing import write_cache
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import load_examples
@@ -40,7 +41,7 @@ from genlora_jax.training.provenance import provenance
 from train.benchmarks.large_data_runs import counted, first_steps
 from train.benchmarks.measuring import GIB, RESULTS, write_result
 
-RATED, LIBRARY, SMALL, MANY = 200_000, 20_000, 1_000, 10_000_000  # rows
+PART, LIBRARY, SMALL, MANY = 200_000, 20_000, 1_000, 10_000_000  # rows
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -77,7 +78,7 @@ def make(text: str, folder: Path) -> None:
             cut = at + size // 3
             row = {"prompt": text[at:cut], "completion": text[cut : at + size]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    head(folder / "million.jsonl", folder / "rated.jsonl", RATED)
+    head(folder / "million.jsonl", folder / "part.jsonl", PART)
     head(folder / "million.jsonl", folder / "small.jsonl", SMALL)
     with (folder / "many.jsonl").open("wb") as file:
         for _ in range(10):
@@ -101,10 +102,9 @@ def seconds(run: Callable[[], Any]) -> tuple[float, float]:
 
 def rates(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> dict[str, Any]:
     """Rows a second of the library alone, of a cache that is written, and of one process."""
-    with (folder / "rated.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for _, line in zip(range(LIBRARY), file, strict=False)]
-    texts = [row["prompt"] + row["completion"] for row in rows]
-    head(folder / "rated.jsonl", folder / "library.jsonl", LIBRARY)
+    head(folder / "million.jsonl", folder / "library.jsonl", LIBRARY)
+    with (folder / "library.jsonl").open(encoding="utf-8") as file:
+        texts = [row["prompt"] + row["completion"] for row in map(json.loads, file)]
     encode = tokenizer.backend_tokenizer.encode_batch
 
     def library(size: int) -> None:
@@ -116,20 +116,22 @@ def rates(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> 
         took, cpu = seconds(lambda size=size: library(size))
         alone[f"batches of {size:,}"] = LIBRARY / took
         of_core[f"batches of {size:,}"] = LIBRARY / cpu
-    shutil.rmtree(str(cfg.cache), ignore_errors=True)
-    took, cpu = seconds(lambda: write_cache(str(folder / "rated.jsonl"), tokenizer, cfg))
+    shutil.rmtree(folder / "rated", ignore_errors=True)
+    cfg = dataclasses.replace(cfg, cache=str(folder / "rated"))
+    million, rows = folder / "million.jsonl", MANY // 10
+    took, cpu = seconds(lambda: write_cache(str(million), tokenizer, cfg))
     in_memory, _ = seconds(lambda: load_examples(str(folder / "library.jsonl"), tokenizer, cfg))
-    ours = RATED / took
+    ours = rows / took
     return {
         "tokenizers_rows_per_s": {name: round(rate) for name, rate in alone.items()},
         "cache_rows_per_s": round(ours),
         "cache_share": round(ours / max(alone.values()), 3),
         "tokenizers_rows_per_cpu_s": {name: round(rate) for name, rate in of_core.items()},
-        "cache_rows_per_cpu_s": round(RATED / cpu),
-        "cache_share_of_cpu": round(RATED / cpu / max(of_core.values()), 3),
+        "cache_rows_per_cpu_s": round(rows / cpu),
+        "cache_share_of_cpu": round(rows / cpu / max(of_core.values()), 3),
         "memory_rows_per_s": round(LIBRARY / in_memory),
-        "rows": RATED,
-        "bytes": (folder / "rated.jsonl").stat().st_size,
+        "rows": rows,
+        "bytes": million.stat().st_size,
     }
 
 
@@ -141,9 +143,11 @@ def repeated(cache: str, folder: Path, rows: int) -> str:
     lengths = np.load(Path(cache) / LENGTHS)
     times, count = rows // len(lengths), len(index["shards"])
     for number in range(times * count):
-        os.link(Path(cache) / shard_name(number % count), folder / shard_name(number))
+        shutil.copyfile(Path(cache) / shard_name(number % count), folder / shard_name(number))
     np.save(folder / LENGTHS, np.tile(lengths, times))
+    del index["digest"]
     index |= {"shards": index["shards"] * times, "rows": [len(lengths) * times]}
+    index["digest"] = index_digest(index, (folder / LENGTHS).read_bytes())
     (folder / INDEX).write_text(json.dumps(index))
     return str(folder)
 
@@ -203,7 +207,6 @@ def main() -> None:
         return
     folder, tokenizer, origin = given.folder, read_tokenizer(given.folder), provenance()
     cfg = DataConfig(train="-", cache=str(folder / "caches"), length=1024)
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for part in PARTS if given.only is None else [given.only]:
         if part == "tokenising":
             found: Any = rates(folder, tokenizer, cfg)
@@ -218,6 +221,7 @@ def main() -> None:
             for count in counted(given.counted, known=part == "counting-known"):
                 found.append(count)
                 print(count, flush=True)
+        result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         result[part] = {"found": found, "commit": origin["commit"]}
         write_result(RESULT, result, origin)
         print(json.dumps({part: found}, indent=1), flush=True)
@@ -226,8 +230,8 @@ def main() -> None:
 def caches(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> tuple[str, str]:
     """The caches of the small file and of the large one, as their directories."""
     small = write_cache(str(folder / "small.jsonl"), tokenizer, cfg)
-    rated = write_cache(str(folder / "rated.jsonl"), tokenizer, cfg)
-    return small, repeated(rated, folder / "many", MANY)
+    part = write_cache(str(folder / "part.jsonl"), tokenizer, cfg)
+    return small, repeated(part, folder / "many", MANY)
 
 
 def reading(folder: Path, tokenizer: PreTrainedTokenizerFast, cfg: DataConfig) -> dict[str, Any]:

@@ -60,19 +60,21 @@ class Quantised:
         return Arm(self.name, self.size, recipe=(*changes, *lora))
 
 
+# Quantised layers are scanned on GPUs by default, those in bfloat16 are not.
 OURS = [
-    Quantised("nf4"),
-    Quantised("bf16"),
-    Quantised("nf4", size="llama-70b", scan=True),
-    Quantised("int8"),
-    Quantised("nf4", lora=True, rows=4),
-    Quantised("nf4", length=32768, scan=True),
-    Quantised("int4"),
-    Quantised("nf4", lora=True),
-    Quantised("bf16", remat="none"),
-    Quantised("nf4", remat="none"),
     Quantised("nf4", scan=True),
+    Quantised("bf16"),
     Quantised("nf4", size="llama-70b", rows=4, scan=True),
+    Quantised("int8", scan=True),
+    Quantised("nf4", rows=4, scan=True),
+    Quantised("int4", scan=True),
+    Quantised("nf4", lora=True, rows=4, scan=True),
+    Quantised("nf4", size="llama-70b", scan=True),
+    Quantised("nf4", length=32768, scan=True),
+    Quantised("nf4", lora=True, scan=True),
+    Quantised("nf4"),
+    Quantised("bf16", remat="none"),
+    Quantised("nf4", remat="none", scan=True),
 ]
 PEFT = [
     Arm("PEFT + bitsandbytes NF4, 1 x 2048", peft=peft(1, 2048, "--nf4", *CHECKPOINTED)),
