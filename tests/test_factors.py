@@ -11,7 +11,7 @@ from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax import sharding
-from genlora_jax.factors import KINDS, kind_of, refuse_uncombinable
+from genlora_jax.factors import KINDS, kind_of, low_rank, refuse_uncombinable
 
 L, D_IN, D_OUT, RANK = 3, 16, 12, 2
 SIZES = {"in": D_IN, "out": D_OUT, "rank": RANK}
@@ -187,3 +187,22 @@ def test_singular_values_are_those_of_the_delta_or_of_the_gain(kind):
     ours = np.asarray(kind.singular_values(leaves))
     theirs = np.linalg.svd(delta, compute_uv=False)[:, : ours.shape[-1]]
     assert_close(ours, theirs, 2 * (D_IN + D_OUT))
+
+
+def test_the_gradient_of_b_transposes_no_array_as_wide_as_the_output():
+    rng = np.random.default_rng(0)
+    x, b, d_y = (
+        rng.standard_normal(shape) for shape in ((2, 5, RANK), (RANK, D_OUT), (2, 5, D_OUT))
+    )
+    pull_back = lambda x, b, d_y: jax.vjp(low_rank.times, x, b)[1](d_y)  # noqa: E731
+    operands = [jnp.asarray(array, jnp.float32) for array in (x, b, d_y)]
+    d_x, d_b = pull_back(*operands)
+    np.testing.assert_allclose(d_x, d_y @ b.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_b, np.einsum("nti,nto->io", x, d_y), rtol=1e-5, atol=1e-5)
+    products = [
+        equation.outvars[0].aval.shape
+        for equation in jax.make_jaxpr(pull_back)(*operands).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert (RANK, D_OUT) in products
+    assert (D_OUT, RANK) not in products

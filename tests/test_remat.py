@@ -96,6 +96,45 @@ def test_a_policy_must_fit_in_all_processes_which_agree_on_each(refused, monkeyp
     assert said == [float("inf") if refused else 70 * GIB, 50 * GIB]
 
 
+@pytest.mark.parametrize(
+    ("memory", "beyond", "line"),
+    [
+        (40, 0, "remat: dots in the last 9 of 16 layers, full in the others (36.9 of 40.0 GiB)"),
+        (40, 2, "remat: dots in the last 8 of 16 layers, full in the others (37.0 of 40.0 GiB)"),
+        (40, 9, "remat: full (no other fits 40.0 GiB)"),
+        (22, 0, "remat: full (no other fits 22.0 GiB)"),
+    ],
+)
+def test_as_many_layers_keep_their_products_as_fit(memory, beyond, line):
+    lines, made = [], []
+
+    class Mixed(Step):
+        """Its program takes what is between, and so much more than by proportion."""
+
+        def compile(self):
+            if isinstance(self.policy, str):
+                return super().compile()
+            share = self.policy.count("dots") / len(self.policy)
+            held = HELD["full"] + share * (HELD["dots"] - HELD["full"]) + beyond
+            return SimpleNamespace(
+                memory_analysis=lambda: SimpleNamespace(
+                    argument_size_in_bytes=held * GIB, temp_size_in_bytes=0
+                )
+            )
+
+    def make(policy):
+        made.append(policy)
+        return Mixed(policy)
+
+    step = step_that_fits(make, POLICIES, device("gpu", memory), lines.append, layers=16)
+    policy, _ = step(1)
+    assert lines == [line]
+    if policy != "full":
+        count = policy.count("dots")
+        assert policy == ("full",) * (16 - count) + ("dots",) * count
+    assert made[:3] == list(POLICIES)
+
+
 def test_a_policy_that_is_given_is_not_weighed():
     lines = []
     step = step_that_fits(Step, ("dots",), device("gpu", 1), lines.append)

@@ -12,9 +12,34 @@ def low_rank_change(call: DenseCall, leaves: Leaves) -> jax.Array:
     """`x A B` in the dtype of the output, by way of the factors."""
     a, b = (leaves[leaf].astype(call.x.dtype) for leaf in ("a", "b"))
     if call.adapter_index is None:
-        return (call.x @ a) @ b
+        return times(call.x @ a, b)
     a, b = a[call.adapter_index], b[call.adapter_index]
     return jnp.einsum("n...i,nir,nro->n...o", call.x, a, b, optimize="optimal")
+
+
+@jax.custom_vjp
+def times(x: jax.Array, b: jax.Array) -> jax.Array:
+    """`x @ b`, whose gradient of b transposes x, which is narrow, and not the output's gradient.
+
+    JAX's own does the latter, and on CPUs that was a fifth of a step.
+    """
+    return x @ b
+
+
+def _forward(x: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ b, (x, b)
+
+
+def _backward(
+    kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, b = kept
+    tokens = tuple(range(x.ndim - 1))
+    of_b = jax.lax.dot_general(x, gradient, ((tokens, tokens), ((), ())))
+    return gradient @ b.T, of_b
+
+
+times.defvjp(_forward, _backward)
 
 
 def low_rank_singular_values(a: jax.Array, b: jax.Array) -> jax.Array:
