@@ -128,6 +128,20 @@ def test_recomputation_changes_no_gradient(scan):
             np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.parametrize(
+    ("scan", "remat", "message"),
+    [
+        (False, ("dots",), "remat has 1 policies, the model 3 layers"),
+        (True, ("dots", "full", "full"), "a tuple needs scan=False"),
+        (False, "dot", "remat must be one of"),
+    ],
+)
+def test_a_policy_that_no_layer_can_have_is_refused(scan, remat, message):
+    model, params = random_llama(scan=scan, remat=remat)
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, tokens(1, 2))
+
+
 # Decoding.
 
 

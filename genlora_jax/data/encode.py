@@ -1,6 +1,6 @@
 """Encoding: rows of text to examples of tokens.
 
-Rows are tokenised by the thousands: a tokenizer then works on all cores, and is asked for little
+Rows are tokenised by the thousand: a tokenizer then works on all cores, and is asked for little
 more than the ids. What becomes of a row does not depend on the others.
 """
 
@@ -27,7 +27,7 @@ PlacedRow = tuple[str, Any]  # what an error names; a row, or a ValueError in it
 Cut = tuple[list[Example], bool]  # a text in pieces, and whether it was too long for one
 # Tokenising takes some 300 bytes a character at worst: a text this long two gigabytes.
 LONGEST_TEXT = 8_000_000
-ROWS = 4000  # at once: by the hundred a tokenizer takes a third longer, by the thousand a tenth
+ROWS = 1000  # at once: in many small batches a tokenizer takes up to a quarter longer
 
 
 class Encoder:
@@ -166,7 +166,7 @@ def _why_untrained(form: Form, overlong: bool) -> str:
 
 
 def batches_of_rows(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
-    """Rows by the thousands; what reading raises comes after the rows before it."""
+    """Rows by the thousand; what reading raises comes after the rows before it."""
     batch: list[PlacedRow] = []
     try:
         for row in rows:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 [n], and which are trained, bool [n]
 # What reading or a tokenizer raises over a row.
 ROW_ERRORS = (ValueError, TypeError, KeyError, RecursionError)
-# At once: the encodings of so many take some 100 MB, at worst a gigabyte.
+# At once: in each process the encodings of so many take some 100 MB, at worst a gigabyte.
 CHARACTERS = 3_000_000
 
 

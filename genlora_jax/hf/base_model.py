@@ -35,8 +35,8 @@ class ModelConfig:
             `base_dtype` of `int8`, `nf4` or `int4`; see `scans`.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
             attention (`dots`), or all (`full`). `auto`: in a run, the first of these whose step
-            fits the device's memory; of unrolled layers, if none but `full` does, as many are
-            `dots` as fit.
+            fits the device's memory; of unrolled layers on a GPU, if none but `full` does, about as
+            many are `dots` as fit.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `fp8`,
             `int8`, `nf4` or `int4`. None: as the checkpoint has them.

@@ -179,16 +179,19 @@ def _read_leaves(
     on_host = transposes_on_host()
     leaves: dict[tuple[str, ...], jax.Array] = {}
 
+    def is_ready(tensor: Tensor) -> bool:
+        ready = isinstance(checkpoint, ReadyMade) and isinstance(shapes[tensor.path], NF4)
+        return ready and checkpoint.has_nf4(tensor.name)
+
     def read(tensor: Tensor) -> Any:
-        leaf = shapes[tensor.path]
-        ready = checkpoint if isinstance(checkpoint, ReadyMade) else None
-        if ready is not None and isinstance(leaf, NF4) and ready.has_nf4(tensor.name):
-            return _on_devices(ready.nf4(tensor.name, leaf.dtype), leaf)
+        leaf: Any = shapes[tensor.path]
+        if is_ready(tensor):
+            return _on_devices(checkpoint.nf4(tensor.name, leaf.dtype), leaf)
         return _read(checkpoint, tensor, leaf, on_host)
 
     def taken(tensor: Tensor) -> int:
-        quantised = on_host and isinstance(shapes[tensor.path], StoredKernel)
-        return sizes[tensor] * (COPIES_TO_QUANTISE if quantised else 1)
+        converted = isinstance(shapes[tensor.path], StoredKernel) and not is_ready(tensor)
+        return sizes[tensor] * (COPIES_TO_QUANTISE if converted and on_host else 1)
 
     # With these bounds, memory holds little more than the largest tensor beside the leaves.
     sizes = {tensor: checkpoint.size_of(tensor.name) for tensor in order}

@@ -1,7 +1,7 @@
 """Models of the LLaMA family in Flax Linen. They know nothing of adapters."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from genlora_jax.models.layers import (
     LlamaDecoderLayer,
 )
 from genlora_jax.models.rope import rotary
+from genlora_jax.validation import require_choice
 
 Remat = Literal["none", "dots", "full"]
 Array = jax.Array
@@ -78,6 +79,8 @@ class LlamaModel(nn.Module):
         else:
             count = blueprint.cfg.num_hidden_layers
             policies = (self.remat,) * count if isinstance(self.remat, str) else self.remat
+            if len(policies) != count:
+                raise ValueError(f"remat has {len(policies)} policies, the model {count} layers")
             blocks = [self._block(policy) for policy in policies]
             self.layers = _UnrolledLayers(
                 lambda name: blocks[int(name)](blueprint, name=name), count
@@ -85,7 +88,14 @@ class LlamaModel(nn.Module):
         self.norm = blueprint.norm()
 
     def _block(self, remat: Any) -> Any:
-        """The layers' class under a policy."""
+        """The layers' class under a policy.
+
+        Raises:
+            ValueError: If there is no such policy, or it is a tuple of them.
+        """
+        if isinstance(remat, tuple):
+            raise ValueError("remat: scanned layers share one policy; a tuple needs scan=False")
+        require_choice("remat", remat, get_args(Remat))
         if remat == "none":
             return LlamaDecoderLayer
         policy = keeps_products if remat == "dots" else None

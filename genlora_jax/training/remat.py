@@ -30,7 +30,8 @@ def step_that_fits(
             last where the memory is not known or no other fits.
         print_line: Prints the choice, if there is one.
         layers: Of the model, if each may have a policy of its own. Where the last policy alone
-            fits, as many layers as fit then have the one before.
+            fits, about as many layers as fit then have the one before. Compilers that refuse what
+            does not fit, as those for TPUs, do not say by how much: there all have the last.
     """
     chosen: Callable[..., Any] | None = None
 

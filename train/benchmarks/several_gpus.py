@@ -86,11 +86,12 @@ def arms(gpus: int) -> list[Arm]:
     large = ("--model.scan", "true")  # 80 layers one by one would compile for minutes
     return [
         *(Arm(**mesh) for mesh in meshes),
-        Arm(fsdp=gpus, xla=OVERLAP),
+        *(Arm(xla=OVERLAP, **mesh) for mesh in meshes if math.prod(mesh.values()) == gpus),
+        Arm(fsdp=gpus, xla=OVERLAP, recipe=large),
         *long,
         *(
-            Arm(rows=1, size="llama-70b", recipe=large, **{axis: gpus})
-            for axis in ("fsdp", "tensor")
+            Arm(rows=1, size="llama-70b", recipe=large, **{axis: gpus}, xla=xla)
+            for axis, xla in (("fsdp", ()), ("fsdp", OVERLAP), ("tensor", ()))
         ),
     ]
 
