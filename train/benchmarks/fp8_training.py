@@ -5,8 +5,8 @@
 LoRA r=16 on rows of the text. A seed draws the adapter and the order of rows, for both bases alike.
 The held-out loss is that of the same rows always, from before the first step on. What FP8 costs is
 the difference at equal seeds; the noise that it is set against is the standard deviation of
-bfloat16's own runs over seeds. First of all the cosine of each base's gradient with that in float32, in
-an adapter whose sides are both drawn. The result is written after the gradients and after each run.
+bfloat16's own runs over seeds. First of all the cosine of each base's gradient with that in
+float32, in an adapter whose sides are both drawn. The result is written after each part.
 """
 
 import argparse
