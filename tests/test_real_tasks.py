@@ -68,6 +68,23 @@ def test_the_search_begins_around_the_best_rate_of_an_earlier_run(tmp_path):
     assert run.first_exponent(options, "math", "rbf", ARMS["rbf"]) == run.LOWEST + 1
 
 
+def test_a_rate_of_the_same_task_goes_before_other_tasks_in_whichever_file(tmp_path):
+    def earlier(**exponents):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        runs = {task: {"rbf": {"best_rate": rate_at(at)}} for task, at in exponents.items()}
+        file.write_text(json.dumps({"runs": runs}))
+        return file
+
+    def middle(task, *files):
+        options = argparse.Namespace(start_from=list(files), rates=1, seeds=1)
+        return run.first_exponent(options, task, "rbf", ARMS["rbf"])
+
+    letters, math_, later = earlier(letters=-5), earlier(math=-9), earlier(math=-7)
+    assert middle("math", letters, math_) == middle("math", math_, letters) == -9
+    assert middle("math", math_, later) == middle("chat", math_, later) == -7
+    assert middle("math", later, math_) == -9
+
+
 def test_rows_are_asked_in_training_as_in_evaluation(tmp_path):
     boolq = {
         "instruction": "Please answer the following question with true or false, question: "
@@ -182,6 +199,12 @@ def test_a_difference_has_errors_over_seeds_and_over_rows():
     lines = report.comparisons(records, ["rbf", "residual", "rbf", "base"]).splitlines()
     assert len(lines) == 3
     assert lines[2].startswith(f"| rbf | residual | {100 * gap:+.2f} |")
+
+
+def test_arms_of_a_task_with_a_test_loss_have_no_differences():
+    record = {"accuracy": [{"loss": 2.0}, {"loss": 2.1}], "right": [{}, {}]}
+    lines = report.comparisons({"rbf": record, "residual": record}, ["rbf", "residual"])
+    assert len(lines.splitlines()) == 2  # the head alone
 
 
 def test_the_papers_generator_is_the_recipe_with_rbfs():

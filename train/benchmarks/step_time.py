@@ -21,7 +21,7 @@ from rich.table import Table
 
 from genlora_jax.training.provenance import provenance
 from train.benchmarks import peft_step
-from train.benchmarks.measuring import RESULTS, median_ms, time_step, write_result
+from train.benchmarks.measuring import RESULTS, product_rate, time_step, write_result
 from train.benchmarks.random_base import SIZES
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama3_8b_gpu.yaml"
@@ -43,7 +43,7 @@ class Arm:
     """One program: changes of the recipe for ours, flags of `peft_step` for PEFT's.
 
     Of ours, `kept` is the number of layers, the last ones, that keep their products while the
-    others recompute all, as `remat: auto` may choose. `options` are XLA's.
+    others recompute all, as `remat: auto` may choose.
     """
 
     name: str
@@ -51,11 +51,15 @@ class Arm:
     recipe: tuple[str, ...] | None = None
     peft: tuple[str, ...] | None = None
     kept: int | None = None
-    options: tuple[tuple[str, str], ...] = ()
 
 
 def peft(rows: int, length: int, *flags: str) -> tuple[str, ...]:
     return ("--rows", str(rows), "--length", str(length), *flags)
+
+
+def in_20_gib(rows: int, kept: int) -> Arm:
+    name = f"GenLoRA, in 20 GiB, {rows} x 2048, {kept} layers kept"
+    return Arm(name, recipe=batch(rows, 2048), kept=kept)
 
 
 OURS = [
@@ -80,9 +84,7 @@ PEFT = [
 ]
 # Run where `--only` asks for arms.
 MORE_OF_OURS = [
-    Arm("GenLoRA, in 20 GiB, 1 x 2048, 16 layers kept", recipe=batch(1, 2048), kept=16),
-    Arm("GenLoRA, in 20 GiB, 2 x 2048, 5 layers kept", recipe=batch(2, 2048), kept=5),
-    Arm("GenLoRA, in 20 GiB, 1 x 2048, 19 layers kept", recipe=batch(1, 2048), kept=19),
+    *(in_20_gib(rows, kept) for rows, kept in ((1, 16), (2, 5), (1, 19))),
     Arm("1B: GenLoRA, 1 x 8192, not packed", "llama3.2-1b", recipe=batch(1, 8192, *NOT_PACKED)),
     Arm("1B: GenLoRA, 1 x 8192", size="llama3.2-1b", recipe=batch(1, 8192)),
     Arm("1B: GenLoRA, 2 x 8192", size="llama3.2-1b", recipe=batch(2, 8192)),
@@ -140,8 +142,9 @@ def program_of(arm: Arm, base: tuple[Any, Any]) -> Program:
     remat: Any = recipe.model.policies[0]
     if arm.kept is not None:
         layers = model.config.num_hidden_layers
-        kept = min(arm.kept, layers)
-        remat = ("full",) * (layers - kept) + ("dots",) * kept
+        if arm.kept > layers:
+            raise ValueError(f"{arm.name}: {arm.size} has only {layers} layers")
+        remat = ("full",) * (layers - arm.kept) + ("dots",) * arm.kept
     segments = SEGMENTS if recipe.data.pack else 1
     # What packing allows for rows of so many examples, see `data.packing.max_segments`.
     most = 4 * -(-3 * segments // 8) if recipe.data.pack else 1
@@ -170,8 +173,8 @@ def measure_ours(
     """Step time and memory of the recipe's own step, and what `describe` says of its program."""
     program = program_of(arm, base)
     lower = program.make(program.remat).lower
-    options = dict(arm.options) | dict(compiler_options or {})
-    timing = time_step(lower, *program.operands, calls=steps + 2, compiler_options=options or None)
+    options = compiler_options or None
+    timing = time_step(lower, *program.operands, calls=steps + 2, compiler_options=options)
     seconds, data = timing.median(warmup=2), program.recipe.data
     return {
         "step_s": seconds,
@@ -194,7 +197,6 @@ def run(
         rows[arm.name] = measure_peft(replace_size(arm, size), steps)
         print(arm.name, rows[arm.name], flush=True)
     import jax
-    import jax.numpy as jnp
 
     from train.benchmarks.random_base import random_base
 
@@ -212,11 +214,7 @@ def run(
             print(arm.name, rows[arm.name], flush=True)
             write_result(output, result, where)
         del base
-    n = 8192 if jax.default_backend() == "gpu" else 256
-    x = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
-    product = jax.jit(lambda a, b: a @ b)
-    ms = median_ms(lambda: jax.block_until_ready([product(x, x) for _ in range(10)]), 5) / 10
-    result["product_tflops"] = 2 * n**3 / ms / 1e9
+    result["product_tflops"] = product_rate() / 1e12
     write_result(output, result, where)
     return rows
 

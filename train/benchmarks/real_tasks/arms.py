@@ -59,8 +59,6 @@ RELATIVES: dict[str, Arm] = {
     "sine-lora r=2": lora(2, gl.SineLoRAConfig, shift=-2),
     "nola r=4 k=1024": lora(4, gl.NOLAConfig, count=1024),
 }
-
-
 WARM: dict[str, Arm] = {
     "target r=32 g=16": genlora(32, 16),
     "target r=32 g=16, from lora": from_lora(32, 16),

@@ -191,11 +191,16 @@ def rates_at_once(options: argparse.Namespace) -> int:
 def first_exponent(options: argparse.Namespace, task: str, name: str, arm: Arm) -> int:
     """Exponent of the lowest rate to try first: around the best one of an earlier run."""
     middle = LOWEST + arm.shift + options.rates // 2
-    for file in reversed(options.start_from or []):
-        found = json.loads(file.read_text())["runs"]
-        rates = [found.get(each, {}).get(name, {}).get("best_rate") for each in (task, *found)]
-        if rate := next(filter(None, rates), None):
-            middle = round(PER_DECADE * math.log10(rate))
+    found = [
+        (each, records[name]["best_rate"])
+        for file in reversed(options.start_from or [])
+        for each, records in json.loads(file.read_text())["runs"].items()
+        if records.get(name, {}).get("best_rate")
+    ]
+    # A rate of this task in any file goes before other tasks', then the last file's.
+    if found:
+        _, rate = min(found, key=lambda one: one[0] != task)
+        middle = round(PER_DECADE * math.log10(rate))
     return middle - rates_at_once(options) // 2
 
 
