@@ -179,18 +179,20 @@ def _read_leaves(
     on_host = transposes_on_host()
     leaves: dict[tuple[str, ...], jax.Array] = {}
 
-    def is_ready(tensor: Tensor) -> bool:
-        ready = isinstance(checkpoint, ReadyMade) and isinstance(shapes[tensor.path], NF4)
-        return ready and checkpoint.has_nf4(tensor.name)
+    def ready(tensor: Tensor) -> ReadyMade | None:
+        """The checkpoint, if it holds this tensor's kernel in NF4."""
+        if not isinstance(checkpoint, ReadyMade) or not isinstance(shapes[tensor.path], NF4):
+            return None
+        return checkpoint if checkpoint.has_nf4(tensor.name) else None
 
     def read(tensor: Tensor) -> Any:
         leaf: Any = shapes[tensor.path]
-        if is_ready(tensor):
-            return _on_devices(checkpoint.nf4(tensor.name, leaf.dtype), leaf)
+        if (source := ready(tensor)) is not None:
+            return _on_devices(source.nf4(tensor.name, leaf.dtype), leaf)
         return _read(checkpoint, tensor, leaf, on_host)
 
     def taken(tensor: Tensor) -> int:
-        converted = isinstance(shapes[tensor.path], StoredKernel) and not is_ready(tensor)
+        converted = isinstance(shapes[tensor.path], StoredKernel) and ready(tensor) is None
         return sizes[tensor] * (COPIES_TO_QUANTISE if converted and on_host else 1)
 
     # With these bounds, memory holds little more than the largest tensor beside the leaves.
