@@ -30,7 +30,7 @@ from genlora_jax.models.llama import LlamaForCausalLM, Remat, parameter_shapes
 from genlora_jax.threads import in_threads
 from genlora_jax.validation import require_choice
 
-COPIES_TO_QUANTISE = 4  # measured: what a kernel takes for a moment, in its bytes in the file
+COPIES_TO_QUANTISE = 4  # measured: peak while a kernel is quantised, in its bytes
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
