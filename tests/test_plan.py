@@ -18,6 +18,7 @@ from genlora_jax.plan.estimate import MARGIN, candidates, estimate, rank_meshes
 from genlora_jax.plan.sizes import PASSES
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
+from train.benchmarks.random_base import SIZES
 
 RECIPE = """
 model:
@@ -289,3 +290,34 @@ def test_estimates_for_gpus_are_what_the_compiler_said_but_for_the_margin(arm):
     assert guess.arguments + guess.temporaries == pytest.approx(
         arm["program_gib"] * GIB, rel=MARGIN
     )
+
+
+QUANTISED = [
+    (name, arm["peak_gib"])
+    for run in json.loads((RESULTS / "quantised_base.json").read_text())["runs"][1:]
+    for name, arm in run["arms"].items()
+    if "GenLoRA" in name and name.endswith("remat full, scanned")
+]
+
+
+@pytest.mark.parametrize(("name", "peak"), QUANTISED)
+def test_estimates_on_a_quantised_base_are_what_was_measured_but_for_the_margin(name, peak):
+    size, form, _, batch, *_ = name.split(", ")
+    rows, length = batch.split(" x ")
+    overrides = {
+        "data.batch_size": rows,
+        "data.length": length,
+        "data.pack": "false",
+        "model.base_dtype": form,
+        "model.remat": "full",
+        "train.accumulate": "1",
+    }
+    arguments = ["--config", str(REPOSITORY / "train" / "recipes" / "llama3_8b_gpu.yaml")]
+    for field, value in overrides.items():
+        arguments += [f"--{field}", value]
+    recipe = parse(Recipe, arguments)
+    shape = SIZES[size].shape | {"head_dim": SIZES[size].config.head_dim}
+    shape = dataclasses.replace(recipe.model.shape, **shape)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, shape=shape))
+    guess = estimate(recipe, parse_topology("gpu:1x80").chip, MeshConfig(fsdp=1))
+    assert guess.arguments + guess.temporaries == pytest.approx(peak * GIB, rel=MARGIN)

@@ -33,6 +33,9 @@ KEPT_UNROLLED = (4, 2, 2, 3)
 # Derived, the same for the gradients of all factors: inputs of the products and gradients of their
 # outputs. Measured: on GPUs that share the batch and no more, the compiler computes these last.
 FACTOR_PRODUCTS = (4, 2, 2, 3)
+# Measured: where GPUs scan layers that recompute all, arrays of the feed-forward size, as many as
+# SwiGLU's gradients, exist beside what is recomputed.
+SCANNED_GRADIENTS = (0, 0, 0, 3)
 # Derived: a whole delta that is not trained itself is formed in float32 (Sine-LoRA's), and what it
 # is the function of is kept for its gradient.
 FORMED_COPIES = 2
@@ -144,6 +147,8 @@ def _layer_bytes(step: Step) -> int:
     deltas = step.formed_values + step.stored_values
     deltas = deltas // step.config.num_hidden_layers * step.width // step.mesh.tensor
     recomputed = _activation_bytes(step) if step.remat == "full" else 0
+    if recomputed and step.recipe.model.scans(step.platform) and not step.chip.tpu:
+        recomputed += _values(step, SCANNED_GRADIENTS) * step.width
     gathered = _gathered_copies(step) * step.layer_bytes
     # A layer's kernels are dequantised together, or gathered so.
     dequantised = step.dequantised_values * step.width // step.mesh.tensor
