@@ -30,6 +30,13 @@ class FakeTrials:
         return sorted(rates, key=lambda rate: abs(math.log10(rate) * 4 - self.best))
 
 
+@pytest.mark.parametrize(("best", "tried"), [(-14, 5), (-11, 3), (-10, 4)])
+def test_one_rate_at_a_time_climbs_to_the_best(best, tried):
+    trials = FakeTrials(best)
+    search(trials, -11, 3, at_once=1, seeds=3)
+    assert len(trials.members) == 3 * tried
+
+
 @pytest.mark.parametrize(("best", "tried"), [(-10, 3), (-14, 9), (-6, 9)])
 def test_rates_are_added_until_the_best_is_inside(best, tried):
     trials = FakeTrials(best)
@@ -48,12 +55,15 @@ def test_the_search_ends_when_it_is_told():
 def test_the_search_begins_around_the_best_rate_of_an_earlier_run(tmp_path):
     earlier = {"runs": {"math": {"rbf": {"best_rate": rate_at(-9)}}}}
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
-    options = argparse.Namespace(start_from=tmp_path / "earlier.json", rates=3)
+    options = argparse.Namespace(start_from=[tmp_path / "earlier.json"], rates=3, seeds=1)
     assert run.first_exponent(options, "math", "rbf", ARMS["rbf"]) == -10
     assert run.first_exponent(options, "letters", "rbf", ARMS["rbf"]) == -10
     assert run.first_exponent(options, "math", "lora r=1", ARMS["lora r=1"]) == run.LOWEST - 1
+    # Several seeds of the rate in the middle come first.
+    options.seeds = 3
+    assert run.first_exponent(options, "math", "rbf", ARMS["rbf"]) == -9
     options.start_from = None
-    assert run.first_exponent(options, "math", "rbf", ARMS["rbf"]) == run.LOWEST
+    assert run.first_exponent(options, "math", "rbf", ARMS["rbf"]) == run.LOWEST + 1
 
 
 def test_rows_are_asked_in_training_as_in_evaluation(tmp_path):
@@ -74,7 +84,10 @@ def test_rows_are_asked_in_training_as_in_evaluation(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     row = {"question": "1 + 1?", "answer": "It is 2.\n#### 2"}
     (tmp_path / "gsm8k/train.jsonl").write_text(json.dumps(row))
-    rows = {name: tasks.train_rows(tmp_path, task) for name, task in tasks.TASKS.items()}
+    program = {"text": "Add.", "code": "def add(a, b): return a + b", "test_list": ["assert add"]}
+    lines = [json.dumps(program | {"text": f"Add {i}."}) for i in range(1, 512)]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(lines))
+    rows = {name: tasks.rows_of(tmp_path, task, "train") for name, task in tasks.TASKS.items()}
     assert rows["completions"][0] == {
         "prompt": "Question: is it so?\nAnswer:",
         "completion": " false",
@@ -84,6 +97,12 @@ def test_rows_are_asked_in_training_as_in_evaluation(tmp_path):
         "prompt": "Question: Which?\nA. one\nB. two\nAnswer:",
         "completion": " B",
     }
+    asked = {"role": "user", "content": "1 + 1?"}
+    answer = {"role": "assistant", "content": "It is 2.\n#### 2"}
+    assert rows["chat"] == [{"messages": [asked, answer]}]
+    assert rows["code"] == [
+        {"prompt": '"""\nAdd 511.\nassert add\n"""\n', "completion": program["code"]}
+    ]
     assert rows["math"] == [
         {"prompt": "Question: 1 + 1?\nAnswer:", "completion": " It is 2.\n#### 2"}
     ]
@@ -106,8 +125,7 @@ def test_small_latents_make_the_same_factors():
 
 
 def test_every_set_names_arms_and_no_arm_wastes_rank_on_smollm2():
-    assert set(SETS["ablation"]) == set(ARMS)
-    assert set(SETS["final"]) <= set(ARMS)
+    assert set().union(*SETS.values()) == set(ARMS)
     for name, arm in ARMS.items():
         for n in (192, 576, 1536):
             limit = arm.cfg.attainable_rank(n)

@@ -30,7 +30,6 @@ from rich.table import Table
 
 import genlora_jax as gl
 from genlora_jax.generation.answers import answers
-from genlora_jax.generation.subject import Subject
 from genlora_jax.hf.base_model import Base, ModelConfig, find_base, load_base
 from genlora_jax.mesh import one_device
 from genlora_jax.methods import config_from_json, config_to_json
@@ -39,6 +38,7 @@ from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import init_state, make_train_step
 from genlora_jax.training.step_options import StepOptions
+from train.benchmarks.real_tasks.tasks import merged_subject
 
 LONGEST, CHARACTERS, VALIDATION = 768, 1300, 50
 BUCKET = 20  # batches whose rows are sorted by length
@@ -145,15 +145,7 @@ def accuracy(
     base: Base, adapter: gl.Adapter, rows: Sequence[Row], batch: int, tokens: int
 ) -> float:
     """The share of right answers to queries."""
-    merged = gl.merge(base.params, gl.generate_factors(adapter.config, adapter))
-    subject = Subject(
-        model=base.model,
-        params=merged,
-        factors={},
-        tokenizer=base.tokenizer,
-        stop=base.stop,
-        batch_size=batch,
-    )
+    subject = merged_subject(base, adapter, batch)
     prompts = [subject.encode(TEMPLATE.format(query=query)) for query, _ in rows]
     given = answers(subject, prompts, max_new_tokens=tokens)
     return float(

@@ -39,7 +39,8 @@ def claim_gpu(gpus: Any, options: argparse.Namespace) -> None:
     """Assigns a worker its GPU, or a share of it, before JAX starts."""
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus.get())
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.93 / options.per_gpu:.2f}"
+        share = f"{0.93 / options.per_gpu:.2f}"
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
     jax.config.update("jax_compilation_cache_dir", str(options.folder / "compiled"))
 
 

@@ -7,9 +7,10 @@
         --seconds 540 --out final.json
 
 The mean validation loss over the seeds chooses the rate; rates are added until the best one is not
-at an end. Only `--test` opens the test rows, once, for the members of the best rate. Results are
-written after each arm; the same command goes on where the last one ended. `--only` takes the arms
-whose names match, `--limit-rows` two rows of each batch, to try it on a CPU.
+at an end, one at a time if there are several seeds. Only `--test` opens the test rows, once, for
+the members of the best rate. Results are written after each arm; the same command goes on where the
+last one ended. `--only` takes the arms whose names match, `--keep` stores adapters of the first
+seed beside the result, `--limit-rows` takes two rows of each batch, to try it on a CPU.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import functools
 import json
 import math
 import multiprocessing
+import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,8 @@ from train.benchmarks.frontier.run import claim_gpu
 from train.benchmarks.frontier.tune import STEPS_PER_CALL, Trials, search, spectrum
 from train.benchmarks.measuring import write_result
 from train.benchmarks.real_tasks.arms import ARMS, SETS
-from train.benchmarks.real_tasks.tasks import TASKS, Batches, accuracy, batches
+from train.benchmarks.real_tasks.tasks import CHUNK, TASKS, Batches, batches, tested
 
-CHUNK = 4096  # tokens whose logits exist at a time: the vocabulary is large
 MOST_AT_ONCE = 5  # members whose activations are in memory
 LOWEST = -12  # exponent of the lowest rate to begin with: 1e-3
 WARM_LORA, WARM_RATE = 16, 1.78e-3  # the LoRA that a warm start compresses
@@ -70,8 +72,8 @@ def sweep_program(arm: Arm, base: Base, steps: int, members: int) -> SweepProgra
 
 def warm_adapters(
     cfg: Any, base: Base, tuned: Batches, held_out: Batches, seeds: int
-) -> list[gl.Adapter]:
-    """A GenLoRA adapter a seed, fitted to a LoRA that was trained on these batches."""
+) -> tuple[list[gl.Adapter], list[float]]:
+    """A GenLoRA adapter a seed, fitted to a LoRA trained on these batches, and its errors."""
     lora = gl.LoRAConfig(rank=WARM_LORA, alpha=2.0 * WARM_LORA)
     members = [
         Member(learning_rate=WARM_RATE, generator_ratio=1.0, seed=seed) for seed in range(seeds)
@@ -80,14 +82,14 @@ def warm_adapters(
     trained = run_sweep(
         program, base.params, members, iter(tuned), held_out, steps_per_call=STEPS_PER_CALL
     )
-    found = []
+    found, errors = [], []
     for seed in range(seeds):
         factors = gl.generate_factors(lora, trained.adapter(seed))
         key = jax.random.key(seed)
         adapter, report = gl.compress(cfg, factors, params=base.params, key=key, steps=FIT_STEPS)
-        print(f"compressed, relative error {report.error:.3f}", flush=True)
+        errors.append(round(report.error, 4))
         found.append(with_small_latents(adapter))
-    return found
+    return found, errors
 
 
 def with_small_latents(adapter: gl.Adapter) -> gl.Adapter:
@@ -114,9 +116,12 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
             for part in (tuned, held_out[:1])
         )
     warm = round(arm.warm_start * len(tuned) / STEPS_PER_CALL) * STEPS_PER_CALL
-    adapters = warm_adapters(arm.cfg, base, tuned[:warm], held_out, options.seeds) if warm else []
+    adapters, errors = [], []
+    if warm:
+        adapters, errors = warm_adapters(arm.cfg, base, tuned[:warm], held_out, options.seeds)
+    at_once = rates_at_once(options)
     trials = Trials(
-        program=sweep_program(arm, base, len(tuned) - warm, options.rates * options.seeds),
+        program=sweep_program(arm, base, len(tuned) - warm, at_once * options.seeds),
         params=base.params,
         batches=tuned[warm:],
         held_out=held_out,
@@ -128,9 +133,9 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
         trials,
         first,
         options.rates,
-        at_once=options.rates,
+        at_once=at_once,
         seeds=options.seeds,
-        stop=lambda: time.time() > options.end,
+        stop=lambda: time.time() > options.end - options.reserve,
     )
     ranked = trials.ranked(options.seeds)
     best = ranked[0]
@@ -140,6 +145,7 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
         "ratio": arm.ratio,
         "basis_ratio": arm.basis_ratio,
         "warm_start_steps": warm,
+        "warm_start_errors": errors,
         "parameters": gl.count_parameters(chosen[0]),
         "steps": len(tuned),
         "rates": [member.learning_rate for member in trials.members],
@@ -151,31 +157,39 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
         "inside": min(ranked) < best < max(ranked),
         "best_loss": round(trials.mean_loss(best), 5),
         "best_losses": [round(trials.losses[i], 5) for i in trials.of_rate(best)],
+        "singular_values": spectrum(chosen[0]),
         "tuning_seconds": round(time.perf_counter() - began, 1),
     }
+    if options.keep and re.search(options.keep, job["arm"]):
+        name = re.sub(r"[^a-z0-9]+", "-", f"{job['task']} {job['arm']}".lower())
+        gl.save_adapter(options.out.parent / name, arm.cfg, chosen[0])
     if options.test:
-        record["singular_values"] = spectrum(chosen[0])
-        record["accuracy"] = [tested(options, base, job["task"], adapter) for adapter in chosen]
+        record |= test_record(options, base, job["task"], chosen)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def tested(
-    options: argparse.Namespace, base: Base, task: str, adapter: gl.Adapter | None
-) -> dict[str, float]:
-    """The accuracy on the test rows, of the base alone without an adapter."""
-    params = base.params
-    if adapter is not None:
-        params = gl.merge(params, gl.generate_factors(adapter.config, adapter))
-    return accuracy(base, params, options.data, task, "test", options.test_rows)
+def test_record(
+    options: argparse.Namespace, base: Base, task: str, adapters: Sequence[gl.Adapter | None]
+) -> dict[str, Any]:
+    """What the test rows tell of some adapters, of the base alone for None."""
+    found = [tested(base, each, options.data, task, options.test_rows) for each in adapters]
+    return {"accuracy": [figures for figures, _ in found], "right": [right for _, right in found]}
+
+
+def rates_at_once(options: argparse.Namespace) -> int:
+    """Rates of a sweep: with several seeds one, so that none is tried in vain."""
+    return options.rates if options.seeds == 1 else 1
 
 
 def first_exponent(options: argparse.Namespace, task: str, name: str, arm: Arm) -> int:
     """Exponent of the lowest rate to try first: around the best one of an earlier run."""
-    found = json.loads(options.start_from.read_text())["runs"] if options.start_from else {}
-    for earlier in (task, *found):
-        if rate := found.get(earlier, {}).get(name, {}).get("best_rate"):
-            return round(PER_DECADE * math.log10(rate)) - options.rates // 2
-    return LOWEST + arm.shift
+    middle = LOWEST + arm.shift + options.rates // 2
+    for file in reversed(options.start_from or []):
+        found = json.loads(file.read_text())["runs"]
+        rates = [found.get(each, {}).get(name, {}).get("best_rate") for each in (task, *found)]
+        if rate := next(filter(None, rates), None):
+            middle = round(PER_DECADE * math.log10(rate))
+    return middle - rates_at_once(options) // 2
 
 
 def perform(work: tuple[argparse.Namespace, dict[str, str]]) -> tuple[dict[str, str], Any]:
@@ -184,7 +198,7 @@ def perform(work: tuple[argparse.Namespace, dict[str, str]]) -> tuple[dict[str, 
     try:
         if job["arm"] == "base":
             base = base_of(str(options.base))
-            return job, {"accuracy": [tested(options, base, job["task"], None)]}
+            return job, test_record(options, base, job["task"], [None])
         return job, run_arm(options, job)
     except Exception as error:
         return job, {"failed": f"{type(error).__name__}: {error}"[:500]}
@@ -197,7 +211,7 @@ def jobs_of(options: argparse.Namespace, found: dict[str, Any]) -> list[dict[str
     jobs = []
     for task in options.tasks:
         done = {k for k, record in found.get(task, {}).items() if "failed" not in record}
-        due = [*names, *(["base"] if options.test else [])]
+        due = [*(["base"] if options.test else []), *names]
         jobs += [{"task": task, "arm": name} for name in due if name not in done]
     return jobs
 
@@ -206,11 +220,12 @@ def do_jobs(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Runs arms, some at a time, until all are done or the time is over."""
     where = provenance()
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
-    gpus = context.Queue()
-    for index in range(options.per_gpu):
-        gpus.put(index % max(options.gpus, 1))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(options.gpus)))
+    gpus, workers = context.Queue(), max(options.gpus, 1) * options.per_gpu
+    for index in range(workers):
+        gpus.put(visible.split(",")[index % max(options.gpus, 1)])
     jobs = jobs_of(options, result["runs"])
-    with context.Pool(options.per_gpu, initializer=claim_gpu, initargs=(gpus, options)) as pool:
+    with context.Pool(workers, initializer=claim_gpu, initargs=(gpus, options)) as pool:
         done = pool.imap_unordered(perform, [(options, job) for job in jobs])
         for _ in jobs:
             try:
@@ -235,12 +250,16 @@ def main() -> None:
     parser.add_argument("--rates", type=int, default=5, help="rates tried at once")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--start-from", type=Path, help="results whose best rates to begin with")
+    parser.add_argument("--start-from", type=Path, nargs="+", help="results with rates to begin by")
     parser.add_argument("--test", action="store_true", help="the accuracy of the best")
     parser.add_argument("--test-rows", type=int, default=1000, help="most rows of a data set")
     parser.add_argument("--gpus", type=int, default=0)
-    parser.add_argument("--per-gpu", type=int, default=1, help="workers")
+    parser.add_argument("--per-gpu", type=int, default=1, help="workers on each")
+    parser.add_argument("--keep", default="", help="expression: arms whose adapters are stored")
     parser.add_argument("--seconds", type=float, default=86400, help="stop after this time")
+    parser.add_argument(
+        "--reserve", type=float, default=0, help="seconds of them without new rates"
+    )
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="for compiled programs")
     parser.add_argument("--limit-rows", action="store_true", help="two rows of each batch")
     parser.add_argument("--out", type=Path, required=True)
@@ -250,7 +269,7 @@ def main() -> None:
     result: dict[str, Any] = {"settings": [], "runs": {}}
     if options.out.exists():
         result = json.loads(options.out.read_text())
-    kept = {name: v for name, v in vars(options).items() if not isinstance(v, Path)}
+    kept = {name: v for name, v in vars(options).items() if "Path" not in repr(v)}
     result["settings"].append(kept)
     do_jobs(options, result)
 

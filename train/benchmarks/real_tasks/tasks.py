@@ -1,6 +1,7 @@
-"""The tasks: rows to train, to choose and to test by, and the accuracy of a model on them.
+"""The tasks: rows to train, to choose and to test by, and how a model does on them.
 
 Training rows are split into `tuned` and `validation`, which chooses. Test rows are the data sets'.
+`chat` is GSM8K as turns of the model's chat template, `code` MBPP, whose exercises 11 to 510 test.
 """
 
 import functools
@@ -13,16 +14,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+import genlora_jax as gl
 from genlora_jax.data.batches import train_batches
 from genlora_jax.data.config import DataConfig
 from genlora_jax.data.encode import encode
 from genlora_jax.data.packing import eval_batches
 from genlora_jax.data.sources import MemorySource
-from genlora_jax.evaluation.tasks import choices, match
+from genlora_jax.evaluation.tasks import choices, code, match
 from genlora_jax.generation.subject import Subject
 from genlora_jax.hf.base_model import Base
+from genlora_jax.training.step import evaluate, make_eval_step
+from genlora_jax.training.step_options import StepOptions
 
-VALIDATION = 1000
+CHUNK = 4096  # tokens whose logits exist at a time: the vocabulary is large
 QUIZZES = ("llm_adapters/boolq", "arc_easy", "llm_adapters/arc_challenge", "openbookqa")
 PROBLEMS = {"gsm8k": "jsonl", "svamp": "json"} | dict.fromkeys(
     ("llm_adapters/multiarith", "llm_adapters/addsub", "llm_adapters/singleeq"), "json"
@@ -31,25 +35,35 @@ BOOLQ = re.compile(r".*question: (.*?)\n\nAnswer format: true/false", re.DOTALL)
 Batches = list[dict[str, np.ndarray]]
 
 
+PROGRAMS = code.CodeConfig(
+    data="mbpp", allow_code=True, samples=10, temperature=0.6, top_p=0.95, k=[1, 10]
+)
+
+
 @dataclass(frozen=True)
 class Task:
     """A task.
 
     Attributes:
-        style: How options are scored; None for problems, whose answers are decoded.
+        kind: Options scored as `text` or by `letter`; answers decoded whose `number` counts; turns
+            of a `chat`, whose loss counts; `code` that tests run.
         rows: Rows of a batch.
         length: Tokens of a row.
+        validation: Training rows that are kept to choose by.
     """
 
-    style: choices.Style | None
+    kind: Literal["text", "letter", "number", "chat", "code"]
     rows: int
     length: int
+    validation: int
 
 
 TASKS = {
-    "completions": Task("text", 16, 256),
-    "letters": Task("letter", 16, 256),
-    "math": Task(None, 8, 512),
+    "completions": Task("text", 16, 256, 1000),
+    "letters": Task("letter", 16, 256, 1000),
+    "math": Task("number", 8, 512, 500),
+    "chat": Task("chat", 8, 512, 500),
+    "code": Task("code", 8, 512, 90),
 }
 
 
@@ -82,73 +96,131 @@ def problems(file: Path) -> list[match.Problem]:
     ]
 
 
-def train_rows(data: Path, task: Task) -> list[dict[str, str]]:
-    """The training rows, as the evaluation will ask."""
-    if task.style is None:
+def exercises(data: Path, *, tested: bool) -> list[code.Exercise]:
+    """MBPP's exercises 11 to 510, which test, or those after them."""
+    found = code.read(str(data / "mbpp.jsonl"))
+    return found[10:510] if tested else found[510:]
+
+
+def rows_of(data: Path, task: Task, part: Literal["train", "test"]) -> list[dict[str, Any]]:
+    """The rows to train by, as the evaluation will ask; test rows of what has a test loss."""
+    if task.kind == "code":
+        return [
+            {"prompt": one.prompt, "completion": one.solution}
+            for one in exercises(data, tested=part == "test")
+        ]
+    if task.kind == "chat":
+
+        def turn(role: str, content: str) -> dict[str, str]:
+            return {"role": role, "content": content}
+
+        return [
+            {"messages": [turn("user", row["question"]), turn("assistant", row["answer"])]}
+            for row in map(json.loads, (data / f"gsm8k/{part}.jsonl").read_text().splitlines())
+        ]
+    if task.kind == "number":
         return [
             {"prompt": str(problem.prompt), "completion": problem.expected}
-            for problem in problems(data / "gsm8k/train.jsonl")
+            for problem in problems(data / f"gsm8k/{part}.jsonl")
         ]
     rows = []
     for quiz in QUIZZES:
-        for item in items(data / quiz / "train.json"):
-            prompt, options = choices.formatted(item, task.style)
+        for item in items(data / quiz / f"{part}.json"):
+            prompt, options = choices.formatted(item, task.kind)
             rows.append({"prompt": prompt, "completion": " " + options[item.answer]})
     return rows
+
+
+def source(rows: list[dict[str, Any]], name: str, cfg: DataConfig, tokenizer: Any) -> MemorySource:
+    """Rows as tokens."""
+    places = ((f"{name}:{i}", dict(row)) for i, row in enumerate(rows))
+    examples, report = encode(places, tokenizer, cfg, name)
+    print(report, flush=True)
+    return MemorySource(examples)
+
+
+def config(task: Task) -> DataConfig:
+    """How the rows of a task are read."""
+    return DataConfig(train=task.kind, length=task.length, batch_size=task.rows, overlong="drop")
 
 
 @functools.cache
 def batches(data: Path, name: str, tokenizer: Any, steps: int) -> tuple[Batches, Batches]:
     """The batches of so many steps, and those of the validation rows."""
     task = TASKS[name]
-    rows = train_rows(data, task)
+    rows, cfg = rows_of(data, task, "train"), config(task)
     order = np.random.default_rng(0).permutation(len(rows))
-    cfg = DataConfig(train=name, length=task.length, batch_size=task.rows, overlong="drop")
-
-    def source(kind: str, chosen: np.ndarray) -> MemorySource:
-        places = ((f"{name}-{kind}:{i}", dict(rows[i])) for i in chosen)
-        examples, report = encode(places, tokenizer, cfg, f"{name}-{kind}")
-        print(report, flush=True)
-        return MemorySource(examples)
-
-    tuned = source("tuned", order[VALIDATION:])
+    kept = [rows[i] for i in order[: task.validation]]
+    tuned = source([rows[i] for i in order[task.validation :]], f"{name}-tuned", cfg, tokenizer)
     epoch = sum(1 for _ in train_batches(tuned, cfg, epochs=1))
     train = train_batches(tuned, cfg, epochs=-(-steps // epoch) + 1)
-    held_out = eval_batches(source("validation", order[:VALIDATION]), cfg)
+    held_out = eval_batches(source(kept, f"{name}-validation", cfg, tokenizer), cfg)
     return list(itertools.islice(train, steps)), list(held_out)
 
 
-def accuracy(
-    base: Base, params: Any, data: Path, name: str, part: Literal["train", "test"], limit: int
-) -> dict[str, float]:
-    """The accuracy by data set, and their mean.
-
-    Args:
-        base: For its model and tokenizer.
-        params: A merged model's.
-        data: The folder of the data.
-        name: The task.
-        part: The test rows, or training rows to try this on.
-        limit: Most rows of a data set.
-    """
-    task = TASKS[name]
-    subject = Subject(
+def merged_subject(base: Base, adapter: gl.Adapter | None, batch_size: int) -> Subject:
+    """The base, an adapter merged into it, as what is asked."""
+    params = base.params
+    if adapter is not None:
+        params = gl.merge(params, gl.generate_factors(adapter.config, adapter))
+    return Subject(
         model=base.model,
         params=params,
         factors={},
         tokenizer=base.tokenizer,
         stop=base.stop,
-        batch_size=128 if task.style is None else 256,
+        batch_size=batch_size,
     )
-    scores = {}
-    if task.style is None:
+
+
+def tested(
+    base: Base, adapter: gl.Adapter | None, data: Path, name: str, limit: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """A model's figures on the test rows.
+
+    Args:
+        base: The base.
+        adapter: An adapter of it; None for the base alone.
+        data: The folder of the data.
+        name: The task.
+        limit: Most rows of a data set.
+
+    Returns:
+        Accuracies by data set and their `mean`, or `loss` and perhaps `pass@k`; and by data set
+        which rows were right, a bit each, in hexadecimal.
+    """
+    task = TASKS[name]
+    subject = merged_subject(base, adapter, 256)
+    if task.kind in ("chat", "code"):
+        cfg = config(task)
+        rows = eval_batches(
+            source(rows_of(data, task, "test")[:limit], f"{name}-test", cfg, base.tokenizer), cfg
+        )
+        step = make_eval_step(base.model, StepOptions(chunk=CHUNK))
+        figures = {"loss": evaluate(step, subject.params, {}, list(rows))}
+        if task.kind == "code":
+            ran = code.run(subject, PROGRAMS, exercises(data, tested=True)[:limit]).metrics
+            figures |= {f"pass@{k}": ran[f"pass@{k}"] for k in PROGRAMS.k}
+        return figures, {}
+    figures, right = {}, {}
+    for quiz, rows in right_answers(subject, data, name, limit).items():
+        figures[quiz] = float(np.mean(rows))
+        right[quiz] = np.packbits(rows).tobytes().hex()
+    return figures | {"mean": float(np.mean(list(figures.values())))}, right
+
+
+def right_answers(subject: Subject, data: Path, name: str, limit: int) -> dict[str, list[bool]]:
+    """By data set, which test rows are answered rightly."""
+    kind, found = TASKS[name].kind, {}
+    if kind == "number":
         cfg = match.MatchConfig(data=name, answer="number", max_new_tokens=200)
         for quiz, suffix in PROBLEMS.items():
-            asked = problems(data / quiz / f"{part}.{suffix}")[:limit]
-            scores[quiz] = match.run(subject, cfg, asked).metrics["exact_match"]
-    else:
-        options = choices.ChoicesConfig(data=name, style=task.style)
-        for quiz in QUIZZES:
-            asked_items = items(data / quiz / f"{part}.json")[:limit]
-            scores[quiz] = choices.run(subject, options, asked_items).metrics["accuracy"]
-    return scores | {"mean": float(np.mean(list(scores.values())))}
+            asked = problems(data / quiz / f"test.{suffix}")[:limit]
+            found[quiz] = [row["right"][0] for row in match.run(subject, cfg, asked).rows]
+        return found
+    scored = choices.ChoicesConfig(data=name, style="text" if kind == "text" else "letter")
+    for quiz in QUIZZES:
+        asked_items = items(data / quiz / "test.json")[:limit]
+        rows = choices.run(subject, scored, asked_items).rows
+        found[quiz] = [row["chosen"] == row["answer"] for row in rows]
+    return found
