@@ -61,18 +61,14 @@ class LlamaModel(nn.Module):
 
     blueprint: Blueprint
     scan: bool
-    remat: Remat
+    remat: Remat | tuple[Remat, ...]
 
     def setup(self) -> None:
         blueprint = self.blueprint
         self.embed_tokens = blueprint.embed()
-        block: Any = LlamaDecoderLayer
-        if self.remat != "none":
-            policy = keeps_products if self.remat == "dots" else None
-            block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
         if self.scan:
             self.layers = nn.scan(
-                block,
+                self._block(self.remat),
                 # The collection "genlora" mirrors params; see `gl.apply`.
                 variable_axes={"params": 0, "genlora": 0},
                 split_rngs={"params": True, "dropout": True},
@@ -80,10 +76,20 @@ class LlamaModel(nn.Module):
                 length=blueprint.cfg.num_hidden_layers,
             )(blueprint)
         else:
+            count = blueprint.cfg.num_hidden_layers
+            policies = (self.remat,) * count if isinstance(self.remat, str) else self.remat
+            blocks = [self._block(policy) for policy in policies]
             self.layers = _UnrolledLayers(
-                lambda name: block(blueprint, name=name), blueprint.cfg.num_hidden_layers
+                lambda name: blocks[int(name)](blueprint, name=name), count
             )
         self.norm = blueprint.norm()
+
+    def _block(self, remat: Any) -> Any:
+        """The layers' class under a policy."""
+        if remat == "none":
+            return LlamaDecoderLayer
+        policy = keeps_products if remat == "dots" else None
+        return nn.remat(LlamaDecoderLayer, policy=policy, prevent_cse=not self.scan)
 
     def __call__(
         self, input_ids: Array, context: Context, slides: Array | None, cache: Cache
@@ -106,7 +112,7 @@ class LlamaForCausalLM(nn.Module):
         scan: Layers stacked in one `nn.scan` (fast to compile), or one after another.
         remat: What of a layer the backward pass recomputes: almost nothing (`"none"`), all but the
             outputs of projections and of attention (`"dots"`), or all (`"full"`). Each takes less
-            memory and more time.
+            memory and more time. Or, of unrolled layers, a policy for each.
         attention: `"auto"`, `"xla"`, `"cudnn"`, `"splash"` or `"blocks"`; see `attend`.
         mesh: Devices, with axes `data`, `fsdp` and `tensor`, that shard activations.
     """
@@ -115,7 +121,7 @@ class LlamaForCausalLM(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan: bool = True
-    remat: Remat = "none"
+    remat: Remat | tuple[Remat, ...] = "none"
     attention: Attention = "auto"
     mesh: Mesh | None = None
 

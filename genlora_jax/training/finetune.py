@@ -230,11 +230,12 @@ def compiled_steps(
         "compiler_options": compiler_options(run.base.params, device.platform),
     }
 
-    def with_remat(policy: str) -> Any:
+    def with_remat(policy: Any) -> Any:
         with_policy = model.clone(remat=policy)
         return make_train_step(with_policy, recipe.adapter, optimizer, run.options, **settings)
 
-    step = step_that_fits(with_remat, recipe.model.policies, device, print_line)
+    layers = 0 if model.scan else model.config.num_hidden_layers
+    step = step_that_fits(with_remat, recipe.model.policies, device, print_line, layers)
     return announced(step, print_line), make_eval_step(model, run.options, **settings)
 
 

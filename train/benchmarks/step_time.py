@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from genlora_jax.training.provenance import provenance
 from train.benchmarks import peft_step
 from train.benchmarks.measuring import RESULTS, median_ms, time_step, write_result
 from train.benchmarks.random_base import SIZES
@@ -39,12 +40,18 @@ def batch(rows: int, length: int, *more: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One program: changes of the recipe for ours, flags of `peft_step` for PEFT's."""
+    """One program: changes of the recipe for ours, flags of `peft_step` for PEFT's.
+
+    Of ours, `kept` is the number of layers, the last ones, that keep their products while the
+    others recompute all, as `remat: auto` may choose. `options` are XLA's.
+    """
 
     name: str
     size: str = "llama-8b"
     recipe: tuple[str, ...] | None = None
     peft: tuple[str, ...] | None = None
+    kept: int | None = None
+    options: tuple[tuple[str, str], ...] = ()
 
 
 def peft(rows: int, length: int, *flags: str) -> tuple[str, ...]:
@@ -73,6 +80,10 @@ PEFT = [
 ]
 # Run where `--only` asks for arms.
 MORE_OF_OURS = [
+    Arm("GenLoRA, in 20 GiB, 1 x 2048, 16 layers kept", recipe=batch(1, 2048), kept=16),
+    Arm("GenLoRA, in 20 GiB, 2 x 2048, 5 layers kept", recipe=batch(2, 2048), kept=5),
+    Arm("GenLoRA, in 20 GiB, 1 x 2048, 19 layers kept", recipe=batch(1, 2048), kept=19),
+    Arm("1B: GenLoRA, 1 x 8192, not packed", "llama3.2-1b", recipe=batch(1, 8192, *NOT_PACKED)),
     Arm("1B: GenLoRA, 1 x 8192", size="llama3.2-1b", recipe=batch(1, 8192)),
     Arm("1B: GenLoRA, 2 x 8192", size="llama3.2-1b", recipe=batch(2, 8192)),
 ]
@@ -95,14 +106,25 @@ def measure_peft(arm: Arm, steps: int) -> dict[str, Any]:
     return found if "error" in found else found | {"tokens_per_s": rows * length / found["step_s"]}
 
 
-def measure_ours(
-    arm: Arm,
-    base: tuple[Any, Any],
-    steps: int,
-    compiler_options: Mapping[str, Any] | None = None,
-    describe: Callable[[Any], dict[str, Any]] = lambda compiled: {},
-) -> dict[str, Any]:
-    """Step time and memory of the recipe's own step, and what `describe` says of its program."""
+@dataclass(frozen=True)
+class Program:
+    """The recipe's own step, and what it is called with.
+
+    Attributes:
+        recipe: The recipe with the arm's changes.
+        make: The jitted step under a `remat` policy, or under one for each layer.
+        remat: The arm's.
+        operands: State, parameters and batch.
+    """
+
+    recipe: Any
+    make: Callable[[Any], Any]
+    remat: Any
+    operands: tuple[Any, ...]
+
+
+def program_of(arm: Arm, base: tuple[Any, Any]) -> Program:
+    """The step of an arm of ours on a base."""
     import jax
 
     from genlora_jax.adapter import init_adapter
@@ -115,32 +137,59 @@ def measure_ours(
     assert arm.recipe is not None
     recipe = parse(Recipe, ["--config", str(RECIPE), *arm.recipe])
     model, params = base
-    model = model.clone(remat=recipe.model.policies[0], attention=recipe.model.attention)
-    rows, length = recipe.data.batch_size, recipe.data.length
+    remat: Any = recipe.model.policies[0]
+    if arm.kept is not None:
+        layers = model.config.num_hidden_layers
+        kept = min(arm.kept, layers)
+        remat = ("full",) * (layers - kept) + ("dots",) * kept
     segments = SEGMENTS if recipe.data.pack else 1
     # What packing allows for rows of so many examples, see `data.packing.max_segments`.
     most = 4 * -(-3 * segments // 8) if recipe.data.pack else 1
-    size = dataclasses.replace(SIZES[arm.size], rows=rows, length=length)
+    size = dataclasses.replace(
+        SIZES[arm.size], rows=recipe.data.batch_size, length=recipe.data.length
+    )
     optimizer = make_optimizer(recipe.optim, 100)
     state = init_state(init_adapter(recipe.adapter, jax.random.key(0), params), optimizer)
     options = dataclasses.replace(recipe.step_options, max_segments=most)
-    step = make_train_step(model, recipe.adapter, optimizer, options)
+
+    def make(remat: Any) -> Any:
+        chosen = model.clone(remat=remat, attention=recipe.model.attention)
+        return make_train_step(chosen, recipe.adapter, optimizer, options)
+
     inputs = jax.device_put(random_batch(size, segments))
-    timing = time_step(
-        step.lower, state, params, inputs, calls=steps + 2, compiler_options=compiler_options
-    )
-    seconds = timing.median(warmup=2)
+    return Program(recipe, make, remat, (state, params, inputs))
+
+
+def measure_ours(
+    arm: Arm,
+    base: tuple[Any, Any],
+    steps: int,
+    compiler_options: Mapping[str, Any] | None = None,
+    describe: Callable[[Any], dict[str, Any]] = lambda compiled: {},
+) -> dict[str, Any]:
+    """Step time and memory of the recipe's own step, and what `describe` says of its program."""
+    program = program_of(arm, base)
+    lower = program.make(program.remat).lower
+    options = dict(arm.options) | dict(compiler_options or {})
+    timing = time_step(lower, *program.operands, calls=steps + 2, compiler_options=options or None)
+    seconds, data = timing.median(warmup=2), program.recipe.data
     return {
         "step_s": seconds,
-        "tokens_per_s": rows * length / seconds,
+        "tokens_per_s": data.batch_size * data.length / seconds,
         "peak_gib": timing.arguments_gib + timing.temporaries_gib,
         "compile_s": timing.compile_s,
     } | describe(timing.compiled)
 
 
-def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[str, Any]:
-    """All arms: PyTorch's before JAX takes the memory."""
-    rows = {}
+def run(
+    ours: list[Arm],
+    peft: list[Arm],
+    steps: int,
+    size: str | None,
+    output: Path,
+) -> dict[str, Any]:
+    """All arms: PyTorch's before JAX takes the memory. The result is written after each of ours."""
+    rows: dict[str, Any] = {}
     for arm in peft:
         rows[arm.name] = measure_peft(replace_size(arm, size), steps)
         print(arm.name, rows[arm.name], flush=True)
@@ -149,6 +198,8 @@ def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[
 
     from train.benchmarks.random_base import random_base
 
+    where = provenance()
+    result = {"device": jax.devices()[0].device_kind, "arms": rows}
     for name in dict.fromkeys(replace_size(arm, size).size for arm in ours):
         base = random_base(SIZES[name], scan=False)  # as the recipe has it on a GPU
         for arm in ours:
@@ -159,13 +210,15 @@ def run(ours: list[Arm], peft: list[Arm], steps: int, size: str | None) -> dict[
             except jax.errors.JaxRuntimeError as error:
                 rows[arm.name] = {"error": str(error).splitlines()[:1]}
             print(arm.name, rows[arm.name], flush=True)
+            write_result(output, result, where)
         del base
     n = 8192 if jax.default_backend() == "gpu" else 256
     x = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
     product = jax.jit(lambda a, b: a @ b)
     ms = median_ms(lambda: jax.block_until_ready([product(x, x) for _ in range(10)]), 5) / 10
-    device = jax.devices()[0].device_kind
-    return {"device": device, "arms": rows, "product_tflops": 2 * n**3 / ms / 1e9}
+    result["product_tflops"] = 2 * n**3 / ms / 1e9
+    write_result(output, result, where)
+    return rows
 
 
 def replace_size(arm: Arm, size: str | None) -> Arm:
@@ -188,10 +241,9 @@ def main() -> None:
         ]
         for arms, more in ((OURS, MORE_OF_OURS), (PEFT, MORE_OF_PEFT))
     )
-    result = run(ours, theirs, options.steps, options.size)
-    write_result(options.output, result)
+    rows = run(ours, theirs, options.steps, options.size, options.output)
     table = Table("program", "step, ms", "tokens/s", "GiB")
-    for name, row in result["arms"].items():
+    for name, row in rows.items():
         if "error" in row:
             table.add_row(name, str(row["error"]), "", "")
             continue

@@ -1,0 +1,170 @@
+"""Training a real model on a base in FP8 beside bfloat16: curves of the loss, over some seeds.
+
+    python -m train.benchmarks.fp8_training --model SmolLM2-135M --text grimm.txt
+
+LoRA r=16 on rows of the text. A seed draws the adapter and the order of rows, for both bases alike.
+The held-out loss is that of the same rows always. What FP8 costs is the difference at equal seeds;
+the noise that it is set against is the standard deviation of bfloat16's own runs over seeds. Also
+the cosine of each base's first gradient with that in float32. The result is written after each run.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import genlora_jax as gl
+from genlora_jax.base.quantise import Quantisation, compiler_options, quantise
+from genlora_jax.hf.tokenizer import load_tokenizer
+from genlora_jax.training.losses import cross_entropy
+from genlora_jax.training.optim import OptimConfig, make_optimizer
+from genlora_jax.training.provenance import provenance
+from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
+from genlora_jax.training.step_options import StepOptions
+from train.benchmarks.measuring import RESULTS, write_result
+
+RESULT = RESULTS / "fp8_training.json"
+CONFIG = gl.LoRAConfig(rank=16, alpha=32.0)
+OPTIONS = StepOptions(packed=False)
+HELD_OUT = 32  # rows
+
+
+def batch_of(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch in which every token is trained."""
+    ones = np.ones_like(rows)
+    return {
+        "input_ids": rows,
+        "loss_mask": ones.astype(bool),
+        "segment_ids": ones,
+        "positions": np.tile(np.arange(rows.shape[1], dtype=np.int32), (len(rows), 1)),
+    }
+
+
+def read_rows(model_path: Path, text: Path, length: int) -> np.ndarray:
+    """The text as rows of tokens, without its rest."""
+    ids = load_tokenizer(model_path)(text.read_text(), add_special_tokens=False)["input_ids"]
+    return np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+
+
+def gradient_of(model: Any, params: Any, rows: np.ndarray) -> np.ndarray:
+    """The gradient of a batch's loss in the adapter, of which neither side is zero."""
+    adapter = gl.init_adapter(CONFIG, jax.random.key(0), params)
+    noise = jax.tree.map(
+        lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape, x.dtype), adapter.trainable
+    )
+    noisy = jax.tree.map(jnp.add, adapter.trainable, noise)
+
+    def loss(trainable: Any, params: Any, batch: Any) -> jax.Array:
+        factors = gl.generate_factors(CONFIG, dataclasses.replace(adapter, trainable=trainable))
+        total, weight = cross_entropy(model, params, factors, batch, OPTIONS)
+        return total / weight
+
+    lowered = jax.jit(jax.grad(loss)).lower(noisy, params, batch_of(rows))
+    options = compiler_options(params, jax.default_backend())
+    leaves = jax.tree.leaves(lowered.compile(options)(noisy, params, batch_of(rows)))
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+
+
+def make_steps(model: Any, params: Any, optimizer: Any) -> tuple[Any, Any]:
+    """The steps of training and of evaluation, for all seeds."""
+    options = compiler_options(params, jax.default_backend())
+    train = make_train_step(model, CONFIG, optimizer, OPTIONS, compiler_options=options)
+    return train, make_eval_step(model, OPTIONS, compiler_options=options)
+
+
+def curve(
+    steps_of: tuple[Any, Any],
+    optimizer: Any,
+    params: Any,
+    rows: np.ndarray,
+    seed: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """The losses of a run."""
+    step, eval_step = steps_of
+    held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]
+    parts = [batch_of(held_out[i : i + options.rows]) for i in range(0, HELD_OUT, options.rows)]
+    order = np.random.default_rng(seed)
+    state = init_state(gl.init_adapter(CONFIG, jax.random.key(seed), params), optimizer)
+    began, losses, held = time.perf_counter(), [], {}
+    for i in range(1, options.steps + 1):
+        chosen = rest[order.choice(len(rest), options.rows, replace=False)]
+        state, metrics = step(state, params, batch_of(chosen))
+        losses.append(metrics["loss"])
+        if i % options.every == 0 or i == options.steps:
+            factors = gl.generate_factors(CONFIG, state.adapter)
+            held[i] = evaluate(eval_step, params, factors, parts)
+    seconds = time.perf_counter() - began
+    return {"losses": [float(x) for x in losses], "held_out": held, "seconds": seconds}
+
+
+def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """At each evaluation: both means, bfloat16's deviation over seeds, and FP8's differences."""
+    found = {}
+    for at in runs["bf16"][0]["held_out"]:
+        bf16, fp8 = ([run["held_out"][at] for run in runs[form]] for form in ("bf16", "fp8"))
+        found[at] = {
+            "bf16": statistics.mean(bf16),
+            "fp8": statistics.mean(fp8),
+            "deviation_over_seeds": statistics.stdev(bf16) if len(bf16) > 1 else None,
+            "fp8_minus_bf16": [b - a for a, b in zip(bf16, fp8, strict=False)],
+        }
+    return found
+
+
+def main() -> None:
+    """Trains, and writes the result after each run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    began, where = time.perf_counter(), provenance()
+    shape = {name: getattr(options, name) for name in ("rows", "length", "steps", "rate")}
+    result: dict[str, Any] = {"model": options.model.name, "text": options.text.name, **shape}
+    rows = read_rows(options.model, options.text, options.length)
+    optimizer = make_optimizer(OptimConfig(learning_rate=options.rate), options.steps)
+    model, floats = gl.load_llama(options.model, dtype="bfloat16")
+    bases = {form: quantise(floats, Quantisation(form)) for form in ("bf16", "fp8")}
+    runs: dict[str, list[dict[str, Any]]] = {form: [] for form in bases}
+    steps = {form: make_steps(model, params, optimizer) for form, params in bases.items()}
+    for seed in range(options.seeds):
+        for form, params in bases.items():
+            runs[form].append(curve(steps[form], optimizer, params, rows, seed, options))
+            last = runs[form][-1]
+            print(seed, form, last["held_out"], f"{last['seconds']:.0f} s", flush=True)
+            result["runs"] = runs
+            if form == "fp8":
+                result["held_out"] = compare(runs)
+            write_result(options.output, result, where)
+    exact_model = model.clone(dtype=jnp.float32, attention="xla")
+    with jax.default_matmul_precision("highest"):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), floats)
+        exact = gradient_of(exact_model, wide, rows[: options.rows // 2])
+    result["gradient"] = {}
+    for form, params in bases.items():
+        found = gradient_of(model, params, rows[: options.rows // 2])
+        norms = np.linalg.norm(found), np.linalg.norm(exact)
+        cosine = float(found @ exact / np.prod(norms))
+        result["gradient"][form] = {"cosine": cosine, "norm": float(norms[0] / norms[1])}
+    result["seconds"] = time.perf_counter() - began
+    write_result(options.output, result, where)
+    for at, row in result["held_out"].items():
+        print(at, row)
+    print(result["gradient"], f"{result['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
