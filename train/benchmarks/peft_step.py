@@ -107,7 +107,7 @@ def shard(model: Any, kind: str | None, device: str) -> tuple[Any, Any]:
 
 
 def measure(flags: Sequence[str], gpus: int = 1, first: int = 0) -> dict[str, Any]:
-    """Runs this script in a process for each of `gpus` GPUs from `first` on.
+    """Runs this script in a process for each of `gpus` GPUs from the `first` visible one on.
 
     Returns:
         What its first process measured; `error` if one failed.
@@ -116,7 +116,8 @@ def measure(flags: Sequence[str], gpus: int = 1, first: int = 0) -> dict[str, An
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": str(gpus), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(first + gpus)))
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices.split(",")[first : first + gpus])}
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "train.benchmarks.peft_step", *flags],
