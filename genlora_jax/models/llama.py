@@ -20,7 +20,6 @@ from genlora_jax.models.layers import (
     LlamaDecoderLayer,
 )
 from genlora_jax.models.rope import rotary
-from genlora_jax.validation import require_choice
 
 Remat = Literal["none", "dots", "full"]
 Array = jax.Array
@@ -95,7 +94,8 @@ class LlamaModel(nn.Module):
         """
         if isinstance(remat, tuple):
             raise ValueError("remat: scanned layers share one policy; a tuple needs scan=False")
-        require_choice("remat", remat, get_args(Remat))
+        if remat not in get_args(Remat):
+            raise ValueError(f"remat must be one of {get_args(Remat)}, got {remat!r}")
         if remat == "none":
             return LlamaDecoderLayer
         policy = keeps_products if remat == "dots" else None
