@@ -183,6 +183,7 @@ def test_the_results_tell_no_figure_that_the_study_has_not():
     told = set(re.findall(pattern, results))
     assert len(told) > 60
     assert {figure for figure in told if not re.search(rf"(?<![\d.]){figure}\b", known)} == set()
+    assert set(re.findall(r"\b[1-9]\.\d{3}\b", TEXT)) <= set(re.findall(r"\b[1-9]\.\d{3}\b", known))
     table = TEXT.partition("## When to use it")[2].partition("## Install")[0]
     accuracies = set(re.findall(r"\b\d+\.\d\b", table))
     assert len(accuracies) == 8

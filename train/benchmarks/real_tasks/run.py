@@ -9,8 +9,8 @@
 The mean validation loss over the seeds chooses the rate; rates are added until the best one is not
 at an end, one at a time if there are several seeds. Only `--test` opens the test rows, once, for
 the members of the best rate. Results are written after each arm; the same command goes on where the
-last one ended. `--only` takes the arms whose names match, `--keep` stores adapters of the first
-seed beside the result, `--limit-rows` takes two rows of each batch, to try it on a CPU.
+last one ended. `--only` takes the arms whose names match, `--limit-rows` two rows of each batch, to
+try it on a CPU.
 """
 
 import argparse
@@ -160,9 +160,6 @@ def run_arm(options: argparse.Namespace, job: dict[str, str]) -> dict[str, Any]:
         "singular_values": spectrum_on_cpu(chosen[0]),
         "tuning_seconds": round(time.perf_counter() - began, 1),
     }
-    if options.keep and re.search(options.keep, job["arm"]):
-        name = re.sub(r"[^a-z0-9]+", "-", f"{job['task']} {job['arm']}".lower())
-        gl.save_adapter(options.out.parent / name, arm.cfg, chosen[0])
     if options.test:
         record |= test_record(options, base, job["task"], chosen)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
@@ -267,7 +264,6 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=1000, help="most rows of a data set")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--per-gpu", type=int, default=1, help="workers on each")
-    parser.add_argument("--keep", default="", help="expression: arms whose adapters are stored")
     parser.add_argument("--seconds", type=float, default=86400, help="stop after this time")
     parser.add_argument(
         "--reserve", type=float, default=0, help="seconds of them without new rates"
