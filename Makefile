@@ -43,22 +43,21 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	  || { echo "needs Python 3.11 or later: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-# Adapters in a model of transformers 4, the last to have Flax models, in an environment of its own;
-# and our exports in llama.cpp and CTranslate2, which lie where no other run meets them.
-FOREIGN := .venv-foreign
+# Adapters in a model of transformers 4, the last to have Flax models; and our exports in llama.cpp and
+# CTranslate2. All lie where no other run meets them.
+FOREIGN := .foreign
 ENGINES := .engines
 foreign: $(FOREIGN)/ready $(ENGINES)/ready
-	$(FOREIGN)/bin/python -m pytest tests/external/foreign_flax_llama.py
+	PYTHONPATH=$(FOREIGN) $(BIN)/python -m pytest tests/external/foreign_flax_llama.py
 	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest tests/external/inference_engines.py
 
-$(FOREIGN)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(FOREIGN)
-	grep -E '^(hypothesis|jax|jaxlib|flax|optax|numpy|pytest)==' constraints.txt > $(FOREIGN)/pins.txt
-	$(FOREIGN)/bin/pip install --quiet --requirement $(FOREIGN)/pins.txt transformers==4.57.6
-	$(FOREIGN)/bin/pip install --quiet --no-deps --editable .
+$(FOREIGN)/ready: $(VENV)/ready
+	rm -rf $(FOREIGN)
+	$(BIN)/pip install --quiet --no-deps --target $(FOREIGN) \
+	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 	touch $@
 
 # llama.cpp's scripts lie in the source of its Python bindings, whose build would take minutes;
