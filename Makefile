@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Packages are compiled as they are imported, which must then be kept: compiling all took half of the time
+# of installing them.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test check shared notebooks docs foreign harness tpu storage launch slurm soak clean
 
@@ -35,7 +38,7 @@ docs: $(DOCS)/ready $(VENV)/ready
 
 $(DOCS)/ready: constraints.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/pip install --quiet $$(grep -E '^(mkdocs|ruff)' constraints.txt)
+	$(DOCS)/bin/pip install --quiet --no-compile $$(grep -E '^(mkdocs|ruff)' constraints.txt)
 	touch $@
 
 $(VENV)/ready: pyproject.toml constraints.txt
