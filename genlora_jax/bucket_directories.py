@@ -40,7 +40,7 @@ def write_object(url: str, content: bytes) -> None:
 def publish(new: Path, url: str) -> None:
     """Uploads a local directory, its marker included, to replace what is at a URL."""
     beside = _beside(url)
-    _remove(beside, listed(beside))
+    remove_objects(beside, listed(beside))
     write_object(f"{beside}/{REPLACED}", json.dumps(listed(url)).encode())
     names = [os.path.relpath(file, new) for file in new.rglob("*") if file.is_file()]
     upload(new, beside, _marker_last(names))
@@ -60,20 +60,20 @@ def recover(url: str) -> None:
         old = {*json.loads(system.cat_file(f"{beside}/{REPLACED}"))}
     there = [name for name in listed(url) if name in old | names]  # others are somebody else's
     known_by = [name for name in there if PurePosixPath(name).name in KNOWN_BY]
-    _remove(url, known_by)
-    _remove(url, {*there} - {*known_by} - names)
+    remove_objects(url, known_by)
+    remove_objects(url, {*there} - {*known_by} - names)
     with naming(url):
         for name in _marker_last(names):
             system.cp_file(f"{beside}/{name}", f"{url}/{name}")
     # First the marker, without which the rest is nothing.
-    _remove(beside, [WRITTEN])
-    _remove(beside, listed(beside))
+    remove_objects(beside, [WRITTEN])
+    remove_objects(beside, listed(beside))
 
 
 def check_writable(url: str) -> None:
     """Raises OSError if nothing can be written where `publish` would begin."""
     write_object(f"{_beside(url)}/probe", b"")
-    _remove(_beside(url), ["probe"])
+    remove_objects(_beside(url), ["probe"])
 
 
 def written_by_us(url: str) -> set[str]:
@@ -96,7 +96,7 @@ def _marker_last(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (order.get(PurePosixPath(name).name, -99), name))
 
 
-def _remove(url: str, names: Iterable[str]) -> None:
+def remove_objects(url: str, names: Iterable[str]) -> None:
     """Removes objects by their names, in which `rm` of `fsspec` would see patterns."""
 
     def remove(name: str) -> None:

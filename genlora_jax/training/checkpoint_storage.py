@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
+from genlora_jax.bucket_directories import remove_objects
 from genlora_jax.remote_path import RemoteError, naming
-from genlora_jax.storage import is_remote
+from genlora_jax.storage import is_remote, listed
 
+MARKER = "commit_success.txt"  # Orbax's, the last file of a checkpoint
 NO_ANSWER = (  # of TensorStore
     *("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"),
     *("UNAUTHENTICATED", "UNAVAILABLE"),
@@ -43,11 +46,25 @@ def open_checkpointer(directory: Any, **options: Any) -> Any:
     if not is_remote(directory):
         return ocp.training.Checkpointer(directory.absolute(), **options)
     _prepare_tensorstore()
+    if options.pop("cleanup_tmp_directories", False):
+        _remove_unfinished(directory)
     context = ocp.Context()
     context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     # Else threads wait ten minutes for a directory that a bucket refused, and the process for them.
     context.async_options.create_directories_asynchronously = False
     return ocp.training.Checkpointer(str(directory), context=context, **options)
+
+
+def _remove_unfinished(directory: Any) -> None:
+    """Removes what a kill left of checkpoints, before any process lists them.
+
+    Orbax does so in a thread, and lists them meanwhile: a bucket has no directory any more once the
+    last object is gone, and the run would end. All processes meet when they open a checkpointer.
+    """
+    if jax.process_index() == 0:
+        parts = {name: name.partition("/") for name in listed(directory)}
+        whole = {step for step, _, file in parts.values() if file == MARKER}
+        remove_objects(str(directory), [name for name in parts if parts[name][0] not in whole])
 
 
 @contextlib.contextmanager

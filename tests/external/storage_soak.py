@@ -17,14 +17,13 @@ from soak import files, live, rng, workshop
 from genlora_jax.cli import main
 from genlora_jax.storage import listed, storage_path
 from genlora_jax.training.checkpoint_reading import SUMS, read_metadata
-from genlora_jax.training.checkpoint_storage import open_checkpointer
+from genlora_jax.training.checkpoint_storage import MARKER, open_checkpointer
 from genlora_jax.training.metrics import read_records
 
 KILLS = int(os.environ.get("KILLS", "1"))
 SEED = int(os.environ.get("SEED", "0"))
 STEPS = 4 + 4 * KILLS
 STORES = {"s3": s3_server, "gs": gcs_server}
-DONE = "commit_success.txt"  # Orbax's marker
 
 
 def launch(here, output, *arguments, **environment):
@@ -36,7 +35,7 @@ def launch(here, output, *arguments, **environment):
 def completed(output):
     """Steps of the complete checkpoints in a bucket."""
     names = [name.split("/") for name in listed(output) if name.startswith("checkpoints/")]
-    return [int(name[1]) for name in names if name[2:] == [DONE]]
+    return [int(name[1]) for name in names if name[2:] == [MARKER]]
 
 
 def download(url, directory):

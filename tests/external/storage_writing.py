@@ -13,6 +13,7 @@ from servers import BUCKET, Faults, faulty_proxy, gcs_server, s3_server
 from genlora_jax.atomic_files import WRITTEN, new_directory, refuse_existing, write_whole
 from genlora_jax.storage import listed, storage_path
 from genlora_jax.training import claims
+from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.claims import CLAIM, held
 
 
@@ -200,3 +201,13 @@ def test_a_bucket_that_cannot_be_written_is_one_clear_line(store, proxy, monkeyp
         with pytest.raises(OSError, match="credentials") as error:
             check(url)
         one_line(error)
+
+
+def test_half_of_a_checkpoint_is_gone_before_any_is_looked_for(store):
+    # Of a run that was killed in its first save. Later, the listing would find no directory.
+    url = f"{store.url}/half/checkpoints"
+    (storage_path(url) / "4" / "state").mkdir(parents=True)
+    write_whole(storage_path(url) / "4" / "state" / "_sharding", "{}")
+    with Checkpoints(storage_path(url)) as checkpoints:
+        assert checkpoints.latest() is None
+    assert listed(url) == []
