@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,29 @@ def product_rate() -> float:
     product = jax.jit(lambda a, b: a @ b)
     ms = median_ms(lambda: jax.block_until_ready([product(x, x) for _ in range(10)]), 5) / 10
     return 2e3 * n**3 / ms
+
+
+def gpu_events(folder: Path) -> list[list[Any]]:
+    """What ran on the streams of each GPU in a profile: events with their nanoseconds."""
+    import jax
+
+    file = next(folder.rglob("*.xplane.pb"))
+    planes = [p for p in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU" in p.name]
+    return [
+        [event for line in plane.lines if "Stream" in line.name for event in line.events]
+        for plane in planes
+    ]
+
+
+def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Intervals as disjoint ones, in order."""
+    joined: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def write_result(

@@ -3,9 +3,10 @@
     python -m train.benchmarks.quantised_base
 
 Random weights, drawn and quantised a layer at a time, so that 70B fits one GPU. The recipe is
-`train/recipes/llama3_8b_gpu.yaml`, one row that is not packed, all recomputed. Memory is what the
-compiler reserves for ours, with the part of it that is the base, and the allocator's peak for
-PyTorch. An arm that cannot run says why. `--size tiny` tries the script on any machine.
+`train/recipes/llama3_8b_gpu.yaml` with rows that are not packed; `remat none` is its own, with
+`full` all is recomputed. Memory is what the compiler reserves for ours, with the part of it that is
+the base, and the allocator's peak for PyTorch. An arm that cannot run says why. `--size tiny` tries
+the script on any machine.
 """
 
 import argparse
@@ -75,6 +76,10 @@ OURS = [
     Quantised("nf4"),
     Quantised("bf16", remat="none"),
     Quantised("nf4", remat="none", scan=True),
+    Quantised("nf4", rows=4, remat="none", scan=True),
+    Quantised("nf4", rows=4, remat="dots", scan=True),
+    Quantised("nf4", lora=True, rows=4, remat="none", scan=True),
+    Quantised("nf4", rows=4),
 ]
 PEFT = [
     Arm("PEFT + bitsandbytes NF4, 1 x 2048", peft=peft(1, 2048, "--nf4", *CHECKPOINTED)),

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from genlora_jax import sharding
 from genlora_jax.training.provenance import provenance
-from train.benchmarks.measuring import GIB, RESULTS, write_result
+from train.benchmarks.measuring import GIB, RESULTS, gpu_events, union, write_result
 from train.benchmarks.peft_step import measure as measure_peft
 from train.benchmarks.random_base import SIZES
 
@@ -206,16 +206,11 @@ def run(program: Program, compiled: Any, steps: int) -> dict[str, Any]:
 def collectives(folder: Path) -> dict[str, float]:
     """Seconds of a step's collectives on a GPU, and of those the seconds that nothing hides.
 
-    Means over the GPUs of a profile. A GPU's streams are lines of its plane; a collective is
-    hidden while a kernel that is none runs beside it.
+    Means over the GPUs of a profile. A collective is hidden while a kernel that is none runs beside
+    it.
     """
-    import jax
-
-    file = next(folder.rglob("*.xplane.pb"))
-    planes = [p for p in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU" in p.name]
     whole, bare = [], []
-    for plane in planes:
-        events = [e for line in plane.lines if "Stream" in line.name for e in line.events]
+    for events in gpu_events(folder):
         spans = [(e.start_ns, e.start_ns + e.duration_ns, "nccl" in e.name.lower()) for e in events]
         moving = union([(a, b) for a, b, moves in spans if moves])
         if moving:
@@ -229,17 +224,6 @@ def collectives(folder: Path) -> dict[str, float]:
         "collectives_s": statistics.mean(whole) / 1e9,
         "collectives_not_hidden_s": statistics.mean(bare) / 1e9,
     }
-
-
-def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Intervals as disjoint ones."""
-    joined: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined
 
 
 def length(spans: list[tuple[float, float]]) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from genlora_jax.training.provenance import provenance
-from train.benchmarks.measuring import RESULTS, product_rate, write_result
+from train.benchmarks.measuring import RESULTS, gpu_events, product_rate, write_result
 from train.benchmarks.random_base import SIZES, random_base
 from train.benchmarks.step_time import Arm, batch, program_of
 
@@ -103,18 +103,11 @@ def library(kernel: str) -> str:
 
 def spans_of(folder: Path) -> list[tuple[str, str, float]]:
     """Instruction, kernel and milliseconds of each kernel in a profile."""
-    import jax
-
-    file = next(folder.rglob("*.xplane.pb"))
-    found = []
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        for line in plane.lines:
-            if "GPU" not in plane.name or "Stream" not in line.name:
-                continue
-            for event in line.events:
-                stats = {key: value for key, value in event.stats}
-                found.append((str(stats.get("hlo_op", "")), event.name, event.duration_ns / 1e6))
-    return found
+    return [
+        (str(dict(event.stats).get("hlo_op", "")), event.name, event.duration_ns / 1e6)
+        for events in gpu_events(folder)
+        for event in events
+    ]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ PEFT = [
 ]
 # Run where `--only` asks for arms.
 MORE_OF_OURS = [
-    *(in_20_gib(rows, kept) for rows, kept in ((1, 16), (2, 5), (1, 19))),
+    *(in_20_gib(rows, kept) for rows, kept in ((1, 16), (2, 5), (1, 19), (1, 21), (1, 22))),
     Arm("1B: GenLoRA, 1 x 8192, not packed", "llama3.2-1b", recipe=batch(1, 8192, *NOT_PACKED)),
     Arm("1B: GenLoRA, 1 x 8192", size="llama3.2-1b", recipe=batch(1, 8192)),
     Arm("1B: GenLoRA, 2 x 8192", size="llama3.2-1b", recipe=batch(2, 8192)),

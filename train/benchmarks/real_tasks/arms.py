@@ -76,6 +76,13 @@ EQUAL: dict[str, Arm] = {
     "rbf g=48, h=spread": replace(across(RANK, 48, KERNELS, bandwidth="spread"), shift=-1),
     "residual g=32, product": replace(across(RANK, GROUP, hadamard=True), shift=-1),
 }
+# As small as adapters of all kernels cannot be.
+Q_AND_V = ("q_proj", "v_proj")
+SMALL: dict[str, Arm] = {
+    "lora r=1, q and v": lora(1, targets=Q_AND_V),
+    "residual r=16 g=16, q and v": across(16, 16, targets=Q_AND_V),
+    "uni-lora r=4 58k": Arm(cfg=gl.UniLoRAConfig(size=58_000), shift=0),
+}
 # By rank and group size, with RBFs and without; g = 32, r = 64 is above.
 GRID: dict[str, Arm] = {
     f"{'rbf, h=spread' if kernels else 'residual'}, r={rank} g={group}": replace(
@@ -88,7 +95,7 @@ FIRST_LOOK = (
     *("lora r=1", "residual g=32", "rbf", "rbf, well, half of A", "lora r=4"),
     *("rbf, standardised", "rbf, h=0.5", "rbf, ridge", "rbf K=48 g=16, well, half of A"),
 )
-ARMS = ABLATION | EQUAL | GRID
+ARMS = ABLATION | EQUAL | SMALL | GRID
 # The most telling first: a run may end before the last.
 FINAL = (
     *("lora r=1", "residual g=32", "rbf K=8 r=51, h=spread", "target r=32 g=16, from lora"),

@@ -14,6 +14,7 @@ try it on a CPU.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -43,7 +44,7 @@ from train.benchmarks.frontier.run import claim_gpu
 from train.benchmarks.frontier.tune import STEPS_PER_CALL, Trials, search, spectrum
 from train.benchmarks.measuring import write_result
 from train.benchmarks.real_tasks.arms import ARMS, SETS
-from train.benchmarks.real_tasks.tasks import CHUNK, TASKS, Batches, batches, tested
+from train.benchmarks.real_tasks.tasks import CHUNK, PROGRAMS, TASKS, Batches, batches, tested
 
 MOST_AT_ONCE = 5  # members whose activations are in memory
 LOWEST = -12  # exponent of the lowest rate to begin with: 1e-3
@@ -176,7 +177,10 @@ def test_record(
     options: argparse.Namespace, base: Base, task: str, adapters: Sequence[gl.Adapter | None]
 ) -> dict[str, Any]:
     """What the test rows tell of some adapters, of the base alone for None."""
-    found = [tested(base, each, options.data, task, options.test_rows) for each in adapters]
+    programs = dataclasses.replace(PROGRAMS, allow_open_sandbox=options.allow_open_sandbox)
+    found = [
+        tested(base, each, options.data, task, options.test_rows, programs) for each in adapters
+    ]
     return {"accuracy": [figures for figures, _ in found], "right": [right for _, right in found]}
 
 
@@ -262,6 +266,7 @@ def main() -> None:
     parser.add_argument("--start-from", type=Path, nargs="+", help="results with rates to begin by")
     parser.add_argument("--test", action="store_true", help="the accuracy of the best")
     parser.add_argument("--test-rows", type=int, default=1000, help="most rows of a data set")
+    parser.add_argument("--allow-open-sandbox", action="store_true", help="of the task code")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--per-gpu", type=int, default=1, help="workers on each")
     parser.add_argument("--seconds", type=float, default=86400, help="stop after this time")

@@ -180,7 +180,12 @@ def merged_subject(base: Base, adapter: gl.Adapter | None, batch_size: int) -> S
 
 
 def tested(
-    base: Base, adapter: gl.Adapter | None, data: Path, name: str, limit: int
+    base: Base,
+    adapter: gl.Adapter | None,
+    data: Path,
+    name: str,
+    limit: int,
+    programs: code.CodeConfig,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """A model's figures on the test rows.
 
@@ -190,6 +195,7 @@ def tested(
         data: The folder of the data.
         name: The task.
         limit: Most rows of a data set.
+        programs: How programs are drawn and run.
 
     Returns:
         Accuracies by data set and their `mean`, or `loss` and perhaps `pass@k`; and by data set
@@ -205,9 +211,9 @@ def tested(
         step = make_eval_step(base.model, StepOptions(chunk=CHUNK))
         figures = {"loss": evaluate(step, subject.params, {}, list(rows))}
         if task.kind == "code":
-            code.check_sandbox(PROGRAMS)
-            ran = code.run(subject, PROGRAMS, exercises(data, tested=True)[:limit]).metrics
-            figures |= {f"pass@{k}": ran[f"pass@{k}"] for k in PROGRAMS.k}
+            code.check_sandbox(programs)
+            ran = code.run(subject, programs, exercises(data, tested=True)[:limit]).metrics
+            figures |= {f"pass@{k}": ran[f"pass@{k}"] for k in programs.k}
         return figures, {}
     figures, right = {}, {}
     for quiz, rows in right_answers(subject, data, name, limit).items():
