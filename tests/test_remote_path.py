@@ -201,5 +201,5 @@ def test_a_directory_that_came_meanwhile_is_not_replaced(store):
 def test_removal_takes_names_and_no_patterns(store):
     for name in ("[ab]", "a", "b", "x?", "xy", "*"):
         put(store, f"d/{name}", b"")
-    bucket_directories._remove("s3://bucket/d", ["[ab]", "x?", "*", "gone"])
+    bucket_directories.remove_objects("s3://bucket/d", ["[ab]", "x?", "*", "gone"])
     assert bucket_directories.listed("s3://bucket/d") == ["a", "b", "xy"]
