@@ -1,4 +1,4 @@
-"""The figures of the results, as in the paper's Figures 3 and 4, from committed JSON alone.
+"""The figures of the results, as in the paper's Figures 1, 3 and 4, from committed JSON alone.
 
 python -m train.benchmarks.real_tasks.figures [--folder FOLDER]
 """
@@ -81,6 +81,17 @@ def draw_spectra(axis: Any, records: Records) -> None:
     axis.set(yscale="log", xlabel="index", ylabel="singular value / largest")
 
 
+def draw_reconstruction(axis: Any, arms: Records) -> None:
+    """Errors of a trained LoRA's basis vectors, generated from one latent, against parameters."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, arm in arms.items():
+        kind = name.partition(" g=")[0].partition(" k=")[0]
+        lines.setdefault(kind, []).append((arm["parameters"], arm["error"]))
+    for label, found in lines.items():
+        axis.plot(*zip(*sorted(found), strict=True), marker="o", label=label)
+    axis.set(xscale="log", xlabel="parameters for 16 vectors", ylabel="relative error")
+
+
 def save(figure: Any, file: Path) -> None:
     """Writes a figure, its panels with legends."""
     for axis in figure.axes:
@@ -117,6 +128,10 @@ def main() -> None:
     draw_spectra(axes[2], final)
     axes[2].set_title("completions, deltas of the first seed")
     save(figure, folder / "real_tasks_shapes.png")
+    figure, axis = plt.subplots(figsize=(6, 4.5))
+    arms = json.loads((HERE / "reconstruction.json").read_text())["arms"]
+    draw_reconstruction(axis, arms)
+    save(figure, folder / "real_tasks_reconstruction.png")
 
 
 if __name__ == "__main__":
