@@ -1,10 +1,10 @@
-"""The installed `genlora` command, and `python -m genlora_jax`: `cli.main`, started without PyTorch.
+"""The installed `genlora` command, and `python -m genlora_jax`: `cli.main`, started quickly.
 
-`transformers` and tensorboardX import PyTorch where there is one. Neither needs it for what is
-asked of them here, and it takes seconds of every start.
+A library must not set these things for the process that imports it; a command may, in its own.
 """
 
 import contextlib
+import gc
 import importlib
 import sys
 
@@ -13,16 +13,20 @@ from genlora_jax import cli
 
 def command() -> None:
     """Runs the command line of this process."""
+    # Tracing makes many objects that stay: by default the search for cycles takes a sixth of a
+    # second start.
+    gc.set_threshold(10_000)
     if len(sys.argv) > 2 and sys.argv[1] != "inspect":  # which has no use for a tokenizer
         leave_torch_out()
     cli.main()
 
 
 def leave_torch_out() -> None:
-    """Imports both as where PyTorch is not installed; later imports of PyTorch itself find it.
+    """Imports `transformers` and tensorboardX as where PyTorch is not installed.
 
-    Only for a process of a command: to its end `transformers` says that it has no models. Nothing
-    happens where PyTorch has been imported.
+    Both import it where there is one, which takes seconds, and need it for nothing that commands
+    ask of them. To the end of the process `transformers` says that it has no models; imports of
+    PyTorch itself find it. Nothing happens where it has been imported.
     """
     if "torch" in sys.modules:
         return
