@@ -172,6 +172,27 @@ def test_a_plan_takes_the_first_that_fits_by_its_estimate():
     assert found.model.remat == "dots"
 
 
+def test_gpus_that_scan_layers_stack_no_more_than_products():
+    scanned, unrolled = ({"scan": scan} for scan in (True, False))
+    for platform, model, given, policies in (
+        ("gpu", scanned, None, ("dots",)),
+        ("gpu", {"base_dtype": "nf4"}, None, ("dots",)),
+        ("gpu", unrolled, None, ("none",)),
+        ("gpu", scanned, "none", ("none",)),
+        ("gpu", scanned, "auto", ("dots", "full")),
+        ("gpu", unrolled, "auto", POLICIES),
+        ("tpu", scanned, None, ("none",)),
+        ("cpu", scanned, "auto", POLICIES),
+    ):
+        assert ModelConfig(path="", remat=given, **model).policies(platform) == policies
+
+
+def test_a_plan_takes_the_policy_that_a_run_on_its_chips_has():
+    model = recipe(base_dtype="nf4"), recipe(base_dtype="nf4", remat="dots")
+    plans = [rank_meshes(each, parse_topology("gpu:1x80"))[0] for each in model]
+    assert plans[0] == plans[1]
+
+
 def test_a_plan_in_which_nothing_fits_takes_what_needs_least(monkeypatch):
     meshes = [MeshConfig(data=2, fsdp=1)]  # `full` keeps more than `dots` there, on GPUs
     monkeypatch.setattr(estimate, "candidates", lambda recipe, topology: iter(meshes))

@@ -34,9 +34,10 @@ class ModelConfig:
             kernels nor activations from and to stacks). None: unrolled on GPUs, but for a
             `base_dtype` of `int8`, `nf4` or `int4`; see `scans`.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
-            attention (`dots`), or all (`full`). `auto`: in a run, the first of these whose step
-            fits the device's memory; of unrolled layers on a GPU, if none but `full` does, about as
-            many are `dots` as fit.
+            attention (`dots`), or all (`full`). None: `dots` where a GPU scans layers, which is
+            faster there than to stack what is kept; else `none`. `auto`: in a run, the first of
+            these whose step fits the device's memory; of unrolled layers on a GPU, if none but
+            `full` does, about as many are `dots` as fit.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `fp8`,
             `int8`, `nf4` or `int4`. None: as the checkpoint has them.
@@ -50,7 +51,7 @@ class ModelConfig:
     param_dtype: str | None = None
     revision: str | None = None
     scan: bool | None = None
-    remat: Literal["auto", "none", "dots", "full"] = "none"
+    remat: Literal["auto", "none", "dots", "full"] | None = None
     attention: Attention = "auto"
     base_dtype: BaseDtype | None = None
     unquantised: tuple[str, ...] = ("lm_head",)
@@ -66,10 +67,12 @@ class ModelConfig:
         """How kernels are quantised, if the checkpoint's are not already."""
         return Quantisation(self.base_dtype or "bf16", self.unquantised, self.int4_group)
 
-    @property
-    def policies(self) -> tuple[Remat, ...]:
-        """What `remat` may stand for, the fastest first."""
-        return get_args(Remat) if self.remat == "auto" else (self.remat,)
+    def policies(self, platform: str) -> tuple[Remat, ...]:
+        """What `remat` may stand for on `"cpu"`, `"gpu"` or `"tpu"`, the fastest first."""
+        fastest = get_args(Remat)[platform == "gpu" and self.scans(platform) :]
+        if self.remat == "auto":
+            return fastest
+        return (self.remat or fastest[0],)
 
     def dtypes(self, platform: str) -> tuple[str, str]:
         """The dtypes of the computation and of the parameters on `"cpu"`, `"gpu"` or `"tpu"`."""
@@ -153,7 +156,7 @@ def load_base(cfg: ModelConfig, found: tuple[Path, "PreTrainedTokenizerFast"], m
     stop = tuple(end_tokens(source, tokenizer))
     options = {k: v for k, v in vars(cfg).items() if k not in ("path", "shape")}
     platform = mesh.devices.flat[0].platform
-    options["scan"], options["remat"] = cfg.scans(platform), cfg.policies[0]
+    options["scan"], options["remat"] = cfg.scans(platform), cfg.policies(platform)[0]
     options["dtype"], options["param_dtype"] = cfg.dtypes(platform)
     model, params = load_llama(source, **options, mesh=mesh)
     return Base(source, tokenizer, stop, model, params)

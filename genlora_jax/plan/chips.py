@@ -28,6 +28,11 @@ class Chip:
     tpu: bool
     dimensions: int
 
+    @property
+    def platform(self) -> str:
+        """What JAX calls it."""
+        return "tpu" if self.tpu else "gpu"
+
 
 CHIPS = {
     "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, True, 3),

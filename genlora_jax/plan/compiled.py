@@ -68,7 +68,7 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
         scan=recipe.model.scans(platform),
-        remat=recipe.model.policies[0],
+        remat=recipe.model.policies(platform)[0],
         attention=recipe.model.attention,
         mesh=mesh,
     )

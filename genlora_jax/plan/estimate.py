@@ -114,7 +114,7 @@ def fastest_that_fits(recipe: Recipe, topology: Topology) -> tuple[Recipe, list[
         ValueError: As `rank_meshes` does.
     """
     tried = []
-    for policy in recipe.model.policies:
+    for policy in recipe.model.policies(topology.chip.platform):
         with_policy = replace(recipe, model=replace(recipe.model, remat=policy))
         ranked = rank_meshes(with_policy, topology)
         if ranked[0].fits:

@@ -117,7 +117,7 @@ class Step:
     @property
     def platform(self) -> str:
         """What JAX calls the chips."""
-        return "tpu" if self.chip.tpu else "gpu"
+        return self.chip.platform
 
     @property
     def rows(self) -> int:
@@ -138,7 +138,7 @@ class Step:
     @property
     def remat(self) -> str:
         """What the backward pass recomputes."""
-        return self.recipe.model.policies[0]
+        return self.recipe.model.policies(self.platform)[0]
 
     @property
     def passes(self) -> int:

@@ -235,7 +235,9 @@ def compiled_steps(
         return make_train_step(with_policy, recipe.adapter, optimizer, run.options, **settings)
 
     layers = 0 if model.scan else model.config.num_hidden_layers
-    step = step_that_fits(with_remat, recipe.model.policies, device, print_line, layers)
+    step = step_that_fits(
+        with_remat, recipe.model.policies(device.platform), device, print_line, layers
+    )
     return announced(step, print_line), make_eval_step(model, run.options, **settings)
 
 

@@ -34,7 +34,7 @@ def main() -> None:
     arm = Arm("auto", options.size, recipe=batch(options.rows, options.length))
     program = program_of(arm, base)
     device = jax.devices()[0]
-    policies = ModelConfig(path="", remat="auto").policies
+    policies = ModelConfig(path="", remat="auto").policies(device.platform)
     lines: list[str] = []
     tried: list[str] = []
 
