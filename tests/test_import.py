@@ -4,6 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from genlora_jax.hf.checkpoint import model_config
+from genlora_jax.hf.tokenizer import load_tokenizer
 
 PALLAS = "jax.experimental.pallas"
 HEAVY = ("optax", "huggingface_hub", "safetensors", "transformers", "torch", "grain", PALLAS)
@@ -38,3 +43,40 @@ def test_splash_attention_loads_pallas_when_it_runs():
         f"{arrays}\n{segments}\n{call}"
     )
     assert PALLAS in modules
+
+
+COMMAND = """
+import gc, importlib.util, sys
+from pathlib import Path
+from genlora_jax import __main__, cli
+from genlora_jax.hf.checkpoint import model_config
+from genlora_jax.hf.tokenizer import load_tokenizer
+directory = Path(sys.argv[1])
+
+def main():
+    import genlora_jax.training.finetune
+    print(model_config(directory))
+    print(load_tokenizer(directory)("a b"))
+    print("torch" in sys.modules, *({"transformers", "tensorboardX"} & {*sys.modules}))
+    print(importlib.util.find_spec("torch") is not None, gc.get_threshold()[0])
+
+cli.main = main
+sys.argv = ["genlora", "finetune", "--config", "recipe.yaml"]
+__main__.command()
+"""
+
+
+def test_a_command_reads_a_model_as_ever_and_loads_no_torch(torch_twin):
+    directory, _ = torch_twin()
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    assert "torch" in sys.modules  # with which the expected values are read
+    command = [sys.executable, "-c", COMMAND, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    config, tokens, modules, after = done.stdout.splitlines()
+    assert config == repr(model_config(directory))
+    assert tokens == repr(load_tokenizer(directory)("a b"))
+    assert modules.split()[0] == "False"
+    assert {*modules.split()[1:]} == {"transformers", "tensorboardX"}
+    assert after == "True 10000"  # who imports it later finds it
+    assert done.stderr == ""

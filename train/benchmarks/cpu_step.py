@@ -83,10 +83,11 @@ def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, 
     }
     recipe.write_text(yaml.safe_dump(settings))
     began = time.time()
-    command = [sys.executable, "-m", "genlora_jax.cli", "finetune", "--config", str(recipe)]
+    command = [sys.executable, "-m", "genlora_jax", "finetune", "--config", str(recipe)]
     compiled = 0.0
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    environment = os.environ | cache | {"PYTHONUNBUFFERED": "1"}
+    # As it ships: below this, and small programs too, which a directory of JAX's would not keep.
+    kept = {"XDG_CACHE_HOME": str(folder), "PYTHONUNBUFFERED": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | kept
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
             if line.startswith("compiled in"):
