@@ -16,7 +16,8 @@ def command() -> None:
     # Tracing makes many objects that stay: by default the search for cycles takes a sixth of a
     # second start.
     gc.set_threshold(10_000)
-    if len(sys.argv) > 2 and sys.argv[1] != "inspect":  # which has no use for a tokenizer
+    # One needs no tokenizer; the other may run lm-eval, which asks `transformers` for models.
+    if len(sys.argv) > 2 and sys.argv[1] not in ("inspect", "evaluate"):
         leave_torch_out()
     cli.main()
 
