@@ -64,7 +64,8 @@ def _remove_unfinished(directory: Any) -> None:
     if jax.process_index() == 0:
         parts = {name: name.partition("/") for name in listed(directory)}
         whole = {step for step, _, file in parts.values() if file == MARKER}
-        remove_objects(str(directory), [name for name in parts if parts[name][0] not in whole])
+        ours = [name for name, (step, _, _) in parts.items() if step.isdigit()]
+        remove_objects(str(directory), [name for name in ours if parts[name][0] not in whole])
 
 
 @contextlib.contextmanager

@@ -208,6 +208,7 @@ def test_half_of_a_checkpoint_is_gone_before_any_is_looked_for(store):
     url = f"{store.url}/half/checkpoints"
     (storage_path(url) / "4" / "state").mkdir(parents=True)
     write_whole(storage_path(url) / "4" / "state" / "_sharding", "{}")
+    write_whole(storage_path(url) / "notes.txt", "mine")
     with Checkpoints(storage_path(url)) as checkpoints:
         assert checkpoints.latest() is None
-    assert listed(url) == []
+    assert listed(url) == ["notes.txt"]
