@@ -117,4 +117,5 @@ SETS: dict[str, tuple[str, ...]] = {
     "final": FINAL,
     "few": FEW,
     "grid": (*GRID, *LATER),
+    "small": tuple(SMALL),
 }
