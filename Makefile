@@ -57,7 +57,7 @@ foreign: $(FOREIGN)/ready $(ENGINES)/ready
 	PYTHONPATH=$(FOREIGN) $(BIN)/python -m pytest tests/external/foreign_flax_llama.py
 	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest tests/external/inference_engines.py
 
-$(FOREIGN)/ready: $(VENV)/ready
+$(FOREIGN)/ready: Makefile $(VENV)/ready
 	rm -rf $(FOREIGN)
 	$(BIN)/pip install --quiet --no-deps --target $(FOREIGN) \
 	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2

@@ -10,14 +10,16 @@ import sys
 
 from genlora_jax import cli
 
+# Commands that read a tokenizer, but no model of `transformers`, as lm-eval in `evaluate` may.
+READERS = ("finetune", "sweep", "tokenize", "generate", "merge")
+
 
 def command() -> None:
     """Runs the command line of this process."""
     # Tracing makes many objects that stay: by default the search for cycles takes a sixth of a
     # second start.
     gc.set_threshold(10_000)
-    # One needs no tokenizer; the other may run lm-eval, which asks `transformers` for models.
-    if len(sys.argv) > 2 and sys.argv[1] not in ("inspect", "evaluate"):
+    if sys.argv[1:2] and sys.argv[1] in READERS and not {"-h", "--help"} & {*sys.argv}:
         leave_torch_out()
     cli.main()
 
@@ -34,9 +36,10 @@ def leave_torch_out() -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # Python's word for: there is none
     try:
         # Asked once, and then remembered.
-        importlib.import_module("transformers.utils").is_torch_available()
-        with contextlib.suppress(ModuleNotFoundError):  # of the extra `train`
-            importlib.import_module("tensorboardX")
+        with contextlib.suppress(Exception):  # which the import that needs it will say
+            importlib.import_module("transformers.utils").is_torch_available()
+            if sys.argv[1] in ("finetune", "sweep"):
+                importlib.import_module("tensorboardX")
     finally:
         del sys.modules["torch"]
 

@@ -14,7 +14,8 @@ def test_intervals_that_meet_or_overlap_are_one():
 
 def test_a_gpu_is_idle_where_none_of_its_streams_runs(monkeypatch, tmp_path):
     spans = [(0, 4e6), (1e6, 5e6), (5.5e6, 8e6), (10e6, 20e6)]
-    events = [SimpleNamespace(start_ns=a, duration_ns=b - a) for a, b in spans]
+    events = [SimpleNamespace(name="dot", start_ns=a, duration_ns=b - a) for a, b in spans]
+    events.append(SimpleNamespace(name="MemcpyH2D", start_ns=8e6, duration_ns=2e6))
     monkeypatch.setattr(input_on_gpu, "gpu_events", lambda folder: [events, []])
     found = input_on_gpu.idle(tmp_path)
     assert found["profiled_s"] == pytest.approx(0.02)

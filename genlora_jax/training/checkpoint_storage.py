@@ -60,12 +60,22 @@ def _remove_unfinished(directory: Any) -> None:
 
     Orbax does so in a thread, and lists them meanwhile: a bucket has no directory any more once the
     last object is gone, and the run would end. All processes meet when they open a checkpointer.
+
+    Raises:
+        ValueError: If there are several and none is whole, which no kill leaves.
     """
-    if jax.process_index() == 0:
-        parts = {name: name.partition("/") for name in listed(directory)}
-        whole = {step for step, _, file in parts.values() if file == MARKER}
-        ours = [name for name, (step, _, _) in parts.items() if step.isdigit()]
-        remove_objects(str(directory), [name for name in ours if parts[name][0] not in whole])
+    if jax.process_index() != 0:
+        return
+    parts = {name: name.partition("/") for name in listed(directory)}
+    steps = {step for step, slash, _ in parts.values() if slash and step.isdigit()}
+    whole = {step for step, _, file in parts.values() if file == MARKER}
+    if len(steps) > 1 and not whole:
+        raise ValueError(
+            f"{directory}: {len(steps)} checkpoints without {MARKER}; were they copied from a "
+            "disk?\nresume there, or move them away"
+        )
+    unfinished = steps - whole
+    remove_objects(str(directory), [name for name in parts if parts[name][0] in unfinished])
 
 
 @contextlib.contextmanager

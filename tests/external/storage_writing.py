@@ -212,3 +212,15 @@ def test_half_of_a_checkpoint_is_gone_before_any_is_looked_for(store):
     with Checkpoints(storage_path(url)) as checkpoints:
         assert checkpoints.latest() is None
     assert listed(url) == ["notes.txt"]
+
+
+def test_checkpoints_that_a_disk_wrote_are_not_taken_for_unfinished_ones(store):
+    url = f"{store.url}/copied/checkpoints"
+    for step in ("4", "8"):
+        write_whole(storage_path(url) / step / "state" / "_sharding", "{}")
+    with (
+        pytest.raises(ValueError, match=r"2 checkpoints without commit_success\.txt"),
+        Checkpoints(storage_path(url)),
+    ):
+        pass
+    assert len(listed(url)) == 2

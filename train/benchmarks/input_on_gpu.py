@@ -47,14 +47,15 @@ def profile(run: Path, folder: Path, done: threading.Event) -> None:
 
 def idle(folder: Path) -> dict[str, float]:
     """For how much of a profile its first GPU ran nothing, and the longest of these times."""
-    events = gpu_events(folder)[0]
-    busy = union((event.start_ns, event.start_ns + event.duration_ns) for event in events)
+    # A copy is no work: the GPU may wait for it.
+    kernels = [e for e in gpu_events(folder)[0] if not e.name.startswith(("Memcpy", "Memset"))]
+    busy = union((event.start_ns, event.start_ns + event.duration_ns) for event in kernels)
     gaps = [after[0] - before[1] for before, after in itertools.pairwise(busy)]
     seconds = (busy[-1][1] - busy[0][0]) / 1e9
     return {
         "profiled_s": seconds,
         "idle_share": sum(gaps) / 1e9 / seconds,
-        "longest_idle_ms": max(gaps) / 1e6,
+        "longest_idle_ms": max(gaps, default=0) / 1e6,
         "idle_share_over_1_ms": sum(gap for gap in gaps if gap > 1e6) / 1e9 / seconds,
     }
 
@@ -91,9 +92,11 @@ def main() -> None:
         )
         watch = threading.Thread(target=profile, args=(options.output, folder, done))
         watch.start()
-        finetune(recipe)
-        done.set()
-        watch.join()
+        try:
+            finetune(recipe)
+        finally:
+            done.set()
+            watch.join()
         found = idle(folder)
     kept = [row for row in records(options.output) if row["step"] > FIRST]
     for name in ("tokens_per_second", "input_wait"):

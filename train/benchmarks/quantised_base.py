@@ -3,10 +3,11 @@
     python -m train.benchmarks.quantised_base
 
 Random weights, drawn and quantised a layer at a time, so that 70B fits one GPU. The recipe is
-`train/recipes/llama3_8b_gpu.yaml` with rows that are not packed; `remat none` is its own, with
-`full` all is recomputed. Memory is what the compiler reserves for ours, with the part of it that is
-the base, and the allocator's peak for PyTorch. An arm that cannot run says why. `--size tiny` tries
-the script on any machine.
+`train/recipes/llama3_8b_gpu.yaml` with rows that are not packed. An arm's `remat` says what is
+recomputed; a recipe that says nothing recomputes all but products (`dots`) where layers are
+scanned, else nothing (`none`). Memory is what the compiler reserves for ours, with the part of it
+that is the base, and the allocator's peak for PyTorch. An arm that cannot run says why. `--size
+tiny` tries the script on any machine.
 """
 
 import argparse
