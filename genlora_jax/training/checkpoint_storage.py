@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from genlora_jax.bucket_directories import remove_objects
 from genlora_jax.remote_path import RemoteError, naming
 from genlora_jax.storage import is_remote, listed
+from genlora_jax.training.processes import is_primary
 
 MARKER = "commit_success.txt"  # Orbax's, the last file of a checkpoint
 NO_ANSWER = (  # of TensorStore
@@ -64,7 +64,7 @@ def _remove_unfinished(directory: Any) -> None:
     Raises:
         ValueError: If there are several and none is whole, which no kill leaves.
     """
-    if jax.process_index() != 0:
+    if not is_primary():
         return
     parts = {name: name.partition("/") for name in listed(directory)}
     steps = {step for step, slash, _ in parts.values() if slash and step.isdigit()}

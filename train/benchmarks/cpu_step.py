@@ -10,7 +10,6 @@ alone. The first round's compilations are kept, so that later rounds are a secon
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from genlora_jax.training.provenance import provenance
-from train.benchmarks.measuring import RESULTS, write_result
+from train.benchmarks.measuring import RESULTS, keeping_compilations, paragraphs, write_result
 
 PEFT = "PEFT, LoRA r=8"
 ADAPTERS = {
@@ -85,9 +84,7 @@ def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, 
     began = time.time()
     command = [sys.executable, "-m", "genlora_jax", "finetune", "--config", str(recipe)]
     compiled = 0.0
-    # As it ships: below this, and small programs too, which a directory of JAX's would not keep.
-    kept = {"XDG_CACHE_HOME": str(folder), "PYTHONUNBUFFERED": "1"}
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | kept
+    environment = keeping_compilations(folder) | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout or ():
             if line.startswith("compiled in"):
@@ -126,9 +123,7 @@ def main() -> None:
     file, where = RESULTS / f"cpu_step_{options.model.name}.json", provenance()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        parts = [part.strip() for part in options.text.read_text().split("\n\n")]
-        rows = [json.dumps({"text": part}) for part in parts if part]
-        (folder / "rows.jsonl").write_text("\n".join(rows))
+        (folder / "rows.jsonl").write_text("".join(paragraphs(options.text)))
         for _ in range(options.rounds):
             runs[PEFT].append(run_peft(options, folder))
             for name in ADAPTERS:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.benchmarks.measuring import RESULTS, gpu_events, union, write_result
+from train.benchmarks.measuring import RESULTS, gpu_events, paragraphs, union, write_result
 
 RESULT = RESULTS / "input_on_gpu.json"
 CORES, LENGTH, ROWS = 2, 512, 32
@@ -81,8 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, done = Path(scratch), threading.Event()
         rows = folder / "rows.jsonl"
-        parts = [part.strip() for part in options.text.read_text().split("\n\n")]
-        once = "".join(json.dumps({"text": part}) + "\n" for part in parts if part)
+        once = "".join(paragraphs(options.text))
         rows.write_text(once * (LARGE // len(once) + 2))
         recipe = Recipe(
             model=ModelConfig(path=str(options.model)),

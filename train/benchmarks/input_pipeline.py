@@ -37,7 +37,7 @@ from genlora_jax.data.sources import Part
 from genlora_jax.hf.tokenizer import load_tokenizer
 from genlora_jax.training.feed import Feed
 from genlora_jax.training.provenance import provenance
-from train.benchmarks.measuring import RESULTS
+from train.benchmarks.measuring import RESULTS, paragraphs
 
 # Tokens/s of one H200: about those of LLaMA-8B, and more than those of SmolLM-135M in this library.
 DEVICE = {"8B": 16_000, "135M": 60_000}
@@ -152,10 +152,9 @@ def tokenised(tokenizer: str, text: Path, batches: int = 200) -> dict[str, Any]:
     Tokens/s as fast as batches come, and the share of time in which a device that takes four times
     those of an H200 waits for its batch, as a run's `input_wait` counts it.
     """
-    parts = [part.strip() for part in text.read_text().split("\n\n") if part.strip()]
+    lines = paragraphs(text)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
-        lines = [json.dumps({"text": part}) + "\n" for part in parts]
         file.write_text("".join(lines) * -(-100_000 // len(lines)))
         cfg = DataConfig(train=str(file), length=LENGTH, batch_size=16, overlong="split")
         source = LazySource([LineFile(file)], [str(file)], load_tokenizer(Path(tokenizer)), cfg)

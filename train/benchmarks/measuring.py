@@ -1,6 +1,7 @@
 """What the benchmarks measure with, and where their results lie."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -103,6 +104,21 @@ def product_rate() -> float:
     product = jax.jit(lambda a, b: a @ b)
     ms = median_ms(lambda: jax.block_until_ready([product(x, x) for _ in range(10)]), 5) / 10
     return 2e3 * n**3 / ms
+
+
+def paragraphs(text: Path) -> list[str]:
+    """JSON lines: the paragraphs of a text as rows."""
+    parts = [part.strip() for part in text.read_text().split("\n\n")]
+    return [json.dumps({"text": part}) + "\n" for part in parts if part]
+
+
+def keeping_compilations(folder: Path) -> dict[str, str]:
+    """The environment of a process that keeps compiled programs below a folder, as it ships.
+
+    A directory that JAX's own variable names would not keep small programs.
+    """
+    others = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return others | {"XDG_CACHE_HOME": str(folder)}
 
 
 def gpu_events(folder: Path) -> list[list[Any]]:

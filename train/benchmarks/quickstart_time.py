@@ -7,7 +7,6 @@ ahead: each process has an empty cache of compiled programs.
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 
 from genlora_jax.training.provenance import provenance
-from train.benchmarks.measuring import RESULTS, write_result
+from train.benchmarks.measuring import RESULTS, keeping_compilations, write_result
 
 COMMAND = ("finetune", "--config", "train/recipes/quickstart.yaml")
 HERE = Path(__file__).resolve().parents[2]
@@ -25,14 +24,13 @@ HERE = Path(__file__).resolve().parents[2]
 def seconds(checkout: Path) -> float:
     """Seconds of the command in a checkout."""
     with tempfile.TemporaryDirectory() as empty:
-        own = {"PYTHONPATH": str(checkout), "XDG_CACHE_HOME": empty}
-        others = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        environment = keeping_compilations(Path(empty)) | {"PYTHONPATH": str(checkout)}
         quick = (checkout / "genlora_jax" / "__main__.py").exists()  # as the command is installed
         module = "genlora_jax" if quick else "genlora_jax.cli"
         command = [sys.executable, "-m", module, *COMMAND, "--train.output", f"{empty}/out"]
         began = time.perf_counter()
         subprocess.run(
-            command, cwd=checkout, env=others | own, check=True, stdout=subprocess.DEVNULL
+            command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL
         )
         return time.perf_counter() - began
 

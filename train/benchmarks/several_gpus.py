@@ -124,9 +124,8 @@ def lower(arm: Arm) -> Program:
     recipe = arm_recipe(arm)
     mesh = make_mesh(MeshConfig(**arm.mesh), jax.devices()[: arm.gpus])
     model = random_model(SIZES[arm.size], mesh, scan=bool(recipe.model.scan))
-    model = model.clone(
-        remat=recipe.model.policies(jax.default_backend())[0], attention=recipe.model.attention
-    )
+    remat = recipe.model.policies(jax.default_backend())[0]
+    model = model.clone(remat=remat, attention=recipe.model.attention)
     optimizer = make_optimizer(recipe.optim, 100)
     options = dataclasses.replace(recipe.step_options, max_segments=MOST_SEGMENTS)
     step = make_train_step(model, recipe.adapter, optimizer, options, mesh=mesh)

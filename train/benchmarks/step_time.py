@@ -139,9 +139,8 @@ def program_of(arm: Arm, base: tuple[Any, Any]) -> Program:
     assert arm.recipe is not None
     recipe = parse(Recipe, ["--config", str(RECIPE), *arm.recipe])
     model, params = base
-    remat: Any = dataclasses.replace(recipe.model, scan=model.scan).policies(jax.default_backend())[
-        0
-    ]
+    as_scanned = dataclasses.replace(recipe.model, scan=model.scan)
+    remat: Any = as_scanned.policies(jax.default_backend())[0]
     if arm.kept is not None:
         layers = model.config.num_hidden_layers
         if arm.kept > layers:

@@ -10,6 +10,7 @@ any run with LoRA.
 
 import argparse
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def basis_vectors(adapter: gl.Adapter) -> list[np.ndarray]:
     return found
 
 
+def means(fits: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Parameters and error of several fits."""
+    return {
+        "parameters": round(np.mean([fit["parameters"] for fit in fits])),
+        "error": round(float(np.mean([fit["error"] for fit in fits])), 4),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", type=Path, required=True)
@@ -63,16 +72,10 @@ def main() -> None:
     arms: dict[str, Any] = {}
     for name, cfg in ARMS.items():
         fitted = [fit_basis(dataclasses.replace(cfg, rank=rank), x, steps=STEPS) for x in vectors]
-        arms[name] = {
-            "parameters": round(np.mean([one["parameters"] for one in fitted])),
-            "error": round(float(np.mean([one["error"] for one in fitted])), 4),
-        }
+        arms[name] = means(fitted)
         print(name, arms[name], flush=True)
     for k, several in enumerate(zip(*map(stored, vectors), strict=True), 1):
-        arms[f"directions stored k={k}"] = {
-            "parameters": round(np.mean([one["parameters"] for one in several])),
-            "error": round(float(np.mean([one["error"] for one in several])), 4),
-        }
+        arms[f"directions stored k={k}"] = means(several)
     write_result(RESULT, {"vectors": len(vectors), "steps": STEPS, "arms": arms})
 
 
