@@ -44,12 +44,12 @@ GENLORA_RBF = Arm(gl.GenLoRAConfig(rank=28, alpha=56.0, group_size=8, kernels=4)
 ARMS = {"LoRA r=8": LORA, "GenLoRA r=10 g=16": GENLORA, "GenLoRA r=28 g=8 K=4": GENLORA_RBF}
 
 
-def read_rows(model: Path, text: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_rows(model: Path, text: Path, order_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Training batches `[STEPS, ROWS, LENGTH]` and held-out rows `[n, LENGTH]` of token ids."""
     ids = load_tokenizer(model)(text.read_text(), verbose=False)["input_ids"]
     rows = np.array(ids[: len(ids) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
     train, held = np.split(rows, [int(len(rows) * (1 - HELD_OUT))])
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(order_seed)
     epochs = -(-STEPS * ROWS // len(train))
     order = np.concatenate([rng.permutation(len(train)) for _ in range(epochs)])
     return train[order[: STEPS * ROWS]].reshape(STEPS, ROWS, LENGTH), held
@@ -75,12 +75,13 @@ def ours(
     arm: Arm,
     *,
     seed: int = 0,
+    order_seed: int = 0,
     steps: int = STEPS,
     rows: int = ROWS,
     base_dtype: BaseDtype | None = None,
 ) -> dict[str, Any]:
     """Trains an arm with this library, on so many rows of each batch."""
-    train, held = read_rows(model_path, text)
+    train, held = read_rows(model_path, text, order_seed)
     model, params = gl.load_llama(
         model_path, dtype="float32", param_dtype="float32", scan=False, base_dtype=base_dtype
     )
@@ -114,6 +115,7 @@ def peft(
     arm: Arm,
     seed: int = 0,
     *,
+    order_seed: int = 0,
     steps: int = STEPS,
     rows: int = ROWS,
     **load: Any,
@@ -123,7 +125,7 @@ def peft(
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    train, held = read_rows(model_path, text)
+    train, held = read_rows(model_path, text, order_seed)
     cfg = arm.config
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32, **load)

@@ -4,9 +4,9 @@
     python -m train.benchmarks.quantised_quality tuning --model stories260k --text grimm.txt
 
 Perplexity: the model computes in float32, each row of 256 tokens is predicted from its own
-beginning, rows spread over the text. Tuning: LoRA r=8 as in `bridge`, some seeds of the adapter;
-the loss is that of the held-out rows. Results add up in one file, arm by arm: with `--only` a few
-of them are measured, in minutes. On a GPU JAX must leave PyTorch memory:
+beginning, rows spread over the text. Tuning: LoRA r=8 as in `bridge`; a seed draws the adapter and
+the order of the rows, and the loss is that of the held-out rows. Results add up in one file, arm by
+arm: with `--only` a few of them are measured, in minutes. On a GPU JAX must leave PyTorch memory:
 `XLA_PYTHON_CLIENT_PREALLOCATE=false`.
 """
 
@@ -115,11 +115,12 @@ def tunings(given: argparse.Namespace, arms: list[str]) -> Iterator[tuple[str, A
     for name in arms:
         runs: list[dict[str, Any]] = []
         for seed in range(given.seeds):
+            options = size | {"seed": seed, "order_seed": seed}
             if name in OURS:
                 base: dict[str, Any] = {"base_dtype": OURS[name]}
-                runs.append(ours(given.model, given.text, arm, seed=seed, **size, **base))
+                runs.append(ours(given.model, given.text, arm, **options, **base))
             else:
-                runs.append(peft(given.model, given.text, arm, seed, **size, **loading(name)))
+                runs.append(peft(given.model, given.text, arm, **options, **loading(name)))
             after = [run["after"] for run in runs]
             yield (
                 name,
