@@ -8,6 +8,8 @@ import gc
 import importlib
 import sys
 
+import jax
+
 from genlora_jax import cli
 
 # Commands that read a tokenizer, but no model of `transformers`, as lm-eval in `evaluate` may.
@@ -19,6 +21,8 @@ def command() -> None:
     # Tracing makes many objects that stay: by default the search for cycles takes a sixth of a
     # second start.
     gc.set_threshold(10_000)
+    # On CPUs this thread computes, instead of waiting for one that does: see `keep_memory`.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if sys.argv[1:2] and sys.argv[1] in READERS and not {"-h", "--help"} & {*sys.argv}:
         leave_torch_out()
     cli.main()

@@ -1,5 +1,6 @@
 """What an import loads: each in a process of its own."""
 
+import resource
 import subprocess
 import sys
 
@@ -80,3 +81,36 @@ def test_a_command_reads_a_model_as_ever_and_loads_no_torch(torch_twin):
     assert {*modules.split()[1:]} == {"transformers", "tensorboardX"}
     assert after == "True 10000"  # who imports it later finds it
     assert done.stderr == ""
+
+
+STEPS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from genlora_jax import __main__, cli
+from genlora_jax.training.host_memory import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def main():
+    global step, x
+    step, x = jax.jit(lambda x: (x @ x[:16]) @ x[:16, :1]), jnp.ones((2**19, 16))
+    before = [faults() for _ in range(3)]
+    keep_memory(jax.devices()[0])
+    after = [faults() for _ in range(3)]
+    print(*before, *after)
+
+cli.main = main
+sys.argv = ["genlora", "finetune", "--config", "recipe.yaml"]
+__main__.command()
+"""
+
+
+def test_a_step_finds_the_memory_that_the_last_one_freed():
+    command = [sys.executable, "-c", STEPS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *_, before, _, _, after = map(int, done.stdout.split())
+    pages = 2**25 // resource.getpagesize()  # of one array
+    assert before > pages > 100 * after

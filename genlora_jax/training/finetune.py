@@ -29,6 +29,7 @@ from genlora_jax.training.checkpoint import Checkpoints
 from genlora_jax.training.checkpoint_storage import naming_whole
 from genlora_jax.training.divergence import check_finite, refuse_not_finite
 from genlora_jax.training.feed import Feed
+from genlora_jax.training.host_memory import keep_memory
 from genlora_jax.training.metrics import MetricsLog, read_records
 from genlora_jax.training.optim import learning_rate_schedule, make_optimizer
 from genlora_jax.training.output import claimed, keep_recipe
@@ -165,6 +166,7 @@ def train(
     Returns:
         The last state, and the signal that ended the run early, or None.
     """
+    keep_memory(jax.local_devices()[0])
     params, steps = run.base.params, run.steps
     train_step, eval_step = compiled_steps(recipe, run, log.print_line)
     held_out = [place_batch(run.mesh, batch) for batch in run.held_out]
