@@ -13,7 +13,7 @@ Array = jax.Array
 
 # Queries a block: few enough that their scores fit a core's cache. Blocks a row: few, since each
 # of them is compiled.
-BLOCK, MOST_BLOCKS = 32, 16
+BLOCK, MOST_BLOCKS = 64, 16
 
 
 def attend_in_blocks(q: Array, k: Array, v: Array, mask: Array | None) -> Array:

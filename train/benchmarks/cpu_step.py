@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -37,8 +38,8 @@ ADAPTERS = {
 }
 
 
-def peft(options: argparse.Namespace) -> None:
-    """Times steps of PEFT's LoRA on random tokens, and prints when each ended."""
+def peft_steps(options: argparse.Namespace) -> Iterator[None]:
+    """Makes a step of PEFT's LoRA on random tokens each time it is asked."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -49,11 +50,17 @@ def peft(options: argparse.Namespace) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ids = torch.randint(0, model.config.vocab_size, (options.rows, options.length))
-    for _ in range(options.steps):
+    while True:
         model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        yield
+
+
+def peft(options: argparse.Namespace) -> None:
+    """Times steps of PEFT's LoRA, and prints when each ended."""
+    for _ in itertools.islice(peft_steps(options), options.steps):
         print("step", time.time(), flush=True)
 
 
