@@ -1,6 +1,7 @@
-"""Work done in threads ahead of whoever uses it."""
+"""Work done in threads ahead of whoever uses it, and how many processors there are to do it."""
 
 import collections
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -8,6 +9,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 WINDOW = 2  # items in flight: enough to keep a disk busy, few enough to cost no memory to speak of
+
+
+def processors() -> int:
+    """How many processors this process may use: fewer than there are in a job of a cluster."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_threads(

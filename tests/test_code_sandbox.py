@@ -1,5 +1,7 @@
 """The sandbox: right programs pass, and nothing else does (attacks: `real/test_sandbox.py`)."""
 
+import os
+import threading
 import time
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from genlora_jax.evaluation.sandbox import sandbox
 from genlora_jax.evaluation.sandbox.sandbox import Trial
 from genlora_jax.evaluation.tasks import code
+from genlora_jax.threads import processors
 
 # Only what waits for ever may meet its limit: on a machine at work a second is soon over.
 AMPLE = 60.0
@@ -75,6 +78,33 @@ def test_programs_run_side_by_side_keep_their_order(place):
     trials = [Trial(f"assert {i} % 3 == 0") for i in range(9)]
     outcomes = sandbox.run_all(place, trials, seconds=AMPLE)
     assert [o.passed for o in outcomes] == [i % 3 == 0 for i in range(9)]
+
+
+@pytest.mark.parametrize("allowed", [{5}, {0, 3, 64}])
+def test_as_many_programs_run_at_a_time_as_processors_are_allowed(monkeypatch, allowed):
+    """Each has some seconds of the clock: right ones must not run late in a job of few cores."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: allowed)
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    running, most, lock = 0, 0, threading.Lock()
+
+    class Place:
+        def run(self, trial, **options):
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+            time.sleep(0.02)
+            with lock:
+                running -= 1
+            return sandbox.Outcome(True, "")
+
+    sandbox.run_all(Place(), [Trial("pass")] * 12)
+    assert most == len(allowed)
+
+
+def test_without_affinities_all_processors_are_allowed(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert processors() == os.cpu_count()
 
 
 HUMAN_EVAL = {

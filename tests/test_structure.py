@@ -100,7 +100,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "evaluation": {
         *("data", "atomic_files", "generation", "hf", "inject", "mesh", "models", "settings"),
-        *("training", "validation"),
+        *("threads", "training", "validation"),
     },
     "plan": {"adapter", "base", "factors", "hf", "mesh", "models", "sharding", "training"},
 }

@@ -20,6 +20,7 @@ from genlora_jax.data.rows import checked
 from genlora_jax.data.rows_digest import WHOLE, whole_digest
 from genlora_jax.data.sources import Part
 from genlora_jax.data.workers import Workers
+from genlora_jax.threads import processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,8 +86,7 @@ class LazySource:
         else:  # windows of several tables are read side by side
             self.parts = [*map(Part, counts, weights or itertools.repeat(None), windows)]
         self._cfg, self._tally = cfg, Tally()
-        cores = len(os.sched_getaffinity(0))
-        self._workers = Workers(tokenizer, cfg, min(PROCESSES, cores))
+        self._workers = Workers(tokenizer, cfg, min(PROCESSES, processors()))
         found = [*itertools.chain.from_iterable(self.read(self._sample()))]
         report = self._tally.report(f"{self._tally.counts['rows']:,} rows of {self._name}", cfg)
         self.mean_length = float(np.mean([len(example["input_ids"]) for example in found]))

@@ -20,6 +20,7 @@ from genlora_jax.data.files import file_kind, json_lines, line_blocks
 from genlora_jax.data.report import Tally
 from genlora_jax.data.rows import checked, rows_or_errors
 from genlora_jax.storage import storage_path
+from genlora_jax.threads import processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +58,7 @@ class Workers:
         self, tokenizer: "PreTrainedTokenizerFast", cfg: DataConfig, processes: int | None = None
     ) -> None:
         """Starts them at the first piece; by default one for each core of this process."""
-        self.processes = processes or len(os.sched_getaffinity(0))
+        self.processes = processes or processors()
         self._pool = ProcessPoolExecutor(
             self.processes,
             multiprocessing.get_context("spawn"),

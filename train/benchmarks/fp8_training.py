@@ -5,8 +5,10 @@
 LoRA r=16 on rows of the text. A seed draws the adapter and the order of rows, for both bases alike.
 The held-out loss is that of the same rows always, from before the first step on. What FP8 costs is
 the difference at equal seeds; the noise that it is set against is the standard deviation of
-bfloat16's own runs over seeds. First of all the cosine of each base's gradient with that in
-float32, in an adapter whose sides are both drawn. The result is written after each part.
+bfloat16's own runs over seeds. First of all, what kernels rounded to FP8 cost alone and what FP8's
+products add: the held-out loss before training, and the cosine of the gradient with that in
+float32, in an adapter whose sides are both drawn. The result is written after each part; `--seeds
+0` measures the first alone, on a CPU, too, which emulates FP8.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import genlora_jax as gl
+from genlora_jax.base.kernel import read_kernel
 from genlora_jax.base.quantise import Quantisation, compiler_options, quantise
 from genlora_jax.hf.tokenizer import load_tokenizer
 from genlora_jax.training.losses import cross_entropy
@@ -34,6 +37,7 @@ RESULT = RESULTS / "fp8_training.json"
 CONFIG = gl.LoRAConfig(rank=16, alpha=32.0)
 OPTIONS = StepOptions(packed=False)
 HELD_OUT = 32  # rows
+ROUNDED = "bf16, kernels rounded to fp8"
 SETTINGS = ("rows", "length", "steps", "rate", "gradient_rows")
 
 
@@ -73,20 +77,37 @@ def gradient_of(model: Any, params: Any, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
 
 
-def gradients(
-    model: Any, floats: Any, bases: dict[str, Any], rows: np.ndarray
+def before_training(
+    model: Any, floats: Any, bases: dict[str, Any], rows: np.ndarray, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Of each base's gradient: the cosine with that in float32, and its norm over that one's."""
+    """Each base's held-out loss, and its gradient's cosine with that in float32 and relative norm.
+
+    One base more has FP8's kernels in bfloat16.
+    """
+    some = rows[: options.gradient_rows]
     with jax.default_matmul_precision("highest"):
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), floats)
-        exact = gradient_of(model.clone(dtype=jnp.float32, attention="xla"), wide, rows)
+        exact = gradient_of(model.clone(dtype=jnp.float32, attention="xla"), wide, some)
     found = {}
-    for form, params in bases.items():
-        ours = gradient_of(model, params, rows)
+    rounded = jax.tree.map(lambda x, y: read_kernel(y, x.dtype), floats, bases["fp8"])
+    for form, params in (bases | {ROUNDED: rounded}).items():
+        ours = gradient_of(model, params, some)
         norms = np.linalg.norm(ours), np.linalg.norm(exact)
-        cosine = float(ours @ exact / np.prod(norms))
-        found[form] = {"cosine": cosine, "norm": float(norms[0] / norms[1])}
+        step = make_eval_step(
+            model, OPTIONS, compiler_options=compiler_options(params, jax.default_backend())
+        )
+        found[form] = {
+            "held_out": evaluate(step, params, {}, held_out(rows, options)),
+            "cosine": float(ours @ exact / np.prod(norms)),
+            "norm": float(norms[0] / norms[1]),
+        }
+        print(form, found[form], flush=True)
     return found
+
+
+def held_out(rows: np.ndarray, options: argparse.Namespace) -> list[dict[str, np.ndarray]]:
+    """Batches of the rows that are never trained."""
+    return [batch_of(rows[i : i + options.rows]) for i in range(0, HELD_OUT, options.rows)]
 
 
 def make_steps(model: Any, params: Any, optimizer: Any) -> tuple[Any, Any]:
@@ -106,8 +127,7 @@ def curve(
 ) -> dict[str, Any]:
     """The losses of a run."""
     step, eval_step = steps_of
-    held_out, rest = rows[:HELD_OUT], rows[HELD_OUT:]
-    parts = [batch_of(held_out[i : i + options.rows]) for i in range(0, HELD_OUT, options.rows)]
+    parts, rest = held_out(rows, options), rows[HELD_OUT:]
     rng = np.random.default_rng(seed)
     state = init_state(gl.init_adapter(CONFIG, jax.random.key(seed), params), optimizer)
     began, losses, held = time.perf_counter(), [], {}
@@ -159,8 +179,7 @@ def main() -> None:
     optimizer = make_optimizer(OptimConfig(learning_rate=options.rate), options.steps)
     model, floats = gl.load_llama(options.model, dtype="bfloat16")
     bases = {form: quantise(floats, Quantisation(form)) for form in ("bf16", "fp8")}
-    result["gradient"] = gradients(model, floats, bases, rows[: options.gradient_rows])
-    print(result["gradient"], flush=True)
+    result["before"] = before_training(model, floats, bases, rows, options)
     write_result(options.output, result, where)
     runs: dict[str, list[dict[str, Any]]] = {form: [] for form in bases}
     steps = {form: make_steps(model, params, optimizer) for form, params in bases.items()}
@@ -175,7 +194,7 @@ def main() -> None:
             write_result(options.output, result, where)
     result["seconds"] = time.perf_counter() - began
     write_result(options.output, result, where)
-    for at, row in result["held_out"].items():
+    for at, row in result.get("held_out", {}).items():
         print(at, row)
     print(f"{result['seconds']:.0f} s")
 

@@ -81,7 +81,7 @@ def _first_step(folder: Path, data: Path, given: Sequence[str]) -> dict[str, flo
         "--adapter.rank": 4,
     }
     flags = [str(part) for pair in recipe.items() for part in pair]
-    command = [sys.executable, "-m", "genlora_jax.cli", "finetune", *flags, *given]
+    command = [sys.executable, "-m", "genlora_jax", "finetune", *flags, *given]
     began, metrics = time.perf_counter(), output / "metrics.jsonl"
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (metrics.exists() and metrics.stat().st_size):

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from genlora_jax.evaluation.sandbox.roles import ENDED
 from genlora_jax.evaluation.sandbox.system_calls import call_filter
+from genlora_jax.threads import processors
 
 SOURCES = Path(__file__).parent
 GRACE = 10.0  # seconds for Python itself to start and end
@@ -195,8 +196,8 @@ def choose(container: str | None = None) -> Sandbox:
 def run_all(
     sandbox: Sandbox, trials: Sequence[Trial], *, seconds: float = 5.0, mib: int = 1024
 ) -> list[Outcome]:
-    """Runs programs, as many at a time as there are processors."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """Runs programs, as many at a time as there are processors for this process."""
+    with ThreadPoolExecutor(processors()) as pool:
         return list(pool.map(lambda trial: sandbox.run(trial, seconds=seconds, mib=mib), trials))
 
 

@@ -50,6 +50,7 @@ MOST_AT_ONCE = 5  # members whose activations are in memory
 LOWEST = -12  # exponent of the lowest rate to begin with: 1e-3
 WARM_LORA, WARM_RATE = 16, 1.78e-3  # the LoRA that a warm start compresses
 FIT_STEPS = 300
+PLACES = ("base", "data", "start_from", "folder", "out")  # of one machine: not in a result
 
 
 @functools.cache
@@ -282,7 +283,7 @@ def main() -> None:
     result: dict[str, Any] = {"settings": [], "runs": {}}
     if options.out.exists():
         result = json.loads(options.out.read_text())
-    kept = {name: v for name, v in vars(options).items() if "Path" not in repr(v)}
+    kept = {name: value for name, value in vars(options).items() if name not in PLACES}
     result["settings"].append(kept)
     do_jobs(options, result)
 
