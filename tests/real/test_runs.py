@@ -607,7 +607,7 @@ def alone(workshop, run):
     if not (workshop / "alone" / "adapter").exists():
         status, out, err = run(workshop / "alone")
         assert status == 0, err
-        assert "compiling the training step ...\ncompiled in " in out
+        assert "compiling the training step ...\ncompiled, and made the first step, in " in out
     return workshop / "alone"
 
 
