@@ -8,9 +8,8 @@ import gc
 import importlib
 import sys
 
-import jax
-
 from genlora_jax import cli
+from genlora_jax.training.host_memory import share_one_heap
 
 # Commands that read a tokenizer, but no model of `transformers`, as lm-eval in `evaluate` may.
 READERS = ("finetune", "sweep", "tokenize", "generate", "merge")
@@ -21,8 +20,7 @@ def command() -> None:
     # Tracing makes many objects that stay: by default the search for cycles takes a sixth of a
     # second start.
     gc.set_threshold(10_000)
-    # On CPUs this thread computes, instead of waiting for one that does: see `keep_memory`.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    share_one_heap()
     if sys.argv[1:2] and sys.argv[1] in READERS and not {"-h", "--help"} & {*sys.argv}:
         leave_torch_out()
     cli.main()

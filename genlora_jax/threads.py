@@ -12,7 +12,7 @@ WINDOW = 2  # items in flight: enough to keep a disk busy, few enough to cost no
 
 
 def processors() -> int:
-    """How many processors this process may use: fewer than there are in a job of a cluster."""
+    """How many processors this process may run on, by its affinity, which jobs of clusters set."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

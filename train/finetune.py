@@ -1,6 +1,7 @@
 """Fine-tunes a LLaMA with an adapter: `python train/finetune.py --config train/recipes/NAME.yaml`.
 
-The same as `genlora finetune`. The loop is `genlora_jax.training.finetune`, made to be copied.
+It does what `genlora finetune` does, whose loop is in `genlora_jax.training.finetune`, made to be
+copied.
 """
 
 from genlora_jax.training.finetune import main

@@ -6,20 +6,34 @@ import sys
 import jax
 
 # glibc's names of what `mallopt` sets (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-MOST = 2**31 - 1
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+NEVER = -1  # a threshold that nothing reaches
+
+_one_heap = False
+
+
+def share_one_heap() -> None:
+    """Has all threads of this process allocate in one heap, if called before JAX starts its own.
+
+    glibc gives each thread another one, and keeps large freed blocks in the first alone. Only a
+    command may call this, for its own process.
+    """
+    global _one_heap
+    _one_heap = _mallopt(M_ARENA_MAX, 1)
 
 
 def keep_memory(device: jax.Device) -> None:
-    """Has this process keep the memory that it frees, if it computes on a CPU in its main thread.
+    """Has this process keep the memory that it frees, if it is a command that computes on a CPU.
 
     By default what a step frees goes back to the system, and each of its pages is made anew, filled
-    with zeros, at the next step: a tenth of a step's time. glibc keeps memory of the main thread
-    alone, so the command `genlora` has JAX compute there. Elsewhere nothing happens.
+    with zeros, at the next step: a tenth of a step's time.
     """
-    computes_here = not jax.config.read("jax_cpu_enable_async_dispatch")
-    if device.platform != "cpu" or sys.platform != "linux" or not computes_here:
-        return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, MOST)
+    if _one_heap and device.platform == "cpu":
+        _mallopt(M_MMAP_MAX, 0)
+        _mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def _mallopt(option: int, value: int) -> bool:
+    """Sets an option of glibc; False where there is another C library."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and bool(mallopt(option, value))

@@ -7,8 +7,8 @@ The held-out loss is that of the same rows always, from before the first step on
 the difference at equal seeds; the noise that it is set against is the standard deviation of
 bfloat16's own runs over seeds. First of all, what kernels rounded to FP8 cost alone and what FP8's
 products add: the held-out loss before training, and the cosine of the gradient with that in
-float32, in an adapter whose sides are both drawn. The result is written after each part; `--seeds
-0` measures the first alone, on a CPU, too, which emulates FP8.
+float32, in an adapter whose sides are both drawn; these have a result of their own. `--seeds 0`
+measures nothing else, on a CPU, too, which emulates FP8. The curves are written after each run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from genlora_jax.training.step import evaluate, init_state, make_eval_step, make
 from genlora_jax.training.step_options import StepOptions
 from train.benchmarks.measuring import RESULTS, write_result
 
-RESULT = RESULTS / "fp8_training.json"
+RESULT, BEFORE = RESULTS / "fp8_training.json", RESULTS / "fp8_before.json"
 CONFIG = gl.LoRAConfig(rank=16, alpha=32.0)
 OPTIONS = StepOptions(packed=False)
 HELD_OUT = 32  # rows
@@ -179,8 +179,10 @@ def main() -> None:
     optimizer = make_optimizer(OptimConfig(learning_rate=options.rate), options.steps)
     model, floats = gl.load_llama(options.model, dtype="bfloat16")
     bases = {form: quantise(floats, Quantisation(form)) for form in ("bf16", "fp8")}
-    result["before"] = before_training(model, floats, bases, rows, options)
-    write_result(options.output, result, where)
+    found = before_training(model, floats, bases, rows, options)
+    write_result(BEFORE, result | {"bases": found}, where)
+    if not options.seeds:
+        return
     runs: dict[str, list[dict[str, Any]]] = {form: [] for form in bases}
     steps = {form: make_steps(model, params, optimizer) for form, params in bases.items()}
     for seed in range(options.seeds):
@@ -194,7 +196,7 @@ def main() -> None:
             write_result(options.output, result, where)
     result["seconds"] = time.perf_counter() - began
     write_result(options.output, result, where)
-    for at, row in result.get("held_out", {}).items():
+    for at, row in result["held_out"].items():
         print(at, row)
     print(f"{result['seconds']:.0f} s")
 

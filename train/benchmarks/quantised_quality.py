@@ -150,7 +150,8 @@ def main() -> None:
     given.rows = given.rows or (16 if tuning else 64)
     result = json.loads(given.output.read_text()) if given.output.exists() else {}
     settings = {"text": given.text.name, "rows": given.rows, "tokens_of_a_row": LENGTH}
-    settings |= {"steps": given.steps, "rate": given.rate} if tuning else {}
+    if tuning:
+        settings |= {"steps": given.steps, "rate": given.rate, "seed_orders_rows": True}
     kept = result.get(f"{given.part}, {given.model.name}", {})
     if any(kept.get(name) != value for name, value in settings.items()):
         kept = {}  # of other settings
