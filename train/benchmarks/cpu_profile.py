@@ -91,10 +91,10 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     from genlora_jax.settings import parse
     from genlora_jax.training import finetune
-    from genlora_jax.training.host_memory import keep_memory
+    from genlora_jax.training.host_memory import keep_memory, share_one_heap
     from genlora_jax.training.recipe import Recipe
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    share_one_heap()
     with tempfile.TemporaryDirectory() as scratch:
         rows, recipe_file = Path(scratch, "rows.jsonl"), Path(scratch, "recipe.yaml")
         rows.write_text("".join(paragraphs(options.text)))
