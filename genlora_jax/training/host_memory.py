@@ -1,6 +1,8 @@
 """Memory of a run on CPUs: what a step frees is kept for the next one."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import sys
 
 import jax
@@ -13,13 +15,13 @@ _one_heap = False
 
 
 def share_one_heap() -> None:
-    """Has all threads of this process allocate in one heap, if called before JAX starts its own.
+    """Has all threads allocate in one heap where JAX has CPUs alone; before it starts its own.
 
-    glibc gives each thread another one, and keeps large freed blocks in the first alone. Only a
+    glibc gives each thread another heap, and keeps large freed blocks in the first alone. Only a
     command may call this, for its own process.
     """
     global _one_heap
-    _one_heap = _mallopt(M_ARENA_MAX, 1)
+    _one_heap = _only_cpus() and _mallopt(M_ARENA_MAX, 1)
 
 
 def keep_memory(device: jax.Device) -> None:
@@ -31,6 +33,13 @@ def keep_memory(device: jax.Device) -> None:
     if _one_heap and device.platform == "cpu":
         _mallopt(M_MMAP_MAX, 0)
         _mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def _only_cpus() -> bool:
+    """Whether JAX will find no other device, without having it look for one."""
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # defined as JAX starts
+    return asked == "cpu" or not (plugins or importlib.util.find_spec("libtpu"))
 
 
 def _mallopt(option: int, value: int) -> bool:
