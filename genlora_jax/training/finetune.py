@@ -253,7 +253,7 @@ def announced(step: Callable[..., Any], print_line: Callable[[str], None]) -> Ca
             return step(*args)
         called, began = True, time.monotonic()
         print_line("compiling the training step ...")
-        result = jax.block_until_ready(step(*args))  # on CPUs the call itself waits
+        result = jax.block_until_ready(step(*args))
         print_line(f"compiled, and made the first step, in {time.monotonic() - began:.1f} s")
         return result
 
