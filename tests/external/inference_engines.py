@@ -13,10 +13,12 @@ import ctranslate2
 import jax
 import numpy as np
 import pytest
+import torch
 import xllamacpp
 from tiny_base import REPOSITORY, write_base
 from tiny_models import perturb
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import LlamaForCausalLM
 
 import genlora_jax as gl
 
@@ -140,4 +142,9 @@ def test_ctranslate2_predicts_the_same(here):
     vocabulary = json.loads((here / "ct2" / "vocabulary.json").read_text())
     generator = ctranslate2.Generator(str(here / "ct2"), compute_type="float32")
     found = np.array(generator.forward_batch([[vocabulary[token] for token in IDS]]))[0]
-    np.testing.assert_allclose(found, ours["adapted"], atol=CLOSE * np.abs(found).max())
+    # Each beside float64, as the errors of both together may be more than either's.
+    twin = LlamaForCausalLM.from_pretrained(here / "plain" / "merged", dtype=torch.float64)
+    with torch.no_grad():
+        exact = twin(torch.tensor([list(IDS)])).logits[0].numpy()
+    for logits in (found, ours["adapted"]):
+        np.testing.assert_allclose(logits, exact, rtol=0, atol=CLOSE * np.abs(exact).max())
