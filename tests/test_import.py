@@ -100,7 +100,7 @@ def main():
     step, x = jax.jit(lambda x: (x @ x[:16]) @ x[:16, :1]), jnp.ones((2**19, 16))
     before = [faults() for _ in range(3)]
     keep_memory(jax.devices()[0])
-    after = [faults() for _ in range(5)]
+    after = [faults() for _ in range(20)]
     print(*before, *after)
 
 cli.main = main
