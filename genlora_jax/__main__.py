@@ -20,7 +20,8 @@ def command() -> None:
     # Tracing makes many objects that stay: by default the search for cycles takes a sixth of a
     # second start.
     gc.set_threshold(10_000)
-    share_one_heap()
+    if sys.argv[1:2] == ["finetune"]:
+        share_one_heap()
     if sys.argv[1:2] and sys.argv[1] in READERS and not {"-h", "--help"} & {*sys.argv}:
         leave_torch_out()
     cli.main()

@@ -37,9 +37,10 @@ def keep_memory(device: jax.Device) -> None:
 
 def _only_cpus() -> bool:
     """Whether JAX will find no other device, without having it look for one."""
+    if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]  # defined as JAX starts
+        return True
     plugins = importlib.metadata.entry_points(group="jax_plugins")
-    asked = jax.config.jax_platforms  # type: ignore[attr-defined]  # defined as JAX starts
-    return asked == "cpu" or not (plugins or importlib.util.find_spec("libtpu"))
+    return not (plugins or importlib.util.find_spec("libtpu"))
 
 
 def _mallopt(option: int, value: int) -> bool:

@@ -10,7 +10,6 @@ import collections
 import itertools
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from genlora_jax.training.provenance import provenance
-from train.benchmarks.cpu_step import ADAPTERS, PEFT
-from train.benchmarks.measuring import RESULTS, paragraphs, write_result
+from train.benchmarks.cpu_step import PEFT, peft_steps, step_parser, write_recipe
+from train.benchmarks.measuring import RESULTS, median_ms, time_step, write_result
 
+OURS = "GenLoRA r=10 g=16"
 BASE, ADAPTER = "products of the base and the head", "products of the adapter"
 NARROW = 16  # an axis no longer than this is an adapter's rank
 NAMED = {
@@ -96,39 +96,28 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     share_one_heap()
     with tempfile.TemporaryDirectory() as scratch:
-        rows, recipe_file = Path(scratch, "rows.jsonl"), Path(scratch, "recipe.yaml")
-        rows.write_text("".join(paragraphs(options.text)))
-        data = {"train": str(rows), "length": options.length, "batch_size": options.rows}
-        settings = {
-            "model": {"path": str(options.model)},
-            "data": data | {"overlong": "split"},
-            "adapter": ADAPTERS["GenLoRA r=10 g=16"],
-            "train": {"output": scratch, "steps": 100},
-        }
-        recipe_file.write_text(json.dumps(settings))
+        recipe_file = write_recipe(options, Path(scratch), OURS, Path(scratch))
         recipe = parse(Recipe, ["--config", str(recipe_file)])
         mesh = finetune.recipe_mesh(recipe)
         run = finetune.prepare(recipe, mesh)
-        adapter = finetune.initial_adapter(recipe.adapter, 0, None, run.base, mesh=mesh)
         optimizer = finetune.make_optimizer(recipe.optim, run.steps)
-        state: Any = finetune.init_state(adapter, optimizer)
+
+        def initial_state() -> Any:
+            adapter = finetune.initial_adapter(recipe.adapter, 0, None, run.base, mesh=mesh)
+            return finetune.init_state(adapter, optimizer)
+
         with finetune.feed(recipe, run) as batches:
             operands = run.base.params, batches.take(None)
         step = finetune.make_train_step(
             run.base.model, recipe.adapter, optimizer, run.options, mesh=mesh
         )
-        compiled = step.lower(state, *operands).compile()
         keep_memory(jax.devices()[0])
-        seconds = []
-        for _ in range(options.steps):
-            began = time.perf_counter()
-            state, metrics = compiled(state, *operands)
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - began)
+        timing = time_step(step.lower, initial_state(), *operands, calls=options.steps)
+        state = initial_state()
         with jax.profiler.trace(scratch):
-            jax.block_until_ready(compiled(state, *operands))
+            jax.block_until_ready(timing.compiled(state, *operands))
         file = next(Path(scratch).rglob("*.xplane.pb"))
-        kinds = kinds_of(compiled.as_text())
+        kinds = kinds_of(timing.compiled.as_text())
         events = [
             (event.start_ns, event.start_ns + event.duration_ns, kinds[event.name])
             for plane in jax.profiler.ProfileData.from_file(str(file)).planes
@@ -137,20 +126,15 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             # A loop runs while what is in it does.
             if event.name in kinds and not event.name.startswith(("while", "call", "conditional"))
         ]
-    return {"step_ms": 1e3 * statistics.median(seconds[1:]), "by_kind_ms": shares(events)}
+    return {"step_ms": 1e3 * timing.median(), "by_kind_ms": shares(events)}
 
 
 def peft(options: argparse.Namespace) -> dict[str, Any]:
     """A step of PEFT's LoRA."""
     import torch
 
-    from train.benchmarks.cpu_step import peft_steps
-
-    seconds, step = [], peft_steps(options)
-    for _ in range(options.steps):
-        began = time.perf_counter()
-        next(step)
-        seconds.append(time.perf_counter() - began)
+    step = peft_steps(options)
+    step_ms = median_ms(lambda: next(step), options.steps - 1)
     with torch.profiler.profile(record_shapes=True) as profile:
         began = time.perf_counter()
         next(step)
@@ -161,24 +145,19 @@ def peft(options: argparse.Namespace) -> dict[str, Any]:
         kind = kind_of(entry.key, entry.key == "aten::mm", sizes)
         total[kind] += entry.self_cpu_time_total / 1e3
     total["elsewhere"] += whole - sum(total.values())
-    return {"step_ms": 1e3 * statistics.median(seconds[1:]), "by_kind_ms": dict(total)}
+    return {"step_ms": step_ms, "by_kind_ms": dict(total)}
 
 
 def main() -> None:
     """Profiles both, each in a process of its own, prints a table and writes the result."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=6)
+    parser = step_parser(main.__doc__)
     parser.add_argument("--only", choices=("ours", "peft"), help="be the process of one")
     options = parser.parse_args()
     if options.only:
         print(json.dumps({"ours": ours, "peft": peft}[options.only](options)))
         return
     found = {}
-    for name, only in (("GenLoRA r=10 g=16", "ours"), (PEFT, "peft")):
+    for name, only in ((OURS, "ours"), (PEFT, "peft")):
         command = [sys.executable, "-m", "train.benchmarks.cpu_profile", *sys.argv[1:]]
         done = subprocess.run([*command, "--only", only], check=True, stdout=subprocess.PIPE)
         found[name] = json.loads(done.stdout.splitlines()[-1])

@@ -76,18 +76,25 @@ def run_peft(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     return {"first_step_s": ends[0] - began, "step_s": statistics.median(seconds)}
 
 
-def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, float]:
-    """An arm of ours: `genlora finetune`, in a process."""
-    output = folder / f"run-{time.time()}"
-    recipe = folder / "recipe.yaml"
-    data = {"train": str(folder / "rows.jsonl"), "length": options.length}
+def write_recipe(options: argparse.Namespace, folder: Path, name: str, output: Path) -> Path:
+    """Writes the text as rows, and a recipe of them for an arm of ours; the recipe's file."""
+    rows, recipe = folder / "rows.jsonl", folder / "recipe.yaml"
+    rows.write_text("".join(paragraphs(options.text)))
+    data = {"train": str(rows), "length": options.length, "batch_size": options.rows}
     settings = {
         "model": {"path": str(options.model)},
-        "data": data | {"batch_size": options.rows, "overlong": "split"},
+        "data": data | {"overlong": "split"},
         "adapter": ADAPTERS[name],
         "train": {"output": str(output), "steps": options.steps, "progress": False},
     }
     recipe.write_text(yaml.safe_dump(settings))
+    return recipe
+
+
+def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, float]:
+    """An arm of ours: `genlora finetune`, in a process."""
+    output = folder / f"run-{time.time()}"
+    recipe = write_recipe(options, folder, name, output)
     began = time.time()
     command = [sys.executable, "-m", "genlora_jax", "finetune", "--config", str(recipe)]
     first = 0.0
@@ -110,14 +117,20 @@ def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, 
     }
 
 
-def main() -> None:
-    """Runs all arms, prints a table and writes the result."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def step_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments that say what a step is of."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=6)
+    return parser
+
+
+def main() -> None:
+    """Runs all arms, prints a table and writes the result."""
+    parser = step_parser(main.__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peft", action="store_true", help="be the process of PEFT")
     options = parser.parse_args()
@@ -130,7 +143,6 @@ def main() -> None:
     file, where = RESULTS / f"cpu_step_{options.model.name}.json", provenance()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "rows.jsonl").write_text("".join(paragraphs(options.text)))
         for _ in range(options.rounds):
             runs[PEFT].append(run_peft(options, folder))
             for name in ADAPTERS:

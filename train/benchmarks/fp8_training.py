@@ -58,6 +58,11 @@ def read_rows(model_path: Path, text: Path, length: int) -> np.ndarray:
     return np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
 
 
+def xla_options(params: Any) -> dict[str, Any]:
+    """What XLA is told for a base on this machine."""
+    return compiler_options(params, jax.default_backend())
+
+
 def gradient_of(model: Any, params: Any, rows: np.ndarray) -> np.ndarray:
     """The gradient of a batch's loss in the adapter, of which neither side is zero."""
     adapter = gl.init_adapter(CONFIG, jax.random.key(0), params)
@@ -72,8 +77,8 @@ def gradient_of(model: Any, params: Any, rows: np.ndarray) -> np.ndarray:
         return total / weight
 
     lowered = jax.jit(jax.grad(loss)).lower(noisy, params, batch_of(rows))
-    options = compiler_options(params, jax.default_backend())
-    leaves = jax.tree.leaves(lowered.compile(options)(noisy, params, batch_of(rows)))
+    compiled = lowered.compile(xla_options(params))
+    leaves = jax.tree.leaves(compiled(noisy, params, batch_of(rows)))
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
 
 
@@ -93,9 +98,7 @@ def before_training(
     for form, params in (bases | {ROUNDED: rounded}).items():
         ours = gradient_of(model, params, some)
         norms = np.linalg.norm(ours), np.linalg.norm(exact)
-        step = make_eval_step(
-            model, OPTIONS, compiler_options=compiler_options(params, jax.default_backend())
-        )
+        step = make_eval_step(model, OPTIONS, compiler_options=xla_options(params))
         found[form] = {
             "held_out": evaluate(step, params, {}, held_out(rows, options)),
             "cosine": float(ours @ exact / np.prod(norms)),
@@ -112,7 +115,7 @@ def held_out(rows: np.ndarray, options: argparse.Namespace) -> list[dict[str, np
 
 def make_steps(model: Any, params: Any, optimizer: Any) -> tuple[Any, Any]:
     """The steps of training and of evaluation, for all seeds."""
-    options = compiler_options(params, jax.default_backend())
+    options = xla_options(params)
     train = make_train_step(model, CONFIG, optimizer, OPTIONS, compiler_options=options)
     return train, make_eval_step(model, OPTIONS, compiler_options=options)
 
