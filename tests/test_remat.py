@@ -178,13 +178,23 @@ def test_gpus_that_scan_layers_stack_no_more_than_products():
         ("gpu", scanned, None, ("dots",)),
         ("gpu", {"base_dtype": "nf4"}, None, ("dots",)),
         ("gpu", unrolled, None, ("none",)),
-        ("gpu", scanned, "none", ("none",)),
+        ("gpu", unrolled, "none", ("none",)),
+        ("tpu", scanned, "none", ("none",)),
         ("gpu", scanned, "auto", ("dots", "full")),
         ("gpu", unrolled, "auto", POLICIES),
         ("tpu", scanned, None, ("none",)),
         ("cpu", scanned, "auto", POLICIES),
     ):
         assert ModelConfig(path="", remat=given, **model).policies(platform) == policies
+
+
+@pytest.mark.parametrize("model", [{"scan": True}, {"base_dtype": "nf4"}])
+def test_stacks_of_all_activations_are_refused_where_a_gpu_scans_layers(model):
+    with pytest.raises(
+        ValueError, match=r"model.remat none: .*\ngive dots or full, or model.scan f"
+    ):
+        rank_meshes(recipe(remat="none", **model), parse_topology("gpu:1x80"))
+    assert rank_meshes(recipe(remat="none", **model), parse_topology("v5p:2x2x1"))
 
 
 def test_a_plan_takes_the_policy_that_a_run_on_its_chips_has():

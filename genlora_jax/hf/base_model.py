@@ -34,10 +34,10 @@ class ModelConfig:
             kernels nor activations from and to stacks). None: unrolled on GPUs, but for a
             `base_dtype` of `int8`, `nf4` or `int4`; see `scans`.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
-            attention (`dots`), or all (`full`). None: `dots` where a GPU scans layers, which is
-            faster there than to stack what is kept; else `none`. `auto`: in a run, the first of
-            these whose step fits the device's memory; of unrolled layers on a GPU, if none but
-            `full` does, about as many are `dots` as fit.
+            attention (`dots`), or all (`full`). A GPU that scans layers takes no `none`: stacks of
+            all activations are slower there than `dots`, and larger. None: the first of these that
+            the device takes. `auto`: in a run, the first whose step fits the device's memory; of
+            unrolled layers on a GPU, if none but `full` does, about as many are `dots` as fit.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `fp8`,
             `int8`, `nf4` or `int4`. None: as the checkpoint has them.
@@ -68,8 +68,17 @@ class ModelConfig:
         return Quantisation(self.base_dtype or "bf16", self.unquantised, self.int4_group)
 
     def policies(self, platform: str) -> tuple[Remat, ...]:
-        """What `remat` may stand for on `"cpu"`, `"gpu"` or `"tpu"`, the fastest first."""
+        """What `remat` may stand for on `"cpu"`, `"gpu"` or `"tpu"`, the fastest first.
+
+        Raises:
+            ValueError: If it is `none` where a GPU scans layers.
+        """
         fastest = get_args(Remat)[platform == "gpu" and self.scans(platform) :]
+        if self.remat == "none" and "none" not in fastest:
+            raise ValueError(
+                "model.remat none: where a GPU scans layers, stacks of all activations are slower "
+                "than recomputing some\ngive dots or full, or model.scan false"
+            )
         if self.remat == "auto":
             return fastest
         return (self.remat or fastest[0],)

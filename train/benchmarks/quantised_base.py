@@ -76,10 +76,7 @@ OURS = [
     Quantised("nf4", lora=True, scan=True),
     Quantised("nf4"),
     Quantised("bf16", remat="none"),
-    Quantised("nf4", remat="none", scan=True),
-    Quantised("nf4", rows=4, remat="none", scan=True),
     Quantised("nf4", rows=4, remat="dots", scan=True),
-    Quantised("nf4", lora=True, rows=4, remat="none", scan=True),
     Quantised("nf4", rows=4),
 ]
 PEFT = [
