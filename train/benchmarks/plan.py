@@ -28,6 +28,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = RESULTS / "plan.json"
 HADAMARD = ("--adapter.hadamard", "true")
 FULL = ("--adapter", "FullConfig")
+NONE, DOTS = (("--data.batch_size", "64", "--model.remat", remat) for remat in ("none", "dots"))
 PROGRAMS = (
     ("llama3_8b_v5e_16.yaml", (), "v5e:4x4", MeshConfig(fsdp=16)),
     ("llama3_8b_v5e_16.yaml", HADAMARD, "v5e:4x4", MeshConfig(fsdp=16)),
@@ -51,6 +52,17 @@ PROGRAMS = (
         ("llama3_8b_v5e_16.yaml", ("--model.base_dtype", form), "v5e:4x4", mesh)
         for form in ("int8", "int4", "nf4")
         for mesh in (MeshConfig(fsdp=16), MeshConfig(data=16, fsdp=1))
+    ),
+    # All activations kept, or those of products alone.
+    ("llama3_8b_v5e_16.yaml", NONE, "v5p:4x4x4", MeshConfig(fsdp=64)),
+    ("llama3_8b_v5e_16.yaml", DOTS, "v5p:4x4x4", MeshConfig(fsdp=64)),
+    ("llama3_8b_v5e_16.yaml", NONE, "v6e:8x8", MeshConfig(fsdp=64)),
+    ("llama3_70b_v5p_64.yaml", NONE, "v5p:4x4x4", MeshConfig(fsdp=64)),
+    (
+        "llama3_8b_v5e_16.yaml",
+        (*NONE, "--model.base_dtype", "int8"),
+        "v5p:4x4x4",
+        MeshConfig(fsdp=64),
     ),
 )
 
