@@ -3,7 +3,8 @@
     python -m train.benchmarks.peft_step --size llama-8b --rows 2 --length 2048 --liger
 
 `--shard ddp | fsdp` runs it in each of the processes that RANK and WORLD_SIZE count, as torchrun
-sets them: rows are those of a process.
+sets them: rows are those of a process. `--unsloth` is Unsloth's model and adapter, whose
+checkpointing `--checkpointing` then is.
 """
 
 import argparse
@@ -24,6 +25,10 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def build(options: argparse.Namespace, device: str) -> Any:
     """LLaMA with random weights in bfloat16 and LoRA on all its linear layers."""
+    if options.unsloth:
+        from train.benchmarks import unsloth_model
+
+        return unsloth_model.build(options, TARGETS)
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,7 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--segments", type=int, default=1, help="examples packed in a row")
     parser.add_argument("--shard", choices=("ddp", "fsdp"))
-    for name in ("liger", "checkpointing", "compile", "nf4"):
+    for name in ("liger", "checkpointing", "compile", "nf4", "unsloth"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     import torch
@@ -169,7 +174,7 @@ def main() -> None:
     if options.segments > 1:  # positions that begin anew are how transformers knows the examples
         each = -(-options.length // options.segments)
         inputs["position_ids"] = (torch.arange(options.length, device=device) % each).expand(shape)
-    seconds = []
+    seconds, losses = [], []
     for _ in range(options.steps + 2):
         began = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -178,11 +183,12 @@ def main() -> None:
         after_backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        losses.append(loss.item())
         seconds.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     step = statistics.median(seconds[2:])
     result = {"step_s": step, "peak_gib": peak, "first_step_s": seconds[0]}
+    result["losses"] = [losses[0], losses[-1]]  # of peers, about the same
     print(json.dumps(result), flush=True)
     if options.shard:
         dist.destroy_process_group()
