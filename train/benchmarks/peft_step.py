@@ -29,6 +29,10 @@ def build(options: argparse.Namespace, device: str) -> Any:
         from train.benchmarks import unsloth_model
 
         return unsloth_model.build(options, TARGETS)
+    if options.torchtune:
+        from train.benchmarks import torchtune_model
+
+        return torchtune_model.build(options, device)
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -150,7 +154,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--segments", type=int, default=1, help="examples packed in a row")
     parser.add_argument("--shard", choices=("ddp", "fsdp"))
-    for name in ("liger", "checkpointing", "compile", "nf4", "unsloth"):
+    for name in ("liger", "checkpointing", "compile", "nf4", "unsloth", "torchtune"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     import torch
@@ -177,7 +181,7 @@ def main() -> None:
     seconds, losses = [], []
     for _ in range(options.steps + 2):
         began = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=not options.torchtune):
             loss = model(**inputs).loss
         loss.backward()
         after_backward()

@@ -5,7 +5,8 @@
 LLaMA's shapes with random weights in bfloat16. Our arms take `train/recipes/llama3_8b_gpu.yaml`
 and change what their name says. Tokens a second are those of the median step. Memory is what the
 compiler reserves for ours, and the allocator's peak for PyTorch. PEFT's arms need PyTorch, peft
-and, for Liger, `liger-kernel`, Unsloth's `unsloth`; an arm that cannot run says why.
+and, for Liger, `liger-kernel`, Unsloth's `unsloth`, torchtune's what `torchtune_model` says; an arm
+that cannot run says why.
 """
 
 import argparse
@@ -96,6 +97,11 @@ MORE_OF_PEFT = [
     Arm("Unsloth, 2 x 2048", peft=peft(2, 2048, "--unsloth")),
     Arm("Unsloth, checkpointing, 2 x 2048", peft=peft(2, 2048, "--unsloth", "--checkpointing")),
     Arm("Unsloth, checkpointing, 4 x 2048", peft=peft(4, 2048, "--unsloth", "--checkpointing")),
+    Arm("torchtune, compiled, 2 x 2048", peft=peft(2, 2048, "--torchtune", "--compile")),
+    Arm(
+        "torchtune, compiled, checkpointing, 4 x 2048",
+        peft=peft(4, 2048, "--torchtune", "--compile", "--checkpointing"),
+    ),
     Arm("1B: PEFT + torch.compile, 8 x 2048", "llama3.2-1b", peft=peft(8, 2048, "--compile")),
     Arm(
         "1B: PEFT + Liger, 1 x 8192, packed", "llama3.2-1b", peft=peft(1, 8192, "--liger", *PACKED)
