@@ -85,7 +85,7 @@ def test_xla_converts_no_operand_of_a_wide_product_and_all_of_a_plain_one(wide):
 
 
 def products_of(jaxpr):
-    """The products with bfloat16 of a program and of all it calls: dtypes of operands and result."""
+    """Dtypes of operands and result of products with bfloat16, of a program and all it calls."""
     found = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
