@@ -12,7 +12,7 @@ from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax.base import products
-from genlora_jax.base.products import multiplies_wide, plain_product, wide_product
+from genlora_jax.base.products import keeping_bits, multiplies_wide, plain_product, wide_product
 from genlora_jax.base.quantise import Quantisation, quantise
 from genlora_jax.models.layers import Blueprint
 from genlora_jax.training.losses import cross_entropy
@@ -82,6 +82,37 @@ def test_xla_converts_no_operand_of_a_wide_product_and_all_of_a_plain_one(wide):
     compiled = jax.jit(both).lower(x, kernel, d_y).compile()
     kernels = [name for name in ("f32[96,48]", "f32[48,96]") if name in compiled.as_text()]
     assert (not kernels) == wide
+
+
+def test_the_gradient_of_a_function_that_keeps_bits_is_its_own():
+    x, y, d = in_bf16(*(rounded(seed, 3, 40) for seed in range(3)))
+    gated = lambda x, y: jax.nn.silu(x) * y  # noqa: E731
+    ours = jax.vjp(keeping_bits(gated), x, y)[1](d)
+    wide_x, wide_y, wide_d = (np.asarray(value, np.float64) for value in (x, y, d))
+    sigmoid = 1 / (1 + np.exp(-wide_x))
+    exact = (wide_d * wide_y * sigmoid * (1 + wide_x * (1 - sigmoid)), wide_d * wide_x * sigmoid)
+    for found, expected in zip(ours, exact, strict=True):
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64), expected, rtol=8 * ROUNDING, atol=8 * ROUNDING * size
+        )
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_wide_layers_keep_is_stacked_where_it_lies(wide):
+    gated = lambda x, y: jax.nn.silu(x) * y  # noqa: E731
+    gate = keeping_bits(gated) if wide else jax.checkpoint(gated)
+
+    def loss(x, kernels):
+        def layer(h, kernel):
+            y = plain_product(h, kernel, wide=wide)
+            return gate(y, h), None
+
+        return jax.lax.scan(layer, x, kernels)[0].astype(jnp.float32).sum()
+
+    operands = in_bf16(rounded(0, 64, 96), rounded(1, 7, 96, 96) / 8)
+    compiled = jax.jit(jax.grad(loss)).lower(*operands).compile()
+    assert ("f32[7,64,96]" not in compiled.as_text()) == wide
 
 
 def products_of(jaxpr):

@@ -1,6 +1,7 @@
 """Products with a matrix, plain or wide: how a CPU multiplies bfloat16 at its full rate."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -54,12 +55,36 @@ def _contract(x: jax.Array, y: jax.Array, of_x: Axes, of_y: Axes) -> jax.Array:
     return wide.astype(x.dtype)
 
 
+# A scan stacks what its backward pass needs. XLA for CPUs adds integers to a stack where it lies,
+# but writes a stack of bfloat16 anew, by way of float32, at each step: all layers in each layer.
+def _as_bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _of_bits(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+def keeping_bits(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of arrays of bfloat16 that keeps them, as integers, for its gradient alone.
+
+    The gradient computes the function again, as `jax.checkpoint` would.
+    """
+    kept = jax.custom_vjp(function)
+    kept.defvjp(
+        lambda *arrays: (function(*arrays), tuple(map(_as_bits, arrays))),
+        lambda bits, gradient: jax.vjp(function, *map(_of_bits, bits))[1](gradient),
+    )
+    return kept
+
+
 def _forward(x: jax.Array, kernel: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return wide_product(x, kernel, axis), (x, kernel)
+    return wide_product(x, kernel, axis), (_as_bits(x), kernel)
 
 
 def _backward(axis: int, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
-    x, kernel = kept
+    bits, kernel = kept
+    x = _of_bits(bits)
     tokens = tuple(range(x.ndim - 1))
     of_x = _contract(gradient, kernel, (x.ndim - 1,), (1 - axis,))
     # The first is transposed, so it is the narrower: an adapter's products have a narrow side.

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genlora_jax.base.kernel import product
-from genlora_jax.base.products import multiplies_wide, wide_product
+from genlora_jax.base.products import keeping_bits, multiplies_wide, wide_product
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.mesh import BATCH
 from genlora_jax.models.attention import Attention, attend, attend_cached, device_of
@@ -235,10 +235,12 @@ class LlamaAttention(nn.Module):
         return project(out, cfg.hidden_size, cfg.attention_output_bias, "o_proj"), cache
 
 
-@jax.checkpoint
 def _swiglu(gate: Array, up: Array) -> Array:
-    """SwiGLU; the backward pass computes it again, rather than keep a third array of this size."""
     return nn.silu(gate) * up
+
+
+# The backward pass computes it again, rather than keep a third array of this size.
+_plain_swiglu, _wide_swiglu = jax.checkpoint(_swiglu), keeping_bits(_swiglu)
 
 
 class LlamaMLP(nn.Module):
@@ -255,7 +257,8 @@ class LlamaMLP(nn.Module):
             gate, up = jnp.split(project(x, 2 * width, cfg.mlp_bias, "gate_up_proj"), 2, axis=-1)
         else:
             gate, up = (project(x, width, cfg.mlp_bias, name) for name in ("gate_proj", "up_proj"))
-        inner = self.blueprint.constrain(_swiglu(gate, up), "tensor")
+        swiglu = _wide_swiglu if self.blueprint.wide else _plain_swiglu
+        inner = self.blueprint.constrain(swiglu(gate, up), "tensor")
         return project(inner, cfg.hidden_size, cfg.mlp_bias, "down_proj")
 
 
