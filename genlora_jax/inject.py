@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from genlora_jax.base.kernel import read_kernel
+from genlora_jax.base.products import wide_product
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.factors import LEAVES, by_module, kind_of, refuse_uncombinable
 from genlora_jax.factors.kind import DenseCall, Leaves
@@ -145,6 +146,7 @@ def _interceptor(
             y=y,
             kernel=functools.partial(read_kernel, kernel),
             prevent_cse=isinstance(kernel, StoredKernel) and getattr(module, "prevent_cse", True),
+            product=wide_product if getattr(module, "wide", False) else None,
             bias=module.get_variable("params", "bias") if module.use_bias else None,
             dropped=dropout > 0.0,
             adapter_index=adapter_index,

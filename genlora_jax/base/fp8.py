@@ -70,7 +70,7 @@ class Fp8(StoredKernel):
     def dequantised(self) -> jax.Array:
         return self.codes.mT.astype(jnp.float32) * self.scale[..., None, None]
 
-    def times(self, x: jax.Array, *, prevent_cse: bool) -> jax.Array:
+    def times(self, x: jax.Array, *, prevent_cse: bool, wide: bool = False) -> jax.Array:
         """`x @ kernel`, in FP8. There is no gradient of the kernel: it is None, as is int8's."""
         # Of two axes, as cuBLASLt's are: XLA does not find the scale behind a reshape.
         flat = x.reshape(-1, x.shape[-1])

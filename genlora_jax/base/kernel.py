@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 
-from genlora_jax.base.stored import StoredKernel, plain_product
+from genlora_jax.base.products import plain_product
+from genlora_jax.base.stored import StoredKernel
 
 
 def read_kernel(stored: Any, dtype: Any) -> jax.Array:
@@ -29,7 +30,9 @@ def store_kernel(kernel: jax.Array, like: Any) -> Any:
     return like.store(kernel) if isinstance(like, StoredKernel) else kernel.astype(like.dtype)
 
 
-def product(x: jax.Array, stored: Any, *, prevent_cse: bool = False) -> jax.Array:
+def product(
+    x: jax.Array, stored: Any, *, prevent_cse: bool = False, wide: bool = False
+) -> jax.Array:
     """`x @ kernel` in the dtype of x.
 
     Args:
@@ -37,7 +40,8 @@ def product(x: jax.Array, stored: Any, *, prevent_cse: bool = False) -> jax.Arra
         stored: As for `read_kernel`, `[d_in, d_out]`.
         prevent_cse: True where layers are unrolled: XLA would otherwise merge the forward and
             backward dequantisation, or make them early, and keep the float kernel.
+        wide: Whether it is a `wide_product`.
     """
     if isinstance(stored, StoredKernel):
-        return stored.times(x, prevent_cse=prevent_cse)
-    return plain_product(x, read_kernel(stored, x.dtype))
+        return stored.times(x, prevent_cse=prevent_cse, wide=wide)
+    return plain_product(x, read_kernel(stored, x.dtype), wide=wide)

@@ -1,10 +1,13 @@
 """What a quantised kernel is: a few arrays, its parts, that stand for one."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
+
+from genlora_jax.base.products import plain_product
 
 Axis = Literal["in", "out", "other"]
 
@@ -45,15 +48,16 @@ class StoredKernel:
         """A kernel `[..., d_in, d_out]` stored as this one is."""
         return self.of(kernel, self.dtype)
 
-    def times(self, x: jax.Array, *, prevent_cse: bool) -> jax.Array:
+    def times(self, x: jax.Array, *, prevent_cse: bool, wide: bool = False) -> jax.Array:
         """`x @ kernel` in the dtype of x, for a kernel without a stack; see `kernel.product`.
 
         The kernel is dequantised for this product alone, and once more for its gradient: kept in
         between, all layers' would take the memory of a base that is not quantised.
         """
         if prevent_cse:
-            return _held_product(x, self)
-        return jax.checkpoint(_dequantised_product, prevent_cse=False)(x, self)
+            return _held_product(x, self, wide)
+        product = functools.partial(_dequantised_product, wide=wide)
+        return jax.checkpoint(product, prevent_cse=False)(x, self)
 
     @property
     def ndim(self) -> int:
@@ -82,30 +86,26 @@ class StoredKernel:
         return {name: part for name in self.axes if (part := getattr(self, name)) is not None}
 
 
-def plain_product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
-    """`x` `[..., n]` times a kernel `[d_in, d_out]` of the same dtype, over an axis of n."""
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (axis,)), ((), ())))
-
-
-def _dequantised_product(x: jax.Array, kernel: StoredKernel) -> jax.Array:
-    return plain_product(x, kernel.astype(x.dtype))
+def _dequantised_product(x: jax.Array, kernel: StoredKernel, wide: bool) -> jax.Array:
+    return plain_product(x, kernel.astype(x.dtype), wide=wide)
 
 
 # Each dequantisation waits for what the kernel is multiplied with. The barriers of `jax.checkpoint`
 # do not hold: XLA for GPUs then keeps half the kernels from the forward to the backward pass.
 # Scanned layers need none, as a loop is one. No gradient reaches the frozen parts.
-@jax.custom_vjp
-def _held_product(x: jax.Array, kernel: StoredKernel) -> jax.Array:
-    return _dequantised_product(*jax.lax.optimization_barrier((x, kernel)))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _held_product(x: jax.Array, kernel: StoredKernel, wide: bool) -> jax.Array:
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return _dequantised_product(x, kernel, wide)
 
 
-def _forward(x: jax.Array, kernel: StoredKernel) -> tuple[jax.Array, StoredKernel]:
-    return _held_product(x, kernel), kernel
+def _forward(x: jax.Array, kernel: StoredKernel, wide: bool) -> tuple[jax.Array, StoredKernel]:
+    return _held_product(x, kernel, wide), kernel
 
 
-def _backward(kernel: StoredKernel, dy: jax.Array) -> tuple[jax.Array, None]:
+def _backward(wide: bool, kernel: StoredKernel, dy: jax.Array) -> tuple[jax.Array, None]:
     dy, kernel = jax.lax.optimization_barrier((dy, kernel))
-    return plain_product(dy, kernel.astype(dy.dtype), axis=1), None
+    return plain_product(dy, kernel.astype(dy.dtype), axis=1, wide=wide), None
 
 
 _held_product.defvjp(_forward, _backward)

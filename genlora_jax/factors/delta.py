@@ -17,7 +17,7 @@ class Delta(Kind):
     option = name
 
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
-        return call.y + call.x @ leaves["delta"].astype(call.x.dtype)
+        return call.y + call.times(call.x, leaves["delta"].astype(call.x.dtype))
 
     def merge(self, kernel: jax.Array, leaves: Leaves) -> jax.Array:
         return kernel + leaves["delta"].astype(jnp.float32)

@@ -31,7 +31,7 @@ class HiRA(Kind):
         a, b = (leaves[leaf].astype(call.x.dtype) for leaf in self.axes)
 
         def times_gained(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            return x @ (call.kernel(x.dtype) * (a @ b))
+            return call.times(x, call.kernel(x.dtype) * call.times(a, b))
 
         # Else every layer would keep a delta as large as its kernel for its backward pass. With
         # barriers against CSE, a sharded kernel would be all-gathered once more.

@@ -27,6 +27,7 @@ class DenseCall:
         kernel: Returns the frozen kernel `[d_in, d_out]` in a dtype; reads it anew each time.
         prevent_cse: True where the kernel is quantised and layers are unrolled: XLA would
             otherwise merge the forward and backward dequantisation and keep the float kernel.
+        product: The Dense's own way to multiply `[..., n]` with `[n, m]`; None if it is `@`.
         bias: The Dense's bias, or None.
         dropped: Whether dropout zeroed some of `x`.
         adapter_index: Int `[batch]`, each row's adapter; None if there is one for all rows.
@@ -36,9 +37,14 @@ class DenseCall:
     y: jax.Array
     kernel: Callable[[Any], jax.Array]
     prevent_cse: bool
+    product: Callable[[jax.Array, jax.Array], jax.Array] | None
     bias: jax.Array | None
     dropped: bool
     adapter_index: jax.Array | None
+
+    def times(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """`x @ w`, as the Dense multiplies."""
+        return x @ w if self.product is None else self.product(x, w)
 
 
 class Kind:

@@ -12,7 +12,8 @@ def low_rank_change(call: DenseCall, leaves: Leaves) -> jax.Array:
     """`x A B` in the dtype of the output, by way of the factors."""
     a, b = (leaves[leaf].astype(call.x.dtype) for leaf in ("a", "b"))
     if call.adapter_index is None:
-        return times(call.x @ a, b)
+        product = times if call.product is None else call.product
+        return product(call.times(call.x, a), b)
     a, b = a[call.adapter_index], b[call.adapter_index]
     return jnp.einsum("n...i,nir,nro->n...o", call.x, a, b, optimize="optimal")
 

@@ -49,6 +49,11 @@ def choose_on(
     return choose(implementation, device.platform, devices=devices, supported=supported)
 
 
+def device_of(mesh: Mesh | None) -> Any:
+    """The device for which a model on this mesh is traced; it need not be there."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def keeps_scores(implementation: Attention) -> bool:
     """Whether an implementation, chosen, writes all scores of a layer to memory."""
     return implementation == "xla"
@@ -91,7 +96,7 @@ def attend(
     Raises:
         ValueError: If splash attention is asked for and does not suit.
     """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = device_of(mesh)
     supported = segments is not None and splash.supports(q, k, mesh)
     chosen = choose_on(
         device,

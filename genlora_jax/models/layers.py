@@ -11,9 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genlora_jax.base.kernel import product
+from genlora_jax.base.products import keeping_bits, multiplies_wide, wide_product
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.mesh import BATCH
-from genlora_jax.models.attention import Attention, attend, attend_cached
+from genlora_jax.models.attention import Attention, attend, attend_cached, device_of
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.models.cudnn import Runs
 from genlora_jax.models.rope import rotate
@@ -44,9 +45,11 @@ class Dense(nn.Dense):
 
     Attributes:
         prevent_cse: True where layers are unrolled, see `product`.
+        wide: Whether products are asked for in float32, see `wide_product`.
     """
 
     prevent_cse: bool = False
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -55,11 +58,24 @@ class Dense(nn.Dense):
         if not isinstance(kernel, StoredKernel):
             shape = (x.shape[-1], self.features)
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        y = product(x.astype(self.dtype), kernel, prevent_cse=self.prevent_cse)
+        y = product(x.astype(self.dtype), kernel, prevent_cse=self.prevent_cse, wide=self.wide)
         if not self.use_bias:
             return y
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+class Embed(nn.Embed):
+    """An embedding whose product with hidden states may be wide, as a `Dense`'s."""
+
+    wide: bool = False
+
+    def attend(self, query: Array) -> Array:
+        """Logits `[..., vocab]` of hidden states `[..., hidden]`."""
+        if not self.wide:
+            return super().attend(query)
+        table = self.embedding.astype(self.dtype)
+        return wide_product(query.astype(self.dtype), table, 1)
 
 
 def constrain(mesh: Mesh | None, x: Array, *axes: str | tuple[str, ...] | None) -> Array:
@@ -104,11 +120,17 @@ class Blueprint:
         """
         return self.constrain(x, "tensor", None)
 
+    @property
+    def wide(self) -> bool:
+        """Whether products are asked for in float32, see `wide_product`."""
+        return multiplies_wide(self.dtype, device_of(self.mesh).platform)
+
     def embed(self) -> nn.Embed:
         """The embedding of tokens."""
-        return nn.Embed(
+        return Embed(
             self.cfg.vocab_size,
             self.cfg.hidden_size,
+            wide=self.wide,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             embedding_init=nn.initializers.normal(0.02),
@@ -123,6 +145,7 @@ class Blueprint:
         return Dense(
             features,
             prevent_cse=self.prevent_cse,
+            wide=self.wide,
             use_bias=bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -212,10 +235,12 @@ class LlamaAttention(nn.Module):
         return project(out, cfg.hidden_size, cfg.attention_output_bias, "o_proj"), cache
 
 
-@jax.checkpoint
 def _swiglu(gate: Array, up: Array) -> Array:
-    """SwiGLU; the backward pass computes it again, rather than keep a third array of this size."""
     return nn.silu(gate) * up
+
+
+# The backward pass computes it again, rather than keep a third array of this size.
+_plain_swiglu, _wide_swiglu = jax.checkpoint(_swiglu), keeping_bits(_swiglu)
 
 
 class LlamaMLP(nn.Module):
@@ -232,7 +257,8 @@ class LlamaMLP(nn.Module):
             gate, up = jnp.split(project(x, 2 * width, cfg.mlp_bias, "gate_up_proj"), 2, axis=-1)
         else:
             gate, up = (project(x, width, cfg.mlp_bias, name) for name in ("gate_proj", "up_proj"))
-        inner = self.blueprint.constrain(_swiglu(gate, up), "tensor")
+        swiglu = _wide_swiglu if self.blueprint.wide else _plain_swiglu
+        inner = self.blueprint.constrain(swiglu(gate, up), "tensor")
         return project(inner, cfg.hidden_size, cfg.mlp_bias, "down_proj")
 
 

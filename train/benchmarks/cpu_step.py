@@ -4,7 +4,8 @@
 
 Every arm is a process of its own, and all arms are run `--rounds` times, one after another. Ours
 are `genlora finetune` on the text, packed, with a recipe that names model, data, adapter and length
-alone. The first round's compilations are kept, so that later rounds are a second start.
+alone, and `--model.dtype`; PEFT's base has the same dtype, and its adapters are float32 as ours.
+The first round's compilations are kept, so that later rounds are a second start.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from genlora_jax.training.provenance import provenance
 from train.benchmarks.measuring import RESULTS, keeping_compilations, paragraphs, write_result
 
 PEFT = "PEFT, LoRA r=8"
+DTYPES = ("float32", "bfloat16")
 ADAPTERS = {
     "LoRA r=8": {
         "class_path": "genlora_jax.LoRAConfig",
@@ -38,13 +40,13 @@ ADAPTERS = {
 }
 
 
-def peft_steps(options: argparse.Namespace) -> Iterator[None]:
+def peft_steps(options: argparse.Namespace, dtype: str = "float32") -> Iterator[None]:
     """Makes a step of PEFT's LoRA on random tokens each time it is asked."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=getattr(torch, dtype))
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(model, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -60,14 +62,14 @@ def peft_steps(options: argparse.Namespace) -> Iterator[None]:
 
 def peft(options: argparse.Namespace) -> None:
     """Times steps of PEFT's LoRA, and prints when each ended."""
-    for _ in itertools.islice(peft_steps(options), options.steps):
+    for _ in itertools.islice(peft_steps(options, options.peft), options.steps):
         print("step", time.time(), flush=True)
 
 
-def run_peft(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def run_peft(options: argparse.Namespace, dtype: str) -> dict[str, float]:
     """The arm of PEFT, in a process."""
     began = time.time()
-    command = [sys.executable, "-m", "train.benchmarks.cpu_step", "--peft"]
+    command = [sys.executable, "-m", "train.benchmarks.cpu_step", "--peft", dtype]
     for name in ("model", "text", "rows", "length", "steps"):
         command += [f"--{name}", str(getattr(options, name))]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -91,12 +93,13 @@ def write_recipe(options: argparse.Namespace, folder: Path, name: str, output: P
     return recipe
 
 
-def run_ours(options: argparse.Namespace, folder: Path, name: str) -> dict[str, float]:
+def run_ours(options: argparse.Namespace, folder: Path, name: str, dtype: str) -> dict[str, float]:
     """An arm of ours: `genlora finetune`, in a process."""
     output = folder / f"run-{time.time()}"
     recipe = write_recipe(options, folder, name, output)
     began = time.time()
     command = [sys.executable, "-m", "genlora_jax", "finetune", "--config", str(recipe)]
+    command += ["--model.dtype", dtype]
     first = 0.0
     environment = keeping_compilations(folder) | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -132,28 +135,30 @@ def main() -> None:
     """Runs all arms, prints a table and writes the result."""
     parser = step_parser(main.__doc__)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--peft", action="store_true", help="be the process of PEFT")
+    parser.add_argument("--peft", choices=DTYPES, help="be the process of PEFT in a dtype")
     options = parser.parse_args()
     if options.peft:
         peft(options)
         return
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PEFT, *ADAPTERS)}
+    arms = list(itertools.product(DTYPES, (PEFT, *ADAPTERS)))
+    runs: dict[str, list[dict[str, float]]] = {f"{name}, {dtype}": [] for dtype, name in arms}
     shape = {name: getattr(options, name) for name in ("rows", "length", "steps", "rounds")}
     result = {"model": options.model.name, **shape, "arms": runs}
     file, where = RESULTS / f"cpu_step_{options.model.name}.json", provenance()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for _ in range(options.rounds):
-            runs[PEFT].append(run_peft(options, folder))
-            for name in ADAPTERS:
-                runs[name].append(run_ours(options, folder, name))
+            for dtype, name in arms:
+                ours = name in ADAPTERS
+                run = run_ours(options, folder, name, dtype) if ours else run_peft(options, dtype)
+                runs[f"{name}, {dtype}"].append(run)
             write_result(file, result, where)
     table = Table("arm", "step, s", "over PEFT's rate", "first step, s", "second start, s")
-    of_peft = min(run["step_s"] for run in runs[PEFT])
-    for name, found in runs.items():
-        step = min(run["step_s"] for run in found)
+    fastest = {name: min(run["step_s"] for run in found) for name, found in runs.items()}
+    for (name, found), (dtype, _) in zip(runs.items(), arms, strict=True):
+        ratio = fastest[f"{PEFT}, {dtype}"] / fastest[name]
         firsts = [f"{run['first_step_s']:.1f}" for run in (found[0], found[-1])]
-        table.add_row(name, f"{step:.3f}", f"{of_peft / step:.2f}", *firsts)
+        table.add_row(name, f"{fastest[name]:.3f}", f"{ratio:.2f}", *firsts)
     Console().print(table)
 
 
