@@ -40,7 +40,7 @@ def product(
         stored: As for `read_kernel`, `[d_in, d_out]`.
         prevent_cse: True where layers are unrolled: XLA would otherwise merge the forward and
             backward dequantisation, or make them early, and keep the float kernel.
-        wide: Whether it is a `wide_product`.
+        wide: Whether to sum in float32, see `wide_product`.
     """
     if isinstance(stored, StoredKernel):
         return stored.times(x, prevent_cse=prevent_cse, wide=wide)

@@ -32,7 +32,7 @@ def plain_product(
 ) -> jax.Array:
     """`x` `[..., n]` times a kernel `[d_in, d_out]` of the same dtype, over an axis of n.
 
-    `wide` says that it is `wide_product`.
+    `wide` sums in float32, see `wide_product`.
     """
     if wide:
         return wide_product(x, kernel, axis)
@@ -41,10 +41,10 @@ def plain_product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def wide_product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
-    """`plain_product`, asked for in float32 and rounded to the dtype of x, as is its gradient.
+    """`plain_product` of bfloat16, summed in float32 and rounded after, as its gradient is.
 
-    XLA for CPUs multiplies bfloat16 as such for that alone: asked for bfloat16, it converts all
-    that it multiplies to float32 first. JAX's own gradient would multiply one in float32.
+    XLA for CPUs uses their instructions for bfloat16 only if the result is float32; else it
+    converts the operands to float32 first. JAX's own gradient would have an operand in float32.
     """
     return _contract(x, kernel, (x.ndim - 1,), (axis,))
 
@@ -55,8 +55,8 @@ def _contract(x: jax.Array, y: jax.Array, of_x: Axes, of_y: Axes) -> jax.Array:
     return wide.astype(x.dtype)
 
 
-# A scan stacks what its backward pass needs. XLA for CPUs adds integers to a stack where it lies,
-# but writes a stack of bfloat16 anew, by way of float32, at each step: all layers in each layer.
+# A scan stacks what its backward pass needs. XLA for CPUs writes integers into a stack in place,
+# but rewrites a whole stack of bfloat16, through float32, at every layer.
 def _as_bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
@@ -66,7 +66,7 @@ def _of_bits(bits: jax.Array) -> jax.Array:
 
 
 def keeping_bits(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A function of arrays of bfloat16 that keeps them, as integers, for its gradient alone.
+    """The function, with a gradient that keeps its bfloat16 inputs as integers.
 
     The gradient computes the function again, as `jax.checkpoint` would.
     """
@@ -87,7 +87,7 @@ def _backward(axis: int, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tu
     x = _of_bits(bits)
     tokens = tuple(range(x.ndim - 1))
     of_x = _contract(gradient, kernel, (x.ndim - 1,), (1 - axis,))
-    # The first is transposed, so it is the narrower: an adapter's products have a narrow side.
+    # The first is transposed, so the narrower comes first: one side of an adapter is narrow.
     x_first = x.shape[-1] <= gradient.shape[-1]
     first, second = (x, gradient) if x_first else (gradient, x)
     of_kernel = _contract(first, second, tokens, tokens)

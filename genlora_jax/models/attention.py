@@ -50,7 +50,7 @@ def choose_on(
 
 
 def device_of(mesh: Mesh | None) -> Any:
-    """The device for which a model on this mesh is traced; it need not be there."""
+    """The first device of a mesh, or of JAX without one; a plan's need not be there."""
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 

@@ -66,7 +66,7 @@ class Dense(nn.Dense):
 
 
 class Embed(nn.Embed):
-    """An embedding whose product with hidden states may be wide, as a `Dense`'s."""
+    """An embedding whose logits may be a wide product."""
 
     wide: bool = False
 

@@ -3,8 +3,8 @@
     python -m train.benchmarks.cpu_step --model SmolLM2-135M --text grimm.txt --rows 4 --length 128
 
 Every arm is a process of its own, and all arms are run `--rounds` times, one after another. Ours
-are `genlora finetune` on the text, packed, with a recipe that names model, data, adapter and length
-alone, and `--model.dtype`; PEFT's base has the same dtype, and its adapters are float32 as ours.
+are `genlora finetune` on the text, packed, with a recipe of model, data, adapter and length, and a
+dtype. PEFT's base has that dtype; adapters are float32 in both.
 The first round's compilations are kept, so that later rounds are a second start.
 """
 

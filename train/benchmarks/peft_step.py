@@ -3,8 +3,8 @@
     python -m train.benchmarks.peft_step --size llama-8b --rows 2 --length 2048 --liger
 
 `--shard ddp | fsdp` runs it in each of the processes that RANK and WORLD_SIZE count, as torchrun
-sets them: rows are those of a process. `--unsloth` is Unsloth's model and adapter, whose
-checkpointing `--checkpointing` then is.
+sets them: rows are those of a process. `--unsloth` and `--torchtune` take that
+library's model and adapter; `--checkpointing` is then the library's own.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def main() -> None:
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     step = statistics.median(seconds[2:])
     result = {"step_s": step, "peak_gib": peak, "first_step_s": seconds[0]}
-    result["losses"] = [losses[0], losses[-1]]  # of peers, about the same
+    result["losses"] = [losses[0], losses[-1]]  # those of PEFT and Unsloth are about the same
     print(json.dumps(result), flush=True)
     if options.shard:
         dist.destroy_process_group()

@@ -4,9 +4,9 @@
 
 LLaMA's shapes with random weights in bfloat16. Our arms take `train/recipes/llama3_8b_gpu.yaml`
 and change what their name says. Tokens a second are those of the median step. Memory is what the
-compiler reserves for ours, and the allocator's peak for PyTorch. PEFT's arms need PyTorch, peft
-and, for Liger, `liger-kernel`, Unsloth's `unsloth`, torchtune's what `torchtune_model` says; an arm
-that cannot run says why.
+compiler reserves for ours, and the allocator's peak for PyTorch. PEFT's arms need PyTorch and peft,
+and `liger-kernel` for Liger; Unsloth's need `unsloth`; `torchtune_model` says what torchtune's
+need. An arm that cannot run says why.
 """
 
 import argparse

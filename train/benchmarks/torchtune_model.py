@@ -14,7 +14,7 @@ from train.benchmarks.random_base import SIZES
 def build(options: argparse.Namespace, device: str) -> Any:
     """LLaMA in bfloat16 with LoRA on its linear layers, called as a model of transformers is.
 
-    `options.compile` is torchtune's own: a layer at a time, and the loss.
+    `options.compile` compiles each layer and the loss, as torchtune does.
     """
     import torch
     from torchtune.models.llama3 import lora_llama3
