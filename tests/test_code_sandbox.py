@@ -1,8 +1,10 @@
 """The sandbox: right programs pass, and nothing else does (attacks: `real/test_sandbox.py`)."""
 
 import os
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,9 @@ from genlora_jax.threads import processors
 
 # Only what waits for ever may meet its limit: on a machine at work a second is soon over.
 AMPLE = 60.0
+# Below its directory a program sees Python alone, if it lies there, as in a clone in /tmp.
+PYTHONS = [Path(prefix).parts for prefix in (sys.prefix, sys.base_prefix)]
+BELOW_TMP = [parts[2] for parts in PYTHONS if parts[:2] == ("/", "tmp")]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def place():
     "program",
     [
         "x = 1",
-        "import os\nassert not os.listdir()\nopen('x', 'w').write('a' * 1000)",
+        f"import os\nassert not {{*os.listdir()}} - {{*{BELOW_TMP}}}\nopen('x', 'w').write('a')",
         "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 3\nassert A().x == 3",
         "import os\nassert not [name for name in os.environ if 'HOME' in name or 'PYTHON' in name]",
         "print('x' * 100_000_000)",

@@ -12,7 +12,7 @@ from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax.base import products
-from genlora_jax.base.products import keeping_bits, multiplies_wide, plain_product, wide_product
+from genlora_jax.base.products import keeping_float32, multiplies_wide, plain_product, wide_product
 from genlora_jax.base.quantise import Quantisation, quantise
 from genlora_jax.models.layers import Blueprint
 from genlora_jax.training.losses import cross_entropy
@@ -62,6 +62,34 @@ def test_values_and_both_gradients_are_float64s_rounded_once(sizes, axis):
     assert_rounded_once(d_kernel, exact if axis == 0 else exact.T, 150)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_other_dtypes_have_their_gradients_too(dtype):
+    x, kernel, d_y = (jnp.asarray(rounded(0, *shape), dtype) for shape in ((3, 8), (8, 4), (3, 4)))
+    d_x, d_kernel = pull_back(0)(x, kernel, d_y)
+    assert d_x.dtype == d_kernel.dtype == dtype
+    tolerance = {"rtol": float(jnp.finfo(dtype).eps), "atol": 8 * float(jnp.finfo(dtype).eps)}
+    np.testing.assert_allclose(d_x, np.float64(d_y) @ np.float64(kernel).T, **tolerance)
+    np.testing.assert_allclose(d_kernel, np.float64(x).T @ np.float64(d_y), **tolerance)
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_second_derivatives_are_those_in_float32(scanned):
+    x, kernel, v = in_bf16(rounded(0, 3, 8), rounded(1, 8, 8) / 4, rounded(2, 8, 8))
+
+    def mixed(dtype):
+        def loss(x, kernel):
+            layer = lambda x, _: (keeping_float32(jnp.tanh)(wide_product(x, kernel)), None)  # noqa: E731
+            y = jax.lax.scan(layer, x, length=2)[0] if scanned else layer(x, None)[0]
+            return jnp.square(y.astype(jnp.float32)).sum()
+
+        of_kernel = lambda x, kernel: (jax.grad(loss, 1)(x, kernel) * v.astype(dtype)).sum()  # noqa: E731
+        found = jax.grad(of_kernel)(x.astype(dtype), kernel.astype(dtype))
+        return np.asarray(found, np.float64)
+
+    exact = mixed(jnp.float32)
+    assert np.abs(mixed(jnp.bfloat16) - exact).max() < 16 * ROUNDING * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_sweep_of_products_is_each_of_them(shared):
     x, d_y = rounded(0, 4, 3, 5, 96), rounded(1, 4, 3, 5, 24)
@@ -92,7 +120,7 @@ def test_xla_converts_no_operand_of_a_wide_product_and_all_of_a_plain_one(wide):
 def test_the_gradient_of_a_function_that_keeps_bits_is_its_own():
     x, y, d = in_bf16(*(rounded(seed, 3, 40) for seed in range(3)))
     gated = lambda x, y: jax.nn.silu(x) * y  # noqa: E731
-    ours = jax.vjp(keeping_bits(gated), x, y)[1](d)
+    ours = jax.vjp(keeping_float32(gated), x, y)[1](d)
     wide_x, wide_y, wide_d = (np.asarray(value, np.float64) for value in (x, y, d))
     sigmoid = 1 / (1 + np.exp(-wide_x))
     exact = (wide_d * wide_y * sigmoid * (1 + wide_x * (1 - sigmoid)), wide_d * wide_x * sigmoid)
@@ -105,9 +133,9 @@ def test_the_gradient_of_a_function_that_keeps_bits_is_its_own():
 
 @on_such_a_cpu
 @pytest.mark.parametrize("wide", [True, False])
-def test_what_wide_layers_keep_is_stacked_where_it_lies(wide):
+def test_what_wide_layers_keep_is_stacked_in_float32(wide):
     gated = lambda x, y: jax.nn.silu(x) * y  # noqa: E731
-    gate = keeping_bits(gated) if wide else jax.checkpoint(gated)
+    gate = keeping_float32(gated) if wide else jax.checkpoint(gated)
 
     def loss(x, kernels):
         def layer(h, kernel):
@@ -118,7 +146,7 @@ def test_what_wide_layers_keep_is_stacked_where_it_lies(wide):
 
     operands = in_bf16(rounded(0, 64, 96), rounded(1, 7, 96, 96) / 8)
     compiled = jax.jit(jax.grad(loss)).lower(*operands).compile()
-    assert ("f32[7,64,96]" not in compiled.as_text()) == wide
+    assert ("bf16[7,64,96]" not in compiled.as_text()) == wide
 
 
 def products_of(jaxpr):
@@ -177,7 +205,7 @@ def test_all_products_of_a_step_on_such_a_cpu_are_wide(form, config, instruction
 def test_only_bfloat16_on_a_cpu_with_the_instructions_is_multiplied_wide(instructions, tmp_path):
     for names, fast in (("avx512_bf16", True), ("amx_bf16", True), ("avx512f avx512_vnni", False)):
         instructions(names)
-        for dtype in (jnp.bfloat16, jnp.dtype("bfloat16")):
+        for dtype in (jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"):
             assert multiplies_wide(dtype, "cpu") == fast
             assert not multiplies_wide(dtype, "tpu")
             assert not multiplies_wide(dtype, "gpu")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from genlora_jax.plan.report import report
 from genlora_jax.training import finetune, remat
 from genlora_jax.training.recipe import Recipe, TrainConfig
 from genlora_jax.training.remat import step_that_fits
+from genlora_jax.training.setup import prepare
 from genlora_jax.training.sweep.members import SweepRecipe
 
 HELD = {"none": 70, "dots": 50, "full": 20}  # GiB
@@ -179,6 +181,7 @@ def test_gpus_that_scan_layers_stack_no_more_than_products():
         ("gpu", {"base_dtype": "nf4"}, None, ("dots",)),
         ("gpu", unrolled, None, ("none",)),
         ("gpu", unrolled, "none", ("none",)),
+        ("gpu", scanned, "none", ("none",)),  # to evaluate with a run's recipe
         ("tpu", scanned, "none", ("none",)),
         ("gpu", scanned, "auto", ("dots", "full")),
         ("gpu", unrolled, "auto", POLICIES),
@@ -190,10 +193,11 @@ def test_gpus_that_scan_layers_stack_no_more_than_products():
 
 @pytest.mark.parametrize("model", [{"scan": True}, {"base_dtype": "nf4"}])
 def test_stacks_of_all_activations_are_refused_where_a_gpu_scans_layers(model):
-    with pytest.raises(
-        ValueError, match=r"model.remat none: .*\ngive dots or full, or model.scan f"
-    ):
+    with pytest.raises(ValueError, match=r"model.remat none: .*\ngive dots or full"):
         rank_meshes(recipe(remat="none", **model), parse_topology("gpu:1x80"))
+    mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    with pytest.raises(ValueError, match=r"model.remat none: .*"):  # before any data is read
+        prepare(recipe(remat="none", **model), mesh)
     assert rank_meshes(recipe(remat="none", **model), parse_topology("v5p:2x2x1"))
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ CPU_INFO = Path("/proc/cpuinfo")
 Axes = tuple[int, ...]
 
 
-def multiplies_wide(dtype: object, platform: str) -> bool:
+def multiplies_wide(dtype: Any, platform: str) -> bool:
     """Whether `wide_product` is the faster one for a dtype on a platform."""
-    return platform == "cpu" and dtype == jnp.bfloat16 and _has_instructions(CPU_INFO)
+    return platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16 and _has_instructions(CPU_INFO)
 
 
 @functools.cache
@@ -45,6 +46,7 @@ def wide_product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
 
     XLA for CPUs uses their instructions for bfloat16 only if the result is float32; else it
     converts the operands to float32 first. JAX's own gradient would have an operand in float32.
+    It has no forward mode.
     """
     return _contract(x, kernel, (x.ndim - 1,), (axis,))
 
@@ -55,36 +57,31 @@ def _contract(x: jax.Array, y: jax.Array, of_x: Axes, of_y: Axes) -> jax.Array:
     return wide.astype(x.dtype)
 
 
-# A scan stacks what its backward pass needs. XLA for CPUs writes integers into a stack in place,
-# but rewrites a whole stack of bfloat16, through float32, at every layer.
-def _as_bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint16)
-
-
-def _of_bits(bits: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-
-
-def keeping_bits(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function, with a gradient that keeps its bfloat16 inputs as integers.
+# A scan stacks what its backward pass needs. XLA for CPUs writes float32 into a stack in place, but
+# rewrites a whole stack of bfloat16, through float32, at every layer.
+def keeping_float32(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, with a gradient that keeps its inputs in float32.
 
     The gradient computes the function again, as `jax.checkpoint` would.
     """
     kept = jax.custom_vjp(function)
-    kept.defvjp(
-        lambda *arrays: (function(*arrays), tuple(map(_as_bits, arrays))),
-        lambda bits, gradient: jax.vjp(function, *map(_of_bits, bits))[1](gradient),
-    )
+
+    def forward(*arrays: jax.Array) -> tuple[jax.Array, Any]:
+        return function(*arrays), [x.astype(jnp.float32) for x in arrays]
+
+    def backward(arrays: Any, gradient: jax.Array) -> Any:
+        return jax.vjp(function, *(x.astype(gradient.dtype) for x in arrays))[1](gradient)
+
+    kept.defvjp(forward, backward)
     return kept
 
 
 def _forward(x: jax.Array, kernel: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return wide_product(x, kernel, axis), (_as_bits(x), kernel)
+    return wide_product(x, kernel, axis), (x.astype(jnp.float32), kernel)
 
 
 def _backward(axis: int, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
-    bits, kernel = kept
-    x = _of_bits(bits)
+    x, kernel = kept[0].astype(gradient.dtype), kept[1]
     tokens = tuple(range(x.ndim - 1))
     of_x = _contract(gradient, kernel, (x.ndim - 1,), (1 - axis,))
     # The first is transposed, so the narrower comes first: one side of an adapter is narrow.

@@ -34,10 +34,11 @@ class ModelConfig:
             kernels nor activations from and to stacks). None: unrolled on GPUs, but for a
             `base_dtype` of `int8`, `nf4` or `int4`; see `scans`.
         remat: What the backward pass recomputes: `none`, all but the outputs of projections and
-            attention (`dots`), or all (`full`). A GPU that scans layers takes no `none`: stacks of
-            all activations are slower there than `dots`, and larger. None: the first of these that
-            the device takes. `auto`: in a run, the first whose step fits the device's memory; of
-            unrolled layers on a GPU, if none but `full` does, about as many are `dots` as fit.
+            attention (`dots`), or all (`full`). Where a GPU scans layers no run trains with `none`:
+            stacks of all activations are slower there than `dots`, and larger. None: the first of
+            these that the device takes. `auto`: in a run, the first whose step fits the device's
+            memory; of unrolled layers on a GPU, if none but `full` does, about as many are `dots`
+            as fit.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `fp8`,
             `int8`, `nf4` or `int4`. None: as the checkpoint has them.
@@ -68,20 +69,23 @@ class ModelConfig:
         return Quantisation(self.base_dtype or "bf16", self.unquantised, self.int4_group)
 
     def policies(self, platform: str) -> tuple[Remat, ...]:
-        """What `remat` may stand for on `"cpu"`, `"gpu"` or `"tpu"`, the fastest first.
-
-        Raises:
-            ValueError: If it is `none` where a GPU scans layers.
-        """
+        """What `remat` may stand for on `"cpu"`, `"gpu"` or `"tpu"`, the fastest first."""
         fastest = get_args(Remat)[platform == "gpu" and self.scans(platform) :]
-        if self.remat == "none" and "none" not in fastest:
-            raise ValueError(
-                "model.remat none: where a GPU scans layers, stacks of all activations are slower "
-                "than recomputing some\ngive dots or full, or model.scan false"
-            )
         if self.remat == "auto":
             return fastest
         return (self.remat or fastest[0],)
+
+    def check_remat(self, platform: str) -> None:
+        """Refuses a policy that no run should train with.
+
+        Raises:
+            ValueError: If `remat` is `none` where a GPU scans layers.
+        """
+        if self.remat == "none" and platform == "gpu" and self.scans(platform):
+            raise ValueError(
+                "model.remat none: where a GPU scans layers, it stacks all activations, which is "
+                "slower than to recompute some, and larger\ngive dots or full"
+            )
 
     def dtypes(self, platform: str) -> tuple[str, str]:
         """The dtypes of the computation and of the parameters on `"cpu"`, `"gpu"` or `"tpu"`."""

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genlora_jax.base.kernel import product
-from genlora_jax.base.products import keeping_bits, multiplies_wide, wide_product
+from genlora_jax.base.products import keeping_float32, multiplies_wide, wide_product
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.mesh import BATCH
 from genlora_jax.models.attention import Attention, attend, attend_cached, device_of
@@ -240,7 +240,7 @@ def _swiglu(gate: Array, up: Array) -> Array:
 
 
 # The backward pass computes it again, rather than keep a third array of this size.
-_plain_swiglu, _wide_swiglu = jax.checkpoint(_swiglu), keeping_bits(_swiglu)
+_plain_swiglu, _wide_swiglu = jax.checkpoint(_swiglu), keeping_float32(_swiglu)
 
 
 class LlamaMLP(nn.Module):

@@ -94,6 +94,7 @@ def rank_meshes(recipe: Recipe, topology: Topology) -> list[Estimate]:
         ValueError: If no mesh of so many chips divides the model and the batch, or they cannot
             multiply by the base in its form.
     """
+    recipe.model.check_remat(topology.chip.platform)
     if topology.chip.tpu:
         recipe.model.quantisation.check_device("tpu", None, topology.name)
     found = [estimate(recipe, topology.chip, mesh) for mesh in candidates(recipe, topology)]

@@ -71,9 +71,10 @@ def prepare(recipe: Recipe, mesh: Mesh, print_line: Callable[[object], None] = p
 
     Raises:
         FileNotFoundError: If data or base are not there.
-        ValueError: If the objective is unknown, a row is bad, or the base is not supported or not
-            the recipe's.
+        ValueError: If the objective is unknown, `model.remat` is refused on these devices, a row is
+            bad, or the base is not supported or not the recipe's.
     """
+    recipe.model.check_remat(mesh.devices.flat[0].platform)
     objective = find_objective(recipe.train.objective)
     directory, tokenizer = find_base(recipe.model)
 

@@ -101,7 +101,7 @@ class SweepRecipe(Recipe):
         require_int("steps_per_call", self.steps_per_call, 1)
         require(
             self.model.remat != "auto",
-            "model.remat auto: a sweep does not choose; give none, dots or full",
+            "model.remat auto: a sweep does not choose; give dots or full, or leave it out",
         )
         for name in ("resume", "distributed", "wandb"):
             given = getattr(self.train, name)
