@@ -193,7 +193,7 @@ def test_gpus_that_scan_layers_stack_no_more_than_products():
 
 @pytest.mark.parametrize("model", [{"scan": True}, {"base_dtype": "nf4"}])
 def test_stacks_of_all_activations_are_refused_where_a_gpu_scans_layers(model):
-    with pytest.raises(ValueError, match=r"model.remat none: .*\ngive dots or full"):
+    with pytest.raises(ValueError, match=r"model.remat none: .*; give dots or full"):
         rank_meshes(recipe(remat="none", **model), parse_topology("gpu:1x80"))
     mesh: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
     with pytest.raises(ValueError, match=r"model.remat none: .*"):  # before any data is read

@@ -84,7 +84,7 @@ class ModelConfig:
         if self.remat == "none" and platform == "gpu" and self.scans(platform):
             raise ValueError(
                 "model.remat none: where a GPU scans layers, it stacks all activations, which is "
-                "slower than to recompute some, and larger\ngive dots or full"
+                "slower than to recompute some, and takes more memory; give dots or full"
             )
 
     def dtypes(self, platform: str) -> tuple[str, str]:
