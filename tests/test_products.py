@@ -12,7 +12,7 @@ from tiny_models import random_llama
 
 import genlora_jax as gl
 from genlora_jax.base import products
-from genlora_jax.base.products import keeping_float32, multiplies_wide, plain_product, wide_product
+from genlora_jax.base.products import keeping_float32, matrix_product, multiplies_wide, wide_product
 from genlora_jax.base.quantise import Quantisation, quantise
 from genlora_jax.models.layers import Blueprint
 from genlora_jax.training.losses import cross_entropy
@@ -109,7 +109,7 @@ def test_xla_converts_no_operand_of_a_wide_product_and_all_of_a_plain_one(wide):
     x, kernel, d_y = in_bf16(*(rounded(0, *shape) for shape in ((64, 96), (96, 48), (64, 48))))
 
     def both(x, kernel, d_y):
-        y, pull = jax.vjp(lambda x: plain_product(x, kernel, wide=wide), x)
+        y, pull = jax.vjp(lambda x: matrix_product(x, kernel, wide=wide), x)
         return y, pull(d_y)
 
     compiled = jax.jit(both).lower(x, kernel, d_y).compile()
@@ -117,7 +117,7 @@ def test_xla_converts_no_operand_of_a_wide_product_and_all_of_a_plain_one(wide):
     assert (not kernels) == wide
 
 
-def test_the_gradient_of_a_function_that_keeps_bits_is_its_own():
+def test_the_gradient_of_a_function_that_keeps_float32_is_its_own():
     x, y, d = in_bf16(*(rounded(seed, 3, 40) for seed in range(3)))
     gated = lambda x, y: jax.nn.silu(x) * y  # noqa: E731
     ours = jax.vjp(keeping_float32(gated), x, y)[1](d)
@@ -139,7 +139,7 @@ def test_what_wide_layers_keep_is_stacked_in_float32(wide):
 
     def loss(x, kernels):
         def layer(h, kernel):
-            y = plain_product(h, kernel, wide=wide)
+            y = matrix_product(h, kernel, wide=wide)
             return gate(y, h), None
 
         return jax.lax.scan(layer, x, kernels)[0].astype(jnp.float32).sum()
@@ -202,7 +202,7 @@ def test_all_products_of_a_step_on_such_a_cpu_are_wide(form, config, instruction
     assert ("bfloat16",) * 3 in products_of(jax.make_jaxpr(jax.grad(loss))(factors, params).jaxpr)
 
 
-def test_only_bfloat16_on_a_cpu_with_the_instructions_is_multiplied_wide(instructions, tmp_path):
+def test_only_bfloat16_on_a_cpu_with_the_instructions_is_multiplied_wide(instructions):
     for names, fast in (("avx512_bf16", True), ("amx_bf16", True), ("avx512f avx512_vnni", False)):
         instructions(names)
         for dtype in (jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"):

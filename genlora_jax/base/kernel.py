@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from genlora_jax.base.products import plain_product
+from genlora_jax.base.products import matrix_product
 from genlora_jax.base.stored import StoredKernel
 
 
@@ -44,4 +44,4 @@ def product(
     """
     if isinstance(stored, StoredKernel):
         return stored.times(x, prevent_cse=prevent_cse, wide=wide)
-    return plain_product(x, read_kernel(stored, x.dtype), wide=wide)
+    return matrix_product(x, read_kernel(stored, x.dtype), wide=wide)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Instructions that multiply bfloat16, as Linux calls them. Without them a wide product takes up to
-# 1.5 times as long as one of operands converted to float32.
+# Instructions that multiply bfloat16, as Linux calls them. Without them a wide product is slower
+# than one of operands converted to float32.
 INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 CPU_INFO = Path("/proc/cpuinfo")
 Axes = tuple[int, ...]
@@ -28,7 +28,7 @@ def _has_instructions(file: Path) -> bool:
         return False
 
 
-def plain_product(
+def matrix_product(
     x: jax.Array, kernel: jax.Array, axis: int = 0, *, wide: bool = False
 ) -> jax.Array:
     """`x` `[..., n]` times a kernel `[d_in, d_out]` of the same dtype, over an axis of n.
@@ -42,7 +42,7 @@ def plain_product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def wide_product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
-    """`plain_product` of bfloat16, summed in float32 and rounded after, as its gradient is.
+    """`matrix_product` of bfloat16, summed in float32 and rounded after, as its gradient is.
 
     XLA for CPUs uses their instructions for bfloat16 only if the result is float32; else it
     converts the operands to float32 first. JAX's own gradient would have an operand in float32.

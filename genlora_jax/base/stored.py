@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 
-from genlora_jax.base.products import plain_product
+from genlora_jax.base.products import matrix_product
 
 Axis = Literal["in", "out", "other"]
 
@@ -87,7 +87,7 @@ class StoredKernel:
 
 
 def _dequantised_product(x: jax.Array, kernel: StoredKernel, wide: bool) -> jax.Array:
-    return plain_product(x, kernel.astype(x.dtype), wide=wide)
+    return matrix_product(x, kernel.astype(x.dtype), wide=wide)
 
 
 # Each dequantisation waits for what the kernel is multiplied with. The barriers of `jax.checkpoint`
@@ -105,7 +105,7 @@ def _forward(x: jax.Array, kernel: StoredKernel, wide: bool) -> tuple[jax.Array,
 
 def _backward(wide: bool, kernel: StoredKernel, dy: jax.Array) -> tuple[jax.Array, None]:
     dy, kernel = jax.lax.optimization_barrier((dy, kernel))
-    return plain_product(dy, kernel.astype(dy.dtype), axis=1, wide=wide), None
+    return matrix_product(dy, kernel.astype(dy.dtype), axis=1, wide=wide), None
 
 
 _held_product.defvjp(_forward, _backward)

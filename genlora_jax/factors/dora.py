@@ -58,8 +58,10 @@ class DoRA(Kind):
     def output(self, call: DenseCall, leaves: Leaves) -> jax.Array:
         change = low_rank_change(call, leaves)
         if call.dropped:  # as in PEFT, the dropped inputs' part of the output is rescaled
-            read = lambda x: call.times(x, call.kernel(x.dtype))  # noqa: E731
-            base = jax.checkpoint(read, prevent_cse=call.prevent_cse)(call.x)
+            read = jax.checkpoint(
+                lambda x: call.times(x, call.kernel(x.dtype)), prevent_cse=call.prevent_cse
+            )
+            base = read(call.x)
         else:
             base = call.y if call.bias is None else call.y - _row(call.bias, call.y)
         # A constant to the gradient, as in the paper's section 4.3.

@@ -4,8 +4,8 @@
 
 Every arm is a process of its own, and all arms are run `--rounds` times, one after another. Ours
 are `genlora finetune` on the text, packed, with a recipe of model, data, adapter and length, and a
-dtype. PEFT's base has that dtype; adapters are float32 in both.
-The first round's compilations are kept, so that later rounds are a second start.
+dtype. PEFT's base has that dtype; adapters are float32 in both. The first round's compilations are
+kept, so that later rounds are a second start.
 """
 
 import argparse

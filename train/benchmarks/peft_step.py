@@ -3,8 +3,8 @@
     python -m train.benchmarks.peft_step --size llama-8b --rows 2 --length 2048 --liger
 
 `--shard ddp | fsdp` runs it in each of the processes that RANK and WORLD_SIZE count, as torchrun
-sets them: rows are those of a process. `--unsloth` and `--torchtune` take that
-library's model and adapter; `--checkpointing` is then the library's own.
+sets them: rows are those of a process. `--unsloth` and `--torchtune` take that library's model and
+adapter; `--checkpointing` is then the library's own.
 """
 
 import argparse
