@@ -1,5 +1,6 @@
 """PEFT's protocol on MetaMathQA: batches, the judgement of answers, and a run on a tiny base."""
 
+import argparse
 import json
 
 import numpy as np
@@ -66,7 +67,9 @@ def test_batches_are_those_of_transformers_padded_with_end_tokens():
         assert not batch["loss_mask"][rows:].any()
 
 
-def test_a_run_writes_the_fields_of_peft(tmp_path, capsys):
+def run(tmp_path, rates, **more):
+    """A small run's result."""
+    tmp_path.mkdir(exist_ok=True)
     base = write_base(tmp_path / "base", max_position_embeddings=512)
     metamath_rows = [
         {"query": query, "response": response, "type": "x"} for query, response in ROWS
@@ -92,8 +95,13 @@ def test_a_run_writes_the_fields_of_peft(tmp_path, capsys):
         "dtype": "float32",
         "out": tmp_path / "result.json",
     }
-    metamath.main([part for k, v in arguments.items() for part in (f"--{k}", str(v))])
-    result = json.loads((tmp_path / "result.json").read_text())
+    given = [part for k, v in (arguments | more).items() for part in (f"--{k}", str(v))]
+    metamath.main([*given, "--rate", *map(str, rates)])
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+def test_a_run_writes_the_fields_of_peft(tmp_path, capsys):
+    result = run(tmp_path, [1e-3])
     assert set(result) == {"run_info", "train_info", "meta_info"}
     info = result["train_info"]
     assert [metric["step"] for metric in info["metrics"]] == [2, 4, 4]
@@ -104,3 +112,27 @@ def test_a_run_writes_the_fields_of_peft(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "genlora/tiny (ours)" in shown
     assert "lora r=32" in shown
+
+
+def test_the_loss_of_rows_that_are_not_trained_chooses_the_rate(tmp_path, capsys):
+    result = run(tmp_path, [1e-12, 1e-2], **{"held-out": 1})
+    losses = {float(rate): loss for rate, loss in result["held_out_losses"].items()}
+    assert losses[1e-2] < losses[1e-12]
+    assert result["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == 1e-2
+    assert capsys.readouterr().out.count('test accuracy"') == 1
+    with pytest.raises(SystemExit):
+        run(tmp_path / "second", [1e-3, 1e-2])
+    assert "--held-out" in capsys.readouterr().err
+    some = metamath.Data.of(arguments_of(tmp_path, held_out=1))
+    assert [*some.tuned, *some.held_out] == [*metamath.Data.of(arguments_of(tmp_path)).tuned]
+    assert len(some.held_out) == 1
+
+
+def arguments_of(tmp_path, held_out=0):
+    """What says which rows are read."""
+    return argparse.Namespace(
+        metamath=str(tmp_path / "metamath.jsonl"),
+        gsm8k=str(tmp_path / "gsm8k"),
+        held_out=held_out,
+        test_rows=None,
+    )

@@ -71,17 +71,19 @@ class Quantisation:
         kept = [matching(pattern, names) for pattern in self.unquantised]
         return set() if self.form == "bf16" else set(names).difference(*kept)
 
+    def paths(self, flat: Mapping[tuple[str, ...], Any]) -> set[tuple[str, ...]]:
+        """Of flattened parameters, the paths of the kernels that are quantised."""
+        names = {path: split_layer(path[:-1])[0] for path in flat if path[-1] == "kernel"}
+        chosen = self.quantises(set(names.values()))
+        return {path for path, name in names.items() if name in chosen}
+
 
 def quantise(params: Mapping[str, Any], quantisation: Quantisation) -> Any:
     """A base's parameters with quantised kernels; under `jax.eval_shape`, their shapes."""
     flat = flatten_dict(dict(params))
-    names = {path: split_layer(path[:-1])[0] for path in flat if path[-1] == "kernel"}
-    chosen = quantisation.quantises(set(names.values()))
+    chosen = quantisation.paths(flat)
     return unflatten_dict(
-        {
-            path: quantisation.kernel(leaf) if names.get(path) in chosen else leaf
-            for path, leaf in flat.items()
-        }
+        {path: quantisation.kernel(leaf) if path in chosen else leaf for path, leaf in flat.items()}
     )
 
 

@@ -31,6 +31,7 @@ from train.benchmarks.random_base import SIZES, random_base
 from train.benchmarks.step_time import Arm, measure_ours
 
 RESULT = RESULTS / "fp8.json"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ARM_S = 100  # what an arm of 8B takes: start, weights, compilation, steps
 
 
@@ -40,12 +41,14 @@ class Variant:
 
     Attributes:
         form: `fp8` or `bf16`.
+        unquantised: Modules whose kernels stay in bfloat16.
         cublas: Whether XLA may not take its own kernels for products.
         gradient: Dtype of the outputs' gradients.
         exact: Whether both products accumulate in float32.
     """
 
     form: str = "fp8"
+    unquantised: tuple[str, ...] = ("lm_head",)
     cublas: bool = True
     gradient: str = "float8_e5m2"
     exact: bool = False
@@ -71,6 +74,8 @@ class Variant:
 STEPS = {
     "fp8, cuBLASLt": Variant(),
     "bf16, the recipe as it is": Variant("bf16", cublas=False),
+    "fp8, attention in bf16": Variant(unquantised=("lm_head", *ATTENTION)),
+    "fp8, attention and gate in bf16": Variant(unquantised=("lm_head", *ATTENTION, "gate_proj")),
     "fp8, XLA chooses kernels": Variant(cublas=False),
     "fp8, cuBLASLt, accumulated in float32": Variant(exact=True),
     "bf16, cuBLASLt": Variant("bf16"),
@@ -106,7 +111,7 @@ def measure_step(variant: Variant, size: str, steps: int) -> dict[str, Any]:
 
     variant.enter()
     form: Any = variant.form
-    quantisation = None if form == "bf16" else Quantisation(form)
+    quantisation = None if form == "bf16" else Quantisation(form, variant.unquantised)
     base = random_base(SIZES[size], scan=False, quantisation=quantisation)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(base[1])) / GIB
     arm = Arm(form, size, recipe=("--data.length", "32") if size == "tiny" else ())
@@ -294,7 +299,7 @@ def main() -> None:
     rest = ["--size", options.size, "--steps", str(options.steps)]
     rest += [] if options.model is None else ["--model", str(options.model)]
     steps = list(STEPS)
-    order = [*steps[:2], "rates", *steps[2:4], "errors", *steps[4:]]
+    order = [*steps[:4], "rates", *steps[4:6], "errors", *steps[6:]]
     result: dict[str, Any] = {"parts": {}}
     where: dict[str, Any] = {}
     for name in order:

@@ -2,13 +2,14 @@
 
     python -m train.benchmarks.fp8_training --model SmolLM2-135M --text grimm.txt
 
-LoRA r=16 on rows of the text. A seed draws the adapter and the order of rows, for both bases alike.
+LoRA r=16 on rows of the text. A seed draws the adapter and the order of rows, for all bases alike.
 The held-out loss is that of the same rows always, from before the first step on. What FP8 costs is
 the difference at equal seeds; the noise that it is set against is the standard deviation of
-bfloat16's own runs over seeds. First of all, what kernels rounded to FP8 cost alone and what FP8's
-products add: the held-out loss before training, and the cosine of the gradient with that in
-float32, in an adapter whose sides are both drawn; these have a result of their own. `--seeds 0`
-measures nothing else, on a CPU, too, which emulates FP8. The curves are written after each run.
+bfloat16's own runs over seeds. The curves are written after each run.
+
+`--seeds 0` measures instead, before training, what kernels rounded to FP8 cost alone, what FP8's
+products add, and what FP8 costs in the kernels of one projection: the held-out loss, and the cosine
+of the gradient with that in float32, in an adapter whose sides are both drawn. CPUs emulate FP8.
 """
 
 import argparse
@@ -38,6 +39,18 @@ CONFIG = gl.LoRAConfig(rank=16, alpha=32.0)
 OPTIONS = StepOptions(packed=False)
 HELD_OUT = 32  # rows
 ROUNDED = "bf16, kernels rounded to fp8"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+BASES = {
+    "bf16": Quantisation("bf16"),
+    "fp8": Quantisation("fp8", ("lm_head",)),
+    "fp8, attention in bf16": Quantisation("fp8", ("lm_head", *ATTENTION)),
+    "fp8, attention and gate in bf16": Quantisation("fp8", ("lm_head", *ATTENTION, "gate_proj")),
+}
+ALONE = {
+    f"fp8 in {name} alone": Quantisation("fp8", ("lm_head", *(set(PROJECTIONS) - {name})))
+    for name in PROJECTIONS
+}
 SETTINGS = ("rows", "length", "steps", "rate", "gradient_rows")
 
 
@@ -83,7 +96,7 @@ def gradient_of(model: Any, params: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def before_training(
-    model: Any, floats: Any, bases: dict[str, Any], rows: np.ndarray, options: argparse.Namespace
+    model: Any, floats: Any, rows: np.ndarray, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Each base's held-out loss, and its gradient's cosine with that in float32 and relative norm.
 
@@ -94,14 +107,16 @@ def before_training(
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), floats)
         exact = gradient_of(model.clone(dtype=jnp.float32, attention="xla"), wide, some)
     found = {}
-    rounded = jax.tree.map(lambda x, y: read_kernel(y, x.dtype), floats, bases["fp8"])
-    for form, params in (bases | {ROUNDED: rounded}).items():
-        ours = gradient_of(model, params, some)
-        norms = np.linalg.norm(ours), np.linalg.norm(exact)
+    for form in (*BASES, ROUNDED, *ALONE):
+        params = quantise(floats, (BASES | ALONE | {ROUNDED: BASES["fp8"]})[form])
+        if form == ROUNDED:
+            params = jax.tree.map(lambda x, y: read_kernel(y, x.dtype), floats, params)
+        gradient = gradient_of(model, params, some)
+        norms = np.linalg.norm(gradient), np.linalg.norm(exact)
         step = make_eval_step(model, OPTIONS, compiler_options=xla_options(params))
         found[form] = {
             "held_out": evaluate(step, params, {}, held_out(rows, options)),
-            "cosine": float(ours @ exact / np.prod(norms)),
+            "cosine": float(gradient @ exact / np.prod(norms)),
             "norm": float(norms[0] / norms[1]),
         }
         print(form, found[form], flush=True)
@@ -148,15 +163,18 @@ def curve(
 
 
 def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """At each evaluation: both means, bfloat16's deviation over seeds, and FP8's differences."""
-    found = {}
+    """At each evaluation: means, deviations over seeds, and differences to bfloat16 by seed."""
+    found: dict[str, Any] = {}
     for at in runs["bf16"][0]["held_out"]:
-        bf16, fp8 = ([run["held_out"][at] for run in runs[form]] for form in ("bf16", "fp8"))
+        losses = {form: [run["held_out"][at] for run in each] for form, each in runs.items()}
         found[at] = {
-            "bf16": statistics.mean(bf16),
-            "fp8": statistics.mean(fp8),
-            "deviation_over_seeds": statistics.stdev(bf16) if len(bf16) > 1 else None,
-            "fp8_minus_bf16": [b - a for a, b in zip(bf16, fp8, strict=True)],
+            form: {
+                "mean": statistics.mean(each),
+                "deviation": statistics.stdev(each) if len(each) > 1 else None,
+                "minus_bf16": [b - a for a, b in zip(losses["bf16"], each, strict=False)],
+            }
+            for form, each in losses.items()
+            if each
         }
     return found
 
@@ -173,7 +191,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--gradient-rows", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     began, where = time.perf_counter(), provenance()
     shape = {name: getattr(options, name) for name in SETTINGS}
@@ -181,11 +199,12 @@ def main() -> None:
     rows = read_rows(options.model, options.text, options.length)
     optimizer = make_optimizer(OptimConfig(learning_rate=options.rate), options.steps)
     model, floats = gl.load_llama(options.model, dtype="bfloat16")
-    bases = {form: quantise(floats, Quantisation(form)) for form in ("bf16", "fp8")}
-    found = before_training(model, floats, bases, rows, options)
-    write_result(BEFORE, result | {"bases": found}, where)
     if not options.seeds:
+        found = before_training(model, floats, rows, options)
+        write_result(options.output or BEFORE, result | {"bases": found}, where)
         return
+    output = options.output or RESULT
+    bases = {form: quantise(floats, quantisation) for form, quantisation in BASES.items()}
     runs: dict[str, list[dict[str, Any]]] = {form: [] for form in bases}
     steps = {form: make_steps(model, params, optimizer) for form, params in bases.items()}
     for seed in range(options.seeds):
@@ -193,12 +212,10 @@ def main() -> None:
             runs[form].append(curve(steps[form], optimizer, params, rows, seed, options))
             last = runs[form][-1]
             print(seed, form, last["held_out"], f"{last['seconds']:.0f} s", flush=True)
-            result["runs"] = runs
-            if form == "fp8":
-                result["held_out"] = compare(runs)
-            write_result(options.output, result, where)
+            result |= {"runs": runs, "held_out": compare(runs)}
+            write_result(output, result, where)
     result["seconds"] = time.perf_counter() - began
-    write_result(options.output, result, where)
+    write_result(output, result, where)
     for at, row in result["held_out"].items():
         print(at, row)
     print(f"{result['seconds']:.0f} s")

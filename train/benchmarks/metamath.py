@@ -9,6 +9,9 @@ the steps warm-up, then a cosine to 0; greedy answers to 50 rows of GSM8K's trai
 then, and to its test part at the end. What differs: JAX instead of PyTorch, and "forgetting" is not
 measured. The result has the same fields, and a row is printed beside the published ones.
 `--metamath` and `--gsm8k` are hub ids, or local files of the same rows.
+
+Of several rates the loss of the last `--held-out` rows chooses, which are then not trained; the
+test part is asked about that one alone.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -36,11 +40,12 @@ from genlora_jax.methods import config_from_json, config_to_json
 from genlora_jax.methods.config import AdapterConfig
 from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.provenance import provenance
-from genlora_jax.training.step import init_state, make_train_step
+from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
 from genlora_jax.training.step_options import StepOptions
 from train.benchmarks.real_tasks.tasks import merged_subject
 
 LONGEST, CHARACTERS, VALIDATION = 768, 1300, 50
+OPTIONS = StepOptions(packed=False)
 BUCKET = 20  # batches whose rows are sorted by length
 WIDTH = 128  # rows are padded to a multiple, so that few lengths are compiled
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
@@ -153,82 +158,102 @@ def accuracy(
     )
 
 
-class Run:
-    """A run: its settings, its base, and what has been measured."""
+@dataclass(frozen=True)
+class Data:
+    """Rows by what they are for."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        model = ModelConfig(path=options.base, dtype=options.dtype, param_dtype=options.dtype)
-        self.base = load_base(model, find_base(model), one_device())
-        self.cfg: AdapterConfig = config_from_json(json.loads(options.adapter))
-        self.metrics: list[dict[str, Any]] = []
+    tuned: Sequence[Row]
+    held_out: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
 
-    def train(self) -> gl.Adapter:
-        """Trains, and measures on the way and at the end."""
-        options, base = self.options, self.base
-        optim = OptimConfig(
-            learning_rate=options.rate,
-            generator_ratio=options.generator_ratio,
-            warmup=0.1,
-            weight_decay=options.weight_decay,
-        )
-        adapter = gl.init_adapter(self.cfg, jax.random.key(options.seed), base.params)
-        optimizer = make_optimizer(optim, options.steps)
-        state = init_state(adapter, optimizer, options.seed)
-        step = make_train_step(base.model, self.cfg, optimizer, options=StepOptions(packed=False))
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Data":
+        """Reads them."""
         rows = [row for row in read(options.metamath, "train") if len(" ".join(row)) <= CHARACTERS]
+        tuned = len(rows) - options.held_out
         asked = read(options.gsm8k, "train")
         np.random.seed(0)  # as PEFT draws them
         order = np.arange(len(asked))
         np.random.shuffle(order)
         validation = [asked[i] for i in order[:VALIDATION]]
-        endless = itertools.chain.from_iterable(
-            batches(rows, base.tokenizer, options.batch_size) for _ in itertools.count()
-        )
-        losses: list[jax.Array] = []
-        tokens, began = 0, time.perf_counter()
-        for count, batch in zip(range(1, options.steps + 1), endless, strict=False):
-            state, metrics = step(state, base.params, batch)
-            losses.append(metrics["loss"])
-            tokens += int(batch["loss_mask"].sum())
-            if count % options.eval_steps == 0:
-                self.add("valid accuracy", count, losses, state.adapter, validation, began)
-        self.train_seconds = (
-            time.perf_counter() - began - sum(metric["eval time"] for metric in self.metrics)
-        )
         test = read(options.gsm8k, "test")[: options.test_rows]
-        self.add("test accuracy", options.steps, losses, state.adapter, test, began)
-        self.metrics[-1] |= {"train total tokens": tokens, "forgetting": None}
-        return state.adapter
+        return cls(rows[:tuned], rows[tuned:], validation, test)
 
-    def add(
-        self,
-        name: str,
-        step: int,
-        losses: list[jax.Array],
-        adapter: gl.Adapter,
-        rows: Sequence[Row],
-        began: float,
-    ) -> None:
+
+class Run:
+    """A run at a rate: its settings, its base, and what has been measured."""
+
+    def __init__(self, options: argparse.Namespace, base: Base, data: Data, rate: float) -> None:
+        self.options, self.base, self.data, self.rate = options, base, data, rate
+        self.cfg: AdapterConfig = config_from_json(json.loads(options.adapter))
+        self.adapter = gl.init_adapter(self.cfg, jax.random.key(options.seed), base.params)
+        self.metrics: list[dict[str, Any]] = []
+        self.losses: list[jax.Array] = []
+        self.tokens, self.train_seconds = 0, 0.0
+
+    def train(self) -> None:
+        """Trains, and measures on the way."""
+        options, base = self.options, self.base
+        optim = OptimConfig(
+            learning_rate=self.rate,
+            generator_ratio=options.generator_ratio,
+            warmup=0.1,
+            weight_decay=options.weight_decay,
+        )
+        optimizer = make_optimizer(optim, options.steps)
+        state = init_state(self.adapter, optimizer, options.seed)
+        step = make_train_step(base.model, self.cfg, optimizer, options=OPTIONS)
+        endless = itertools.chain.from_iterable(
+            batches(self.data.tuned, base.tokenizer, options.batch_size) for _ in itertools.count()
+        )
+        for count, batch in zip(range(1, options.steps + 1), endless, strict=False):
+            began = time.perf_counter()
+            state, metrics = step(state, base.params, batch)
+            self.losses.append(metrics["loss"])
+            self.tokens += int(batch["loss_mask"].sum())
+            if count % options.eval_steps == 0 or count == options.steps:
+                self.adapter = jax.block_until_ready(state.adapter)
+            self.train_seconds += time.perf_counter() - began
+            if count % options.eval_steps == 0:
+                self.add("valid accuracy", count, self.data.validation)
+
+    def held_out_loss(self) -> float:
+        """Mean loss (nats) over the tokens of the held-out rows."""
+        parts = list(batches(self.data.held_out, self.base.tokenizer, self.options.batch_size))
+        factors = gl.generate_factors(self.cfg, self.adapter)
+        loss = evaluate(make_eval_step(self.base.model, OPTIONS), self.base.params, factors, parts)
+        print(f"rate {self.rate:g}: held-out loss {loss:.4f}", flush=True)
+        return loss
+
+    def test(self) -> float:
+        """Accuracy on the test rows."""
+        self.add("test accuracy", self.options.steps, self.data.test)
+        self.metrics[-1] |= {"train total tokens": self.tokens, "forgetting": None}
+        return self.metrics[-1]["test accuracy"]
+
+    def add(self, name: str, step: int, rows: Sequence[Row]) -> None:
         """Measures the accuracy on some rows."""
         options, start = self.options, time.perf_counter()
-        share = accuracy(self.base, adapter, rows, options.eval_batch_size, options.max_new_tokens)
-        now = time.perf_counter()
+        batch, tokens = options.eval_batch_size, options.max_new_tokens
+        share = accuracy(self.base, self.adapter, rows, batch, tokens)
+        seconds = time.perf_counter() - start
+        before = sum(metric["eval time"] for metric in self.metrics)
         self.metrics.append(
             {
                 "step": step,
                 name: share,
-                "train loss": float(jnp.mean(jnp.stack(losses[-options.eval_steps :]))),
+                "train loss": float(jnp.mean(jnp.stack(self.losses[-options.eval_steps :]))),
                 "train samples": step * options.batch_size,
-                "eval time": now - start,
-                "elapsed time": now - began,
+                "eval time": seconds,
+                "elapsed time": self.train_seconds + before + seconds,
             }
         )
         print(json.dumps(self.metrics[-1]), flush=True)
 
-    def result(self, adapter: gl.Adapter, created: str, seconds: float) -> dict[str, Any]:
+    def result(self, created: str, seconds: float) -> dict[str, Any]:
         """The result in PEFT's fields."""
-        options, trained = self.options, gl.count_parameters(adapter)
+        options, trained = self.options, gl.count_parameters(self.adapter)
         memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         sizes = [leaf.size for leaf in jax.tree.leaves(self.base.params)]
         return {
@@ -249,7 +274,7 @@ class Run:
                     "grad_norm_clip": 1.0,
                     "optimizer_type": "AdamW",
                     "optimizer_kwargs": {
-                        "lr": options.rate,
+                        "lr": self.rate,
                         "weight_decay": options.weight_decay,
                         "generator_ratio": options.generator_ratio,
                     },
@@ -288,7 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="genlora/default")
     parser.add_argument("--metamath", default="meta-math/MetaMathQA")
     parser.add_argument("--gsm8k", default="openai/gsm8k")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, nargs="+", default=[1e-3], dest="rates")
+    parser.add_argument("--held-out", type=int, default=0, help="rows that choose the rate")
     parser.add_argument("--generator-ratio", type=float, default=0.3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=5000)
@@ -298,17 +324,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test-rows", type=int, help="the first of GSM8K's test part; all")
     parser.add_argument("--max-new-tokens", type=int, default=300)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--scan", action="store_true", help="layers in one loop: compiles faster")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
+    if len(options.rates) > 1 and not options.held_out:
+        parser.error("several rates take --held-out, the number of rows that choose one of them")
     created = datetime.datetime.now(tz=datetime.UTC).replace(microsecond=0).isoformat()
     began = time.perf_counter()
-    run = Run(options)
-    adapter = run.train()
-    result = run.result(adapter, created, time.perf_counter() - began)
+    model = ModelConfig(
+        path=options.base,
+        dtype=options.dtype,
+        param_dtype=options.dtype,
+        scan=options.scan or None,
+    )
+    base = load_base(model, find_base(model), one_device())
+    data = Data.of(options)
+    runs = [Run(options, base, data, rate) for rate in options.rates]
+    for run in runs:
+        run.train()
+    losses = [run.held_out_loss() for run in runs] if options.held_out else [0.0]
+    best = runs[int(np.nanargmin(losses))]
+    share = best.test()
+    result = best.result(created, time.perf_counter() - began)
+    if options.held_out:
+        result["held_out_losses"] = dict(zip(options.rates, losses, strict=True))
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    share = run.metrics[-1]["test accuracy"]
-    print_beside_published(options.name, share, gl.count_parameters(adapter))
+    print_beside_published(options.name, share, gl.count_parameters(best.adapter))
 
 
 if __name__ == "__main__":

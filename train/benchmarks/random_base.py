@@ -108,10 +108,12 @@ def random_base(
     shapes = parameter_shapes(model.clone(mesh=None))
     specs = flatten_dict(param_specs(shapes))
     flat = {}
-    for i, (path, leaf) in enumerate(flatten_dict(shapes).items()):
+    shapes = flatten_dict(shapes)
+    quantised = set() if quantisation is None else quantisation.paths(shapes)
+    for i, (path, leaf) in enumerate(shapes.items()):
         key = jax.random.fold_in(jax.random.key(0), i)
         where = None if mesh is None else NamedSharding(mesh, specs[path])
-        form = quantisation if path[-1] == "kernel" and path[0] != "lm_head" else None
+        form = quantisation if path in quantised else None
         flat[path] = _draw(key, leaf.shape, path[-1], where, form)
     return model, unflatten_dict(flat)
 
