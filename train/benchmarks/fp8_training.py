@@ -32,6 +32,7 @@ from genlora_jax.training.optim import OptimConfig, make_optimizer
 from genlora_jax.training.provenance import provenance
 from genlora_jax.training.step import evaluate, init_state, make_eval_step, make_train_step
 from genlora_jax.training.step_options import StepOptions
+from train.benchmarks.fp8 import IN_PART, PROJECTIONS, all_but
 from train.benchmarks.measuring import RESULTS, write_result
 
 RESULT, BEFORE = RESULTS / "fp8_training.json", RESULTS / "fp8_before.json"
@@ -39,18 +40,12 @@ CONFIG = gl.LoRAConfig(rank=16, alpha=32.0)
 OPTIONS = StepOptions(packed=False)
 HELD_OUT = 32  # rows
 ROUNDED = "bf16, kernels rounded to fp8"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-PROJECTIONS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 BASES = {
     "bf16": Quantisation("bf16"),
-    "fp8": Quantisation("fp8", ("lm_head",)),
-    "fp8, attention in bf16": Quantisation("fp8", ("lm_head", *ATTENTION)),
-    "fp8, attention and gate in bf16": Quantisation("fp8", ("lm_head", *ATTENTION, "gate_proj")),
+    "fp8": Quantisation("fp8", all_but(*PROJECTIONS)),
+    **{name: Quantisation("fp8", unquantised) for name, unquantised in IN_PART.items()},
 }
-ALONE = {
-    f"fp8 in {name} alone": Quantisation("fp8", ("lm_head", *(set(PROJECTIONS) - {name})))
-    for name in PROJECTIONS
-}
+ALONE = {f"fp8 in {name} alone": Quantisation("fp8", all_but(name)) for name in PROJECTIONS}
 SETTINGS = ("rows", "length", "steps", "rate", "gradient_rows")
 
 
