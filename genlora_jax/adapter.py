@@ -102,11 +102,12 @@ def adapter_spec(cfg: AdapterConfig, params: Mapping[str, Any]) -> AdapterSpec:
     Raises:
         ValueError: If the config's targets do not fit the base.
     """
+    quantisation = quantisation_of(params)
     return AdapterSpec(
         config=cfg,
         targets=find_targets(cfg, params),
         fingerprint=base_fingerprint(params),
-        quantisation=quantisation_of(params),
+        quantisation=quantisation if quantisation and quantisation.rounds else None,
     )
 
 

@@ -14,7 +14,7 @@ from tiny_models import TINY, perturb, random_llama
 
 import genlora_jax as gl
 from genlora_jax import cli
-from genlora_jax.base.fp8 import Fp8
+from genlora_jax.base.fp8 import Fp8, Fp8Backward
 from genlora_jax.base.kernel import product, read_kernel
 from genlora_jax.base.quantise import (
     Quantisation,
@@ -38,7 +38,7 @@ from genlora_jax.training.sweep.loop import run_sweep
 from genlora_jax.training.sweep.members import Member
 from genlora_jax.training.sweep.program import SweepProgram
 
-FORM = Quantisation("fp8")
+FORM, BACKWARD = Quantisation("fp8"), Quantisation("fp8_backward")
 IDS = jnp.arange(48).reshape(4, 12) % 61
 BATCH = {
     "input_ids": np.arange(24, dtype=np.int32).reshape(2, 12) * 7 % 61,
@@ -119,12 +119,29 @@ def test_products_are_those_of_rounded_operands(dtype):
         np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=atol)
 
 
-def test_what_is_not_finite_is_not_hidden():
-    stored = FORM.kernel(normal(0, 8, 4))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_only_the_backward_product_of_fp8_backward_has_rounded_operands(dtype):
+    kernel, x, gradient = 0.02 * normal(0, 40, 24), normal(1, 2, 5, 40), 1e-4 * normal(2, 2, 5, 24)
+    x, gradient = x.astype(dtype), gradient.astype(dtype)
+    stored = Fp8Backward.of(kernel, dtype)
+    y, pull = jax.vjp(lambda x: product(x, stored, prevent_cse=True), x)
+    (dx,) = pull(gradient)
+    np.testing.assert_array_equal(y, product(x, kernel.astype(dtype)))
+    np.testing.assert_array_equal(stored.astype(dtype), kernel.astype(dtype))
+    w = in_numpy(kernel.astype(dtype), ml_dtypes.float8_e4m3fn)
+    expected = in_numpy(gradient, ml_dtypes.float8_e5m2) @ w.T
+    assert dx.dtype == dtype
+    atol = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=atol)
+
+
+@pytest.mark.parametrize("form", [FORM, BACKWARD], ids=str)
+def test_what_is_not_finite_is_not_hidden(form):
+    stored = form.kernel(normal(0, 8, 4))
     for bad in (jnp.nan, jnp.inf):
         x = normal(1, 3, 8).at[0, 0].set(bad)
         y, pull = jax.vjp(lambda x: product(x, stored), x)
-        assert np.isnan(y).all()
+        assert not np.isfinite(y if form == FORM else y[0]).any()
         assert np.isnan(pull(jnp.full((3, 4), bad))[0]).all()
 
 
@@ -139,6 +156,7 @@ def test_each_of_a_batch_has_its_own_scale():
 # The model and adapters.
 
 
+@pytest.mark.parametrize("form", [FORM, BACKWARD], ids=str)
 @pytest.mark.parametrize(
     ("cfg", "scan", "remat"),
     [
@@ -151,10 +169,10 @@ def test_each_of_a_batch_has_its_own_scale():
     ],
     ids=["lora", "lora-dots", "genlora-full", "dora", "hira", "pissa"],
 )
-def test_gradients_point_where_those_on_the_dequantised_base_do(cfg, scan, remat):
+def test_gradients_point_where_those_on_the_dequantised_base_do(cfg, scan, remat, form):
     model, floats = random_llama(scan=scan, remat=remat)
-    params = quantise(floats, FORM)
-    assert quantisation_of(params) == FORM
+    params = quantise(floats, form)
+    assert quantisation_of(params) == form
     # Generators sum what 32 weights of theirs make: their deltas are as large as LoRA's with less.
     size = 0.002 if isinstance(cfg, gl.GenLoRAConfig) else 0.02
     adapter = perturb(gl.init_adapter(cfg, jax.random.key(0), params), size=size)
@@ -166,6 +184,8 @@ def test_gradients_point_where_those_on_the_dequantised_base_do(cfg, scan, remat
     plain = dequantised(params)
     gradient = jax.jit(jax.grad(loss))
     assert cosine(gradient(adapter, params), gradient(adapter, plain)) > 0.98
+    if form == BACKWARD:
+        np.testing.assert_array_equal(*(jax.jit(loss)(adapter, each) for each in (params, plain)))
     factors = gl.generate_factors(cfg, adapter)
     merged, expected = (flatten_dict(gl.merge(base, factors)) for base in (params, plain))
     for path, leaf in expected.items():
@@ -264,6 +284,32 @@ def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path, monkeypatch
         np.testing.assert_array_equal(leaf, expected[path])
 
 
+def test_an_adapter_trained_with_fp8_backward_belongs_to_the_base_itself(run_main, tmp_path):
+    base = write_base(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=False)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{path: {base}, dtype: float32, base_dtype: fp8_backward}}\n"
+        f"data: {{train: {tmp_path / 'rows.jsonl'}, length: 16, batch_size: 8}}\n"
+        f"mesh: {{data: 2, fsdp: 2, tensor: 2}}\ntrain: {{output: {tmp_path / 'run'}, steps: 2}}\n"
+        "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
+    )
+    start = ("--config", tmp_path / "recipe.yaml", "--train.progress", "false")
+    status, _, err = run_main(finetune.main, *start)
+    assert status == 0, err
+    options = {"param_dtype": jnp.float32, "dtype": jnp.float32}
+    _, params = gl.load_llama(base, **options)
+    cfg, adapter = gl.load_adapter(tmp_path / "run" / "adapter", params)  # a warning would raise
+    merged = flatten_dict(gl.merge(params, gl.generate_factors(cfg, adapter)))
+    paths = ("--base", base, "--adapter", tmp_path / "run" / "adapter")
+    for i, flags in enumerate(((), ("--base_dtype", "fp8_backward"))):
+        status, out, err = run_main(cli.main, "merge", *paths, "--out", tmp_path / f"{i}", *flags)
+        assert status == 0, err
+        assert "dequantised" not in out
+        _, read = gl.load_llama(tmp_path / f"{i}", **options)
+        for path, leaf in flatten_dict(read).items():
+            np.testing.assert_allclose(leaf, merged[path], atol=1e-6)
+
+
 # Devices.
 
 
@@ -273,6 +319,8 @@ def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path, monkeypatch
 def test_devices_without_fp8_are_refused(platform, capability):
     with pytest.raises(ValueError, match=r"base_dtype fp8 needs an NVIDIA GPU .* this is A100"):
         FORM.check_device(platform, capability, "A100")
+    with pytest.raises(ValueError, match=r"base_dtype fp8_backward needs .* this is A100"):
+        BACKWARD.check_device(platform, capability, "A100")
     dataclasses.replace(FORM, form="int8").check_device(platform, capability, "A100")
 
 
@@ -304,6 +352,7 @@ def test_products_are_cublas_on_gpus():
     kernel = {"q_proj": {"kernel": normal(0, 8, 4)}}
     stored = quantise(kernel, FORM)
     assert compiler_options(stored, "gpu") == {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options(quantise(kernel, BACKWARD), "gpu") == compiler_options(stored, "gpu")
     assert compiler_options(stored, "cpu") == {}
     assert compiler_options(kernel, "gpu") == {}
     assert compiler_options(quantise(kernel, Quantisation("int8")), "gpu") == {}

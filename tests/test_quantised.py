@@ -39,7 +39,7 @@ from genlora_jax.sharding import check_params, named, param_specs
 from genlora_jax.training import finetune
 from genlora_jax.training.recipe import Recipe
 
-FORMS = ("fp8", "int8", "nf4", "int4")
+FORMS = ("fp8_backward", "fp8", "int8", "nf4", "int4")
 EACH = [("int8", True), ("nf4", False), ("int4", True)]  # form, and whether layers are scanned
 LORA = gl.LoRAConfig(rank=2)
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -4,6 +4,9 @@ The base is frozen, so its products need no gradient of the kernel, and two of t
 of training are all there are. What multiplies is scaled as it comes: inputs in e4m3, the outputs'
 gradients in e5m2, which reaches further and is coarser (arXiv 2209.05433).
 
+Rounding costs accuracy in the forward product alone: a gradient's errors average out over steps.
+`Fp8Backward` therefore leaves the forward product as it is.
+
 All scales are of a whole tensor and powers of two. They then change no mantissa: a kernel and what
 it stands for in bfloat16 are the same numbers, a row's result hardly depends on the rows beside
 it, and XLA folds the scale into cuBLASLt's product. Scales of rows or channels would gain no
@@ -17,6 +20,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from genlora_jax.base.products import matrix_product
 from genlora_jax.base.stored import StoredKernel
 
 # Gradients in e4m3 came little nearer to float32's (cosine 0.974, not 0.970, at equal losses), and
@@ -78,6 +82,48 @@ class Fp8(StoredKernel):
         return y.reshape(*x.shape[:-1], -1)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kernel", "scale"],
+    meta_fields=["dtype"],
+)
+@dataclass(frozen=True)
+class Fp8Backward(StoredKernel):
+    """A kernel in floats, which FP8 multiplies for the input's gradient alone.
+
+    Attributes:
+        kernel: `[..., d_in, d_out]`. It is rounded to e4m3 each time a gradient comes.
+        scale: Float32 `[...]`, a power of two, by which its codes are multiplied.
+        dtype: Of the parameters that are not quantised.
+    """
+
+    name = "fp8_backward"
+    axes: ClassVar = {"kernel": ("in", "out"), "scale": ()}
+    dequantises: ClassVar = False
+
+    kernel: Any
+    scale: Any
+    dtype: Any
+
+    @classmethod
+    def of(cls, kernel: jax.Array, dtype: Any) -> "Fp8Backward":
+        """A kernel in this form."""
+        kernel = kernel.astype(dtype)
+        return cls(kernel, scaled(kernel, INPUT)[1][..., 0, 0], dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.kernel.shape)
+
+    def dequantised(self) -> jax.Array:
+        return self.kernel.astype(jnp.float32)
+
+    def times(self, x: jax.Array, *, prevent_cse: bool, wide: bool = False) -> jax.Array:
+        """`x @ kernel`, whose gradient is in FP8. There is none of the kernel."""
+        flat = x.reshape(-1, x.shape[-1])
+        return _coarse_backward(flat, self, wide).reshape(*x.shape[:-1], -1)
+
+
 def scaled(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Matrices in FP8, each with its own scale.
 
@@ -126,7 +172,26 @@ def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, None, None]:
 _multiply.defvjp(_forward, _backward)
 
 
-def refuse_without_fp8(platform: str, capability: str | None, kind: str) -> None:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _coarse_backward(x: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array:
+    return matrix_product(x, stored.kernel.astype(x.dtype), wide=wide)
+
+
+def _coarse_forward(x: jax.Array, stored: Fp8Backward, wide: bool) -> Any:
+    return _coarse_backward(x, stored, wide), stored
+
+
+def _coarse_gradient(wide: bool, stored: Fp8Backward, gradient: jax.Array) -> Any:
+    # Codes wait for the gradient: made ahead of their use, all layers' take half a base's memory.
+    gradient, stored = jax.lax.optimization_barrier((gradient, stored))
+    codes = (stored.kernel.astype(jnp.float32) / stored.scale).astype(INPUT)
+    return _product(gradient, codes, stored.scale, GRADIENT, 1), None
+
+
+_coarse_backward.defvjp(_coarse_forward, _coarse_gradient)
+
+
+def refuse_without_fp8(form: str, platform: str, capability: str | None, kind: str) -> None:
     """Raises ValueError if a device has no products in FP8. CPUs emulate them, for tests."""
     try:
         supported = float(capability or 0) >= ADA
@@ -134,6 +199,6 @@ def refuse_without_fp8(platform: str, capability: str | None, kind: str) -> None
         supported = False
     if platform != "cpu" and not supported:
         raise ValueError(
-            f"base_dtype fp8 needs an NVIDIA GPU that multiplies FP8 (Ada, Hopper or later); this "
-            f"is {kind}. Take bf16, or int8 for less memory"
+            f"base_dtype {form} needs an NVIDIA GPU that multiplies FP8 (Ada, Hopper or later); "
+            f"this is {kind}. Take bf16, or int8 for less memory"
         )

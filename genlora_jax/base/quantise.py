@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax.base.fp8 import GPU_OPTIONS, Fp8, refuse_without_fp8
+from genlora_jax.base.fp8 import GPU_OPTIONS, Fp8, Fp8Backward, refuse_without_fp8
 from genlora_jax.base.int4 import GROUPS, Int4
 from genlora_jax.base.int8 import Int8
 from genlora_jax.base.nf4 import NF4
@@ -15,7 +15,8 @@ from genlora_jax.base.stored import StoredKernel
 from genlora_jax.targets import matching, split_layer
 from genlora_jax.validation import require, require_choice
 
-BaseDtype = Literal["bf16", "fp8", "int8", "nf4", "int4"]
+BaseDtype = Literal["bf16", "fp8_backward", "fp8", "int8", "nf4", "int4"]
+FP8 = ("fp8_backward", "fp8")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Quantisation:
     Embeddings, norms and biases are no kernels and stay as they are.
 
     Attributes:
-        form: `fp8`, `int8`, `nf4` or `int4`; `bf16` for none of them.
+        form: `fp8_backward`, `fp8`, `int8`, `nf4` or `int4`; `bf16` for none of them.
         unquantised: Patterns of modules whose kernels stay as they are too; see
             `TargetSelection`. One that the base lacks is no error: its head may be tied.
         group: Inputs that share a scale in `int4`: 64 or 128.
@@ -52,8 +53,13 @@ class Quantisation:
         """A kernel `[..., d_in, d_out]` in this form."""
         if self.form == "int4":
             return Int4.of(kernel, kernel.dtype, self.group)
-        form: Any = {"fp8": Fp8, "int8": Int8, "nf4": NF4}[self.form]
+        form: Any = {each.name: each for each in (Fp8Backward, Fp8, Int8, NF4)}[self.form]
         return form.of(kernel, kernel.dtype)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether kernels stand for other numbers than they were made of."""
+        return self.form not in ("bf16", "fp8_backward")
 
     def check_device(self, platform: str, capability: str | None, kind: str) -> None:
         """Raises ValueError if a device cannot multiply by kernels in this form.
@@ -63,8 +69,8 @@ class Quantisation:
             capability: A GPU's compute capability.
             kind: The device in words.
         """
-        if self.form == "fp8":
-            refuse_without_fp8(platform, capability, kind)
+        if self.form in FP8:
+            refuse_without_fp8(self.form, platform, capability, kind)
 
     def quantises(self, names: Any) -> set[str]:
         """Of dotted module names without layer index, those whose kernels are quantised."""
@@ -104,4 +110,4 @@ def quantisation_of(params: Mapping[str, Any]) -> Quantisation | None:
 def compiler_options(params: Mapping[str, Any], platform: str) -> dict[str, Any]:
     """XLA's options for programs that multiply by a base on `"cpu"`, `"gpu"` or `"tpu"`."""
     found = quantisation_of(params)
-    return dict(GPU_OPTIONS) if platform == "gpu" and found and found.form == "fp8" else {}
+    return dict(GPU_OPTIONS) if platform == "gpu" and found and found.form in FP8 else {}

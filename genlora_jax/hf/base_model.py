@@ -40,8 +40,9 @@ class ModelConfig:
             memory; of unrolled layers on a GPU, if none but `full` does, about as many are `dots`
             as fit.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
-        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised to `fp8`,
-            `int8`, `nf4` or `int4`. None: as the checkpoint has them.
+        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says; `fp8_backward`, the
+            same with FP8 for gradients; or quantised to `fp8`, `int8`, `nf4` or `int4`. None: as
+            the checkpoint has them.
         unquantised: Patterns of modules whose kernels are not quantised.
         int4_group: Inputs that share a scale in `int4`: 64 or 128.
         shape: The fields of the checkpoint's `config.json`, for planning without it.

@@ -53,7 +53,7 @@ class Variant:
     """How a base multiplies.
 
     Attributes:
-        form: `fp8` or `bf16`.
+        form: `fp8`, `fp8_backward` or `bf16`.
         unquantised: Modules whose kernels stay in bfloat16.
         cublas: Whether XLA may not take its own kernels for products.
         gradient: Dtype of the outputs' gradients.
@@ -87,6 +87,7 @@ class Variant:
 STEPS = {
     "fp8, cuBLASLt": Variant(),
     "bf16, the recipe as it is": Variant("bf16", cublas=False),
+    "fp8_backward": Variant("fp8_backward"),
     **{name: Variant(unquantised=unquantised) for name, unquantised in IN_PART.items()},
     "fp8, XLA chooses kernels": Variant(cublas=False),
     "fp8, cuBLASLt, accumulated in float32": Variant(exact=True),
@@ -311,7 +312,7 @@ def main() -> None:
     rest = ["--size", options.size, "--steps", str(options.steps)]
     rest += [] if options.model is None else ["--model", str(options.model)]
     steps = list(STEPS)
-    order = [*steps[:5], "rates", *steps[5:7], "errors", *steps[7:]]
+    order = [*steps[:6], "rates", *steps[6:8], "errors", *steps[8:]]
     result: dict[str, Any] = {"parts": {}}
     where: dict[str, Any] = {}
     for name in order:

@@ -14,6 +14,7 @@ of the gradient with that in float32, in an adapter whose sides are both drawn. 
 
 import argparse
 import dataclasses
+import re
 import statistics
 import time
 from pathlib import Path
@@ -42,7 +43,8 @@ HELD_OUT = 32  # rows
 ROUNDED = "bf16, kernels rounded to fp8"
 BASES = {
     "bf16": Quantisation("bf16"),
-    "fp8": Quantisation("fp8", all_but(*PROJECTIONS)),
+    "fp8": Quantisation("fp8"),
+    "fp8_backward": Quantisation("fp8_backward"),
     **{name: Quantisation("fp8", unquantised) for name, unquantised in IN_PART.items()},
 }
 ALONE = {f"fp8 in {name} alone": Quantisation("fp8", all_but(name)) for name in PROJECTIONS}
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--gradient-rows", type=int, default=2)
+    parser.add_argument("--only", default="", help="bases to train on, beside bf16: a pattern")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     began, where = time.perf_counter(), provenance()
@@ -199,7 +202,11 @@ def main() -> None:
         write_result(options.output or BEFORE, result | {"bases": found}, where)
         return
     output = options.output or RESULT
-    bases = {form: quantise(floats, quantisation) for form, quantisation in BASES.items()}
+    bases = {
+        form: quantise(floats, quantisation)
+        for form, quantisation in BASES.items()
+        if form == "bf16" or re.search(options.only, form)
+    }
     runs: dict[str, list[dict[str, Any]]] = {form: [] for form in bases}
     steps = {form: make_steps(model, params, optimizer) for form, params in bases.items()}
     for seed in range(options.seeds):
