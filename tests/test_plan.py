@@ -18,6 +18,7 @@ from genlora_jax.plan.estimate import MARGIN, candidates, estimate, rank_meshes
 from genlora_jax.plan.sizes import PASSES
 from genlora_jax.settings import parse
 from genlora_jax.training.recipe import Recipe
+from train.benchmarks.fp8 import STEPS
 from train.benchmarks.random_base import SIZES
 
 RECIPE = """
@@ -321,4 +322,26 @@ def test_estimates_on_a_quantised_base_are_what_was_measured_but_for_the_margin(
     shape = dataclasses.replace(recipe.model.shape, **shape)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, shape=shape))
     guess = estimate(recipe, parse_topology("gpu:1x80").chip, MeshConfig(fsdp=1))
+    assert guess.arguments + guess.temporaries == pytest.approx(peak * GIB, rel=MARGIN)
+
+
+IN_FP8 = [
+    (name, arm[name]["peak_gib"])
+    for result in ("fp8_parts", "fp8_backward")
+    for name, arm in json.loads((RESULTS / f"{result}.json").read_text())["parts"].items()
+]
+
+
+@pytest.mark.parametrize(("name", "peak"), IN_FP8, ids=[name for name, _ in IN_FP8])
+def test_estimates_on_a_base_in_fp8_are_what_was_measured_but_for_the_margin(name, peak):
+    variant = STEPS[name]
+    recipe = parse(
+        Recipe,
+        [
+            *("--config", str(REPOSITORY / "train" / "recipes" / "llama3_8b_gpu.yaml")),
+            *("--model.base_dtype", variant.form),
+            *("--model.unquantised", json.dumps(variant.unquantised)),
+        ],
+    )
+    guess = estimate(recipe, parse_topology("gpu:1x141").chip, MeshConfig(fsdp=1))
     assert guess.arguments + guess.temporaries == pytest.approx(peak * GIB, rel=MARGIN)

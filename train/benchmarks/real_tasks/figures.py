@@ -19,6 +19,11 @@ from train.benchmarks.measuring import RESULTS
 HERE = RESULTS / "real_tasks"
 DOCS = Path(__file__).parents[3] / "docs"
 SPECTRA = ("lora r=4", "lora r=16", "residual g=32", "rbf, h=spread", "target r=32 g=16, from lora")
+FAMILIES = (
+    *("LoRA", "GenLoRA, residual alone", "GenLoRA, residual alone, from LoRA"),
+    *("GenLoRA, with RBFs", "GenLoRA, with RBFs, from LoRA", "other methods"),
+)
+COLOURS = {family: f"C{index}" for index, family in enumerate(FAMILIES)}
 Records = dict[str, dict[str, Any]]
 
 
@@ -49,8 +54,8 @@ def draw_accuracy(axis: Any, records: Records) -> None:
             points.setdefault(family(name, record), []).append(point)
     for label, found in sorted(points.items()):
         sizes, means, errors = zip(*found, strict=True)
-        line = "-" if label == "LoRA" else "none"
-        axis.errorbar(sizes, means, errors, fmt="o", linestyle=line, capsize=2, label=label)
+        style = {"linestyle": "-" if label == "LoRA" else "none", "color": COLOURS[label]}
+        axis.errorbar(sizes, means, errors, fmt="o", capsize=2, label=label, **style)
     for score in records.get("base", {}).get("accuracy", []):
         axis.axhline(100 * score["mean"], color="grey", linestyle=":", label="base")
     axis.set(xscale="log", xlabel="trained parameters", ylabel="accuracy, %")
@@ -67,7 +72,8 @@ def draw_losses(axis: Any, records: Records, field: str, fixed: dict[str, int]) 
             kept = lines.setdefault(family(name, record), {})
             kept[size] = min(kept.get(size, np.inf), record["best_loss"])
     for label, found in sorted(lines.items()):
-        axis.plot(*zip(*sorted(found.items()), strict=True), marker="o", label=label)
+        points = zip(*sorted(found.items()), strict=True)
+        axis.plot(*points, marker="o", label=label, color=COLOURS[label])
     axis.set_xscale("log", base=2)
     axis.set(xlabel=field.replace("_", " "), ylabel="validation loss")
 
