@@ -4,8 +4,8 @@ The base is frozen, so its products need no gradient of the kernel, and two of t
 of training are all there are. What multiplies is scaled as it comes: inputs in e4m3, the outputs'
 gradients in e5m2, which reaches further and is coarser (arXiv 2209.05433).
 
-Rounding costs accuracy in the forward product alone: a gradient's errors average out over steps.
-`Fp8Backward` therefore leaves the forward product as it is.
+Rounding was measured to cost accuracy in the forward product only (`fp8` in `train/benchmarks`).
+`Fp8Backward` therefore leaves that product as it is.
 
 All scales are of a whole tensor and powers of two. They then change no mantissa: a kernel and what
 it stands for in bfloat16 are the same numbers, a row's result hardly depends on the rows beside

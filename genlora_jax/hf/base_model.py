@@ -41,8 +41,8 @@ class ModelConfig:
             as fit.
         attention: `auto`, `xla`, `cudnn`, `splash` or `blocks`.
         base_dtype: How kernels are stored: `bf16`, as `param_dtype` says; `fp8_backward`, the
-            same with FP8 for gradients; or quantised to `fp8`, `int8`, `nf4` or `int4`. None: as
-            the checkpoint has them.
+            same, but gradients are computed in FP8; or quantised to `fp8`, `int8`, `nf4` or
+            `int4`. None: as the checkpoint has them.
         unquantised: Patterns of modules whose kernels are not quantised.
         int4_group: Inputs that share a scale in `int4`: 64 or 128.
         shape: The fields of the checkpoint's `config.json`, for planning without it.
