@@ -10,8 +10,8 @@ then, and to its test part at the end. What differs: JAX instead of PyTorch, and
 measured. The result has the same fields, and a row is printed beside the published ones.
 `--metamath` and `--gsm8k` are hub ids, or local files of the same rows.
 
-Of several rates the loss of the last `--held-out` rows chooses, which are then not trained; the
-test part is asked about that one alone.
+Of several rates, the loss of the last `--held-out` rows chooses one; those rows are not trained,
+and only the chosen rate is tested.
 """
 
 import argparse
@@ -314,7 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--metamath", default="meta-math/MetaMathQA")
     parser.add_argument("--gsm8k", default="openai/gsm8k")
     parser.add_argument("--rate", type=float, nargs="+", default=[1e-3], dest="rates")
-    parser.add_argument("--held-out", type=int, default=0, help="rows that choose the rate")
+    parser.add_argument(
+        "--held-out", type=int, default=0, help="last rows, whose loss chooses the rate"
+    )
     parser.add_argument("--generator-ratio", type=float, default=0.3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=5000)
