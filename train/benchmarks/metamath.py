@@ -266,6 +266,7 @@ class Run:
                     "dtype": options.dtype,
                     "max_seq_length": LONGEST,
                     "batch_size": options.batch_size,
+                    "held_out_rows": options.held_out,
                     "batch_size_eval": options.eval_batch_size,
                     "max_steps": options.steps,
                     "eval_steps": options.eval_steps,
