@@ -136,6 +136,20 @@ def test_only_the_backward_product_of_fp8_backward_has_rounded_operands(dtype):
 
 
 @pytest.mark.parametrize("form", [FORM, BACKWARD], ids=str)
+def test_the_gradient_of_a_gradient_is_the_forward_product(form):
+    x, gradient, v = normal(0, 5, 40), 1e-4 * normal(1, 5, 24), normal(2, 5, 40)
+    kernel = 0.02 * normal(3, 40, 24)
+    pull = jax.vjp(lambda x: product(x, form.kernel(kernel)), x)[1]
+    (found,) = jax.vjp(lambda gradient: pull(gradient)[0], gradient)[1](v)
+    operands = np.asarray(v, np.float64), np.asarray(kernel, np.float64)
+    if form == FORM:
+        operands = tuple(in_numpy(each, ml_dtypes.float8_e4m3fn) for each in operands)
+    expected = operands[0] @ operands[1]
+    atol = 4 * float(jnp.finfo(jnp.float32).eps) * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=atol)
+
+
+@pytest.mark.parametrize("form", [FORM, BACKWARD], ids=str)
 def test_what_is_not_finite_is_not_hidden(form):
     stored = form.kernel(normal(0, 8, 4))
     for bad in (jnp.nan, jnp.inf):

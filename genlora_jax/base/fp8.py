@@ -155,21 +155,26 @@ def _product(x: jax.Array, codes: jax.Array, scale: jax.Array, fp8: Any, axis: i
     return (y * (scale_of_x * scale)[0, 0].astype(wide)).astype(x.dtype)
 
 
+# Of a product, the gradient is the product with the transpose, and the other way round. JAX would
+# differentiate the rounding of a gradient, too, and second derivatives would lack terms.
 @jax.custom_vjp
 def _multiply(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     return _product(x, codes, scale, INPUT, 1)
 
 
-def _forward(x: jax.Array, codes: jax.Array, scale: jax.Array) -> Any:
-    return _multiply(x, codes, scale), (codes, scale)
+@jax.custom_vjp
+def _multiply_back(gradient: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    return _product(gradient, codes, scale, GRADIENT, 0)
 
 
-def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    codes, scale = kept
-    return _product(gradient, codes, scale, GRADIENT, 0), None, None
-
-
-_multiply.defvjp(_forward, _backward)
+_multiply.defvjp(
+    lambda x, *kernel: (_multiply(x, *kernel), kernel),
+    lambda kernel, gradient: (_multiply_back(gradient, *kernel), None, None),
+)
+_multiply_back.defvjp(
+    lambda gradient, *kernel: (_multiply_back(gradient, *kernel), kernel),
+    lambda kernel, x: (_multiply(x, *kernel), None, None),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -177,18 +182,22 @@ def _coarse_backward(x: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array
     return matrix_product(x, stored.kernel.astype(x.dtype), wide=wide)
 
 
-def _coarse_forward(x: jax.Array, stored: Fp8Backward, wide: bool) -> Any:
-    return _coarse_backward(x, stored, wide), stored
-
-
-def _coarse_gradient(wide: bool, stored: Fp8Backward, gradient: jax.Array) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _coarse_gradient(gradient: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array:
     # Codes wait for the gradient: made ahead of their use, all layers' take half a base's memory.
     gradient, stored = jax.lax.optimization_barrier((gradient, stored))
     codes = (stored.kernel.astype(jnp.float32) / stored.scale).astype(INPUT)
-    return _product(gradient, codes, stored.scale, GRADIENT, 1), None
+    return _product(gradient, codes, stored.scale, GRADIENT, 1)
 
 
-_coarse_backward.defvjp(_coarse_forward, _coarse_gradient)
+_coarse_backward.defvjp(
+    lambda x, stored, wide: (_coarse_backward(x, stored, wide), stored),
+    lambda wide, stored, gradient: (_coarse_gradient(gradient, stored, wide), None),
+)
+_coarse_gradient.defvjp(
+    lambda gradient, stored, wide: (_coarse_gradient(gradient, stored, wide), stored),
+    lambda wide, stored, x: (_coarse_backward(x, stored, wide), None),
+)
 
 
 def refuse_without_fp8(form: str, platform: str, capability: str | None, kind: str) -> None:
