@@ -62,9 +62,9 @@ def load_llama(
         attention: See `LlamaForCausalLM`.
         mesh: Devices that shard the parameters as `genlora_jax.sharding` says. Each process reads
             its shard of every tensor; none ever holds the whole model.
-        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says, or quantised as they are
-            read, to `fp8`, `int8`, `nf4` or `int4`. Embeddings, norms and biases never are. None:
-            as the checkpoint has them.
+        base_dtype: How kernels are stored: `bf16`, as `param_dtype` says; `fp8_backward`, the
+            same with FP8 for gradients; or quantised as they are read, to `fp8`, `int8`, `nf4` or
+            `int4`. Embeddings, norms and biases never are. None: as the checkpoint has them.
         unquantised: Patterns of modules, as of `targets`, whose kernels are not quantised either.
         int4_group: Inputs that share a scale in `int4`: 64 or 128.
 
