@@ -25,6 +25,7 @@ from genlora_jax.base.quantise import (
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.data.config import DataConfig
 from genlora_jax.hf.base_model import ModelConfig
+from genlora_jax.hf.peft_base import BaseChanges, change_base
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.plan.chips import parse_topology
@@ -322,6 +323,20 @@ def test_an_adapter_trained_with_fp8_backward_belongs_to_the_base_itself(run_mai
         _, read = gl.load_llama(tmp_path / f"{i}", **options)
         for path, leaf in flatten_dict(read).items():
             np.testing.assert_allclose(leaf, merged[path], atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_changes_the_base_changes_one_in_fp8_backward_too(scan, tmp_path):
+    _, floats = random_llama(scan=scan)
+    changes = BaseChanges(tmp_path, {})
+    changes.made["model.layers.1.mlp.down_proj.weight"] = [lambda old: 5 * old]
+    (expected, names), (got, found) = (
+        change_base(quantise(floats, form), changes) for form in (Quantisation("bf16"), BACKWARD)
+    )
+    assert names == found == list(changes.made)
+    jax.tree.map(np.testing.assert_array_equal, got, quantise(expected, BACKWARD))
+    with pytest.raises(ValueError, match=r"down_proj\.weight, which is quantised here"):
+        change_base(quantise(floats, FORM), changes)
 
 
 # Devices.
