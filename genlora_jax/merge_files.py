@@ -95,7 +95,8 @@ def merge_files(
         model, params = load_llama(source, dtype=merge_dtype, param_dtype=merge_dtype, **options)
         return load_onto(adapter, model, params, source)
 
-    trained_on = trained_on if trained_on is None or trained_on.rounds else Quantisation("bf16")
+    if trained_on is not None and not trained_on.rounds:
+        trained_on = Quantisation("bf16")  # the same numbers
     quantised = trained_on is not None and trained_on.rounds
     compared = trained_on if quantised and onto == "original" else None
     if compared is not None:

@@ -25,6 +25,7 @@ from genlora_jax.base.quantise import (
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.data.config import DataConfig
 from genlora_jax.hf.base_model import ModelConfig
+from genlora_jax.hf.peft_base import BaseChanges, change_base
 from genlora_jax.mesh import MeshConfig, make_mesh
 from genlora_jax.models.config import LlamaConfig
 from genlora_jax.plan.chips import parse_topology
@@ -133,6 +134,20 @@ def test_only_the_backward_product_of_fp8_backward_has_rounded_operands(dtype):
     assert dx.dtype == dtype
     atol = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
     np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=atol)
+
+
+@pytest.mark.parametrize("form", [FORM, BACKWARD], ids=str)
+def test_the_gradient_of_a_gradient_is_the_forward_product(form):
+    x, gradient, v = normal(0, 5, 40), 1e-4 * normal(1, 5, 24), normal(2, 5, 40)
+    kernel = 0.02 * normal(3, 40, 24)
+    pull = jax.vjp(lambda x: product(x, form.kernel(kernel)), x)[1]
+    (found,) = jax.vjp(lambda gradient: pull(gradient)[0], gradient)[1](v)
+    operands = np.asarray(v, np.float64), np.asarray(kernel, np.float64)
+    if form == FORM:
+        operands = tuple(in_numpy(each, ml_dtypes.float8_e4m3fn) for each in operands)
+    expected = operands[0] @ operands[1]
+    atol = 4 * float(jnp.finfo(jnp.float32).eps) * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=atol)
 
 
 @pytest.mark.parametrize("form", [FORM, BACKWARD], ids=str)
@@ -308,6 +323,20 @@ def test_an_adapter_trained_with_fp8_backward_belongs_to_the_base_itself(run_mai
         _, read = gl.load_llama(tmp_path / f"{i}", **options)
         for path, leaf in flatten_dict(read).items():
             np.testing.assert_allclose(leaf, merged[path], atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_changes_the_base_changes_one_in_fp8_backward_too(scan, tmp_path):
+    _, floats = random_llama(scan=scan)
+    changes = BaseChanges(tmp_path, {})
+    changes.made["model.layers.1.mlp.down_proj.weight"] = [lambda old: 5 * old]
+    (expected, names), (got, found) = (
+        change_base(quantise(floats, form), changes) for form in (Quantisation("bf16"), BACKWARD)
+    )
+    assert names == found == list(changes.made)
+    jax.tree.map(np.testing.assert_array_equal, got, quantise(expected, BACKWARD))
+    with pytest.raises(ValueError, match=r"down_proj\.weight, which is quantised here"):
+        change_base(quantise(floats, FORM), changes)
 
 
 # Devices.

@@ -126,6 +126,22 @@ def test_the_loss_of_rows_that_are_not_trained_chooses_the_rate(tmp_path, capsys
     some = metamath.Data.of(arguments_of(tmp_path, held_out=1))
     assert [*some.tuned, *some.held_out] == [*metamath.Data.of(arguments_of(tmp_path)).tuned]
     assert len(some.held_out) == 1
+    with pytest.raises(SystemExit, match=f"has {len(ROWS)} rows"):
+        metamath.Data.of(arguments_of(tmp_path, held_out=len(ROWS)))
+
+
+def test_the_time_of_training_has_that_of_the_batches(tmp_path, monkeypatch):
+    clock, made = [0.0], metamath.batches
+
+    def slow(*arguments):
+        for batch in made(*arguments):
+            clock[0] += 10.0
+            yield batch
+
+    monkeypatch.setattr(metamath, "batches", slow)
+    monkeypatch.setattr(metamath.time, "perf_counter", lambda: clock[0])
+    # The device works while the host makes the next batch.
+    assert run(tmp_path, [1e-3])["train_info"]["train_time"] == 4 * 10.0
 
 
 def arguments_of(tmp_path, held_out=0):

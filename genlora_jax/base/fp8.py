@@ -121,7 +121,7 @@ class Fp8Backward(StoredKernel):
     def times(self, x: jax.Array, *, prevent_cse: bool, wide: bool = False) -> jax.Array:
         """`x @ kernel`, whose gradient is in FP8. There is none of the kernel."""
         flat = x.reshape(-1, x.shape[-1])
-        return _coarse_backward(flat, self, wide).reshape(*x.shape[:-1], -1)
+        return _multiply_floats(flat, self, wide).reshape(*x.shape[:-1], self.shape[-1])
 
 
 def scaled(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -155,40 +155,49 @@ def _product(x: jax.Array, codes: jax.Array, scale: jax.Array, fp8: Any, axis: i
     return (y * (scale_of_x * scale)[0, 0].astype(wide)).astype(x.dtype)
 
 
+# Of a product, the gradient is the product with the transpose, and the other way round. JAX would
+# differentiate the rounding of a gradient, too, and second derivatives would lack terms.
 @jax.custom_vjp
 def _multiply(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     return _product(x, codes, scale, INPUT, 1)
 
 
-def _forward(x: jax.Array, codes: jax.Array, scale: jax.Array) -> Any:
-    return _multiply(x, codes, scale), (codes, scale)
+@jax.custom_vjp
+def _multiply_back(gradient: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    return _product(gradient, codes, scale, GRADIENT, 0)
 
 
-def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    codes, scale = kept
-    return _product(gradient, codes, scale, GRADIENT, 0), None, None
-
-
-_multiply.defvjp(_forward, _backward)
+_multiply.defvjp(
+    lambda x, *kernel: (_multiply(x, *kernel), kernel),
+    lambda kernel, gradient: (_multiply_back(gradient, *kernel), None, None),
+)
+_multiply_back.defvjp(
+    lambda gradient, *kernel: (_multiply_back(gradient, *kernel), kernel),
+    lambda kernel, x: (_multiply(x, *kernel), None, None),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _coarse_backward(x: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array:
+def _multiply_floats(x: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array:
     return matrix_product(x, stored.kernel.astype(x.dtype), wide=wide)
 
 
-def _coarse_forward(x: jax.Array, stored: Fp8Backward, wide: bool) -> Any:
-    return _coarse_backward(x, stored, wide), stored
-
-
-def _coarse_gradient(wide: bool, stored: Fp8Backward, gradient: jax.Array) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply_floats_back(gradient: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array:
     # Codes wait for the gradient: made ahead of their use, all layers' take half a base's memory.
     gradient, stored = jax.lax.optimization_barrier((gradient, stored))
     codes = (stored.kernel.astype(jnp.float32) / stored.scale).astype(INPUT)
-    return _product(gradient, codes, stored.scale, GRADIENT, 1), None
+    return _product(gradient, codes, stored.scale, GRADIENT, 1)
 
 
-_coarse_backward.defvjp(_coarse_forward, _coarse_gradient)
+_multiply_floats.defvjp(
+    lambda x, stored, wide: (_multiply_floats(x, stored, wide), stored),
+    lambda wide, stored, gradient: (_multiply_floats_back(gradient, stored, wide), None),
+)
+_multiply_floats_back.defvjp(
+    lambda gradient, stored, wide: (_multiply_floats_back(gradient, stored, wide), stored),
+    lambda wide, stored, x: (_multiply_floats(x, stored, wide), None),
+)
 
 
 def refuse_without_fp8(form: str, platform: str, capability: str | None, kind: str) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from genlora_jax.base.fp8 import Fp8Backward
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings
@@ -165,12 +166,15 @@ def change_base(params: Mapping[str, Any], changes: BaseChanges) -> tuple[Any, l
     return unflatten_dict(flat), changed
 
 
-def _changed(leaf: Any, tensor: Tensor, changes: BaseChanges) -> jax.Array | None:
+def _changed(leaf: Any, tensor: Tensor, changes: BaseChanges) -> Any:
     """The leaf with one of its tensors changed; None if that is what it was."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise ValueError(
             f"{changes.file} changes {tensor.name}: give the base's parameters, not their shapes"
         )
+    if isinstance(leaf, Fp8Backward):
+        kernel = _changed(leaf.kernel, tensor, changes)
+        return None if kernel is None else leaf.store(kernel)
     if isinstance(leaf, StoredKernel):
         raise ValueError(
             f"{changes.file} changes {tensor.name}, which is quantised here: name its module in "

@@ -172,6 +172,10 @@ class Data:
         """Reads them."""
         rows = [row for row in read(options.metamath, "train") if len(" ".join(row)) <= CHARACTERS]
         tuned = len(rows) - options.held_out
+        if options.held_out < 0 or tuned < 1:
+            raise SystemExit(
+                f"--held-out {options.held_out}: {options.metamath} has {len(rows)} rows"
+            )
         asked = read(options.gsm8k, "train")
         np.random.seed(0)  # as PEFT draws them
         order = np.arange(len(asked))
@@ -207,16 +211,18 @@ class Run:
         endless = itertools.chain.from_iterable(
             batches(self.data.tuned, base.tokenizer, options.batch_size) for _ in itertools.count()
         )
+        began = time.perf_counter()
         for count, batch in zip(range(1, options.steps + 1), endless, strict=False):
-            began = time.perf_counter()
             state, metrics = step(state, base.params, batch)
             self.losses.append(metrics["loss"])
             self.tokens += int(batch["loss_mask"].sum())
-            if count % options.eval_steps == 0 or count == options.steps:
-                self.adapter = jax.block_until_ready(state.adapter)
+            if count % options.eval_steps and count != options.steps:
+                continue
+            self.adapter = jax.block_until_ready(state.adapter)
             self.train_seconds += time.perf_counter() - began
             if count % options.eval_steps == 0:
                 self.add("valid accuracy", count, self.data.validation)
+            began = time.perf_counter()
 
     def held_out_loss(self) -> float:
         """Mean loss (nats) over the tokens of the held-out rows."""
