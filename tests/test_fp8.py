@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_base import write_base
+from tiny_base import write_base, write_recipe
 from tiny_models import TINY, perturb, random_llama
 
 import genlora_jax as gl
@@ -244,14 +244,8 @@ def test_a_mesh_changes_no_logits():
 
 def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=False)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
-    (tmp_path / "recipe.yaml").write_text(
-        f"model: {{path: {base}, dtype: float32, base_dtype: fp8}}\n"
-        f"data: {{train: {tmp_path / 'rows.jsonl'}, length: 16, batch_size: 8}}\n"
-        f"mesh: {{data: 8, fsdp: 1}}\ntrain: {{output: {tmp_path / 'run'}, save_every: 1}}\n"
-        "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
-    )
-    start = ("--config", tmp_path / "recipe.yaml", "--train.progress", "false")
+    start = ("--config", write_recipe(tmp_path, base, "fp8"), "--train.progress", "false")
+    start += ("--train.save_every", "1")
     asked, given = [], []
 
     def options(params, platform):
@@ -301,15 +295,10 @@ def test_a_run_in_fp8_resumes_exports_and_merges(run_main, tmp_path, monkeypatch
 
 def test_an_adapter_trained_with_fp8_backward_belongs_to_the_base_itself(run_main, tmp_path):
     base = write_base(tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=False)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
-    (tmp_path / "recipe.yaml").write_text(
-        f"model: {{path: {base}, dtype: float32, base_dtype: fp8_backward}}\n"
-        f"data: {{train: {tmp_path / 'rows.jsonl'}, length: 16, batch_size: 8}}\n"
-        f"mesh: {{data: 2, fsdp: 2, tensor: 2}}\ntrain: {{output: {tmp_path / 'run'}, steps: 2}}\n"
-        "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
-    )
-    start = ("--config", tmp_path / "recipe.yaml", "--train.progress", "false")
-    status, _, err = run_main(finetune.main, *start)
+    mesh = "{data: 2, fsdp: 2, tensor: 2}"
+    start = ("--config", write_recipe(tmp_path, base, "fp8_backward", mesh))
+    settings = ("--train.steps", "2", "--train.progress", "false")
+    status, _, err = run_main(finetune.main, *start, *settings)
     assert status == 0, err
     options = {"param_dtype": jnp.float32, "dtype": jnp.float32}
     _, params = gl.load_llama(base, **options)

@@ -17,7 +17,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
-from tiny_base import write_base
+from tiny_base import write_base, write_recipe
 from tiny_models import TINY, perturb, random_llama, torch_logits
 
 import genlora_jax as gl
@@ -392,14 +392,7 @@ RECIPE = ("--train.steps", "2", "--train.save_every", "1", "--train.progress", "
 
 
 def test_a_run_resumes_on_the_same_form_alone_and_its_adapter_works(base, run_main, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
-    (tmp_path / "recipe.yaml").write_text(
-        f"model: {{path: {base}, dtype: float32, base_dtype: int8}}\n"
-        f"data: {{train: {tmp_path / 'rows.jsonl'}, length: 16, batch_size: 8}}\n"
-        f"mesh: {{data: 8, fsdp: 1}}\ntrain: {{output: {tmp_path / 'run'}}}\n"
-        "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
-    )
-    start = ("--config", tmp_path / "recipe.yaml", *RECIPE)
+    start = ("--config", write_recipe(tmp_path, base, "int8"), *RECIPE)
     status, _, err = run_main(finetune.main, *start)
     assert status == 0, err
     more = (*start, "--train.steps", "3", "--train.resume", "true")

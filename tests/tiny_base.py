@@ -28,6 +28,19 @@ SHAPE = {
 }
 
 
+def write_recipe(directory, base, form, mesh="{data: 8, fsdp: 1}"):
+    """Writes a recipe that trains LoRA on a base in a form, and its data; returns its file."""
+    (directory / "rows.jsonl").write_text('{"prompt": "one", "completion": " two"}\n' * 4)
+    file = directory / "recipe.yaml"
+    file.write_text(
+        f"model: {{path: {base}, dtype: float32, base_dtype: {form}}}\n"
+        f"data: {{train: {directory / 'rows.jsonl'}, length: 16, batch_size: 8}}\n"
+        f"mesh: {mesh}\ntrain: {{output: {directory / 'run'}}}\n"
+        "adapter: {class_path: genlora_jax.LoRAConfig, init_args: {rank: 2}}\n"
+    )
+    return file
+
+
 def write_base(directory, *, seed=0, dtype="float32", **changes):
     """Writes a random LLaMA in Hugging Face's layout; returns its directory."""
     directory.mkdir(parents=True)

@@ -14,6 +14,7 @@ precision, only range, of which e4m3 has 15 binary orders, and cost a pass over 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 ADA = 8.9  # compute capability of the first GPUs that multiply FP8
 SMALLEST = 1e-30  # a tensor of zeros is divided by this
 EXPONENT = 0x7F800000  # bits of a float32
+Product = Callable[[jax.Array, Any], jax.Array]
 
 
 @functools.partial(
@@ -78,8 +80,7 @@ class Fp8(StoredKernel):
         """`x @ kernel`, in FP8. There is no gradient of the kernel: it is None, as is int8's."""
         # Of two axes, as cuBLASLt's are: XLA does not find the scale behind a reshape.
         flat = x.reshape(-1, x.shape[-1])
-        y = _multiply(flat, self.codes, self.scale)
-        return y.reshape(*x.shape[:-1], -1)
+        return _multiply(flat, self).reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(
@@ -100,6 +101,7 @@ class Fp8Backward(StoredKernel):
     name = "fp8_backward"
     axes: ClassVar = {"kernel": ("in", "out"), "scale": ()}
     dequantises: ClassVar = False
+    rounds: ClassVar = False
 
     kernel: Any
     scale: Any
@@ -121,7 +123,7 @@ class Fp8Backward(StoredKernel):
     def times(self, x: jax.Array, *, prevent_cse: bool, wide: bool = False) -> jax.Array:
         """`x @ kernel`, whose gradient is in FP8. There is none of the kernel."""
         flat = x.reshape(-1, x.shape[-1])
-        return _multiply_floats(flat, self, wide).reshape(*x.shape[:-1], self.shape[-1])
+        return _multiply_floats[wide](flat, self).reshape(*x.shape[:-1], self.shape[-1])
 
 
 def scaled(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -155,49 +157,44 @@ def _product(x: jax.Array, codes: jax.Array, scale: jax.Array, fp8: Any, axis: i
     return (y * (scale_of_x * scale)[0, 0].astype(wide)).astype(x.dtype)
 
 
-# Of a product, the gradient is the product with the transpose, and the other way round. JAX would
-# differentiate the rounding of a gradient, too, and second derivatives would lack terms.
-@jax.custom_vjp
-def _multiply(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    return _product(x, codes, scale, INPUT, 1)
+def _linear(forward: Product, backward: Product) -> Product:
+    """Two products with a kernel, each the gradient of the other; returns the first.
+
+    JAX would differentiate the rounding of a gradient, too, and second derivatives would lack
+    terms. There is no gradient of the kernel.
+    """
+
+    def pair(one: Any, other: Any) -> None:
+        one.defvjp(
+            lambda x, kernel: (one(x, kernel), kernel),
+            lambda kernel, gradient: (other(gradient, kernel), None),
+        )
+
+    ahead, back = jax.custom_vjp(forward), jax.custom_vjp(backward)
+    pair(ahead, back)
+    pair(back, ahead)
+    return ahead
 
 
-@jax.custom_vjp
-def _multiply_back(gradient: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    return _product(gradient, codes, scale, GRADIENT, 0)
-
-
-_multiply.defvjp(
-    lambda x, *kernel: (_multiply(x, *kernel), kernel),
-    lambda kernel, gradient: (_multiply_back(gradient, *kernel), None, None),
-)
-_multiply_back.defvjp(
-    lambda gradient, *kernel: (_multiply_back(gradient, *kernel), kernel),
-    lambda kernel, x: (_multiply(x, *kernel), None, None),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _multiply_floats(x: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array:
+def _float_product(wide: bool, x: jax.Array, stored: Fp8Backward) -> jax.Array:
     return matrix_product(x, stored.kernel.astype(x.dtype), wide=wide)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _multiply_floats_back(gradient: jax.Array, stored: Fp8Backward, wide: bool) -> jax.Array:
+def _float_gradient(gradient: jax.Array, stored: Fp8Backward) -> jax.Array:
     # Codes wait for the gradient: made ahead of their use, all layers' take half a base's memory.
     gradient, stored = jax.lax.optimization_barrier((gradient, stored))
     codes = (stored.kernel.astype(jnp.float32) / stored.scale).astype(INPUT)
     return _product(gradient, codes, stored.scale, GRADIENT, 1)
 
 
-_multiply_floats.defvjp(
-    lambda x, stored, wide: (_multiply_floats(x, stored, wide), stored),
-    lambda wide, stored, gradient: (_multiply_floats_back(gradient, stored, wide), None),
+_multiply = _linear(
+    lambda x, stored: _product(x, stored.codes, stored.scale, INPUT, 1),
+    lambda gradient, stored: _product(gradient, stored.codes, stored.scale, GRADIENT, 0),
 )
-_multiply_floats_back.defvjp(
-    lambda gradient, stored, wide: (_multiply_floats_back(gradient, stored, wide), stored),
-    lambda wide, stored, x: (_multiply_floats(x, stored, wide), None),
-)
+_multiply_floats = {
+    wide: _linear(functools.partial(_float_product, wide), _float_gradient)
+    for wide in (False, True)
+}
 
 
 def refuse_without_fp8(form: str, platform: str, capability: str | None, kind: str) -> None:

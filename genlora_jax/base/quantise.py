@@ -16,7 +16,10 @@ from genlora_jax.targets import matching, split_layer
 from genlora_jax.validation import require, require_choice
 
 BaseDtype = Literal["bf16", "fp8_backward", "fp8", "int8", "nf4", "int4"]
-FP8 = ("fp8_backward", "fp8")
+FORMS: dict[str, type[StoredKernel]] = {
+    form.name: form for form in (Fp8Backward, Fp8, Int8, NF4, Int4)
+}
+FP8 = (Fp8Backward.name, Fp8.name)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,17 @@ class Quantisation:
         """A kernel `[..., d_in, d_out]` in this form."""
         if self.form == "int4":
             return Int4.of(kernel, kernel.dtype, self.group)
-        form: Any = {each.name: each for each in (Fp8Backward, Fp8, Int8, NF4)}[self.form]
-        return form.of(kernel, kernel.dtype)
+        return FORMS[self.form].of(kernel, kernel.dtype)
 
     @property
     def rounds(self) -> bool:
         """Whether kernels stand for other numbers than they were made of."""
-        return self.form not in ("bf16", "fp8_backward")
+        return self.form in FORMS and FORMS[self.form].rounds
+
+    @property
+    def dequantises(self) -> bool:
+        """Whether kernels become floats to be multiplied."""
+        return self.form in FORMS and FORMS[self.form].dequantises
 
     def check_device(self, platform: str, capability: str | None, kind: str) -> None:
         """Raises ValueError if a device cannot multiply by kernels in this form.

@@ -22,12 +22,14 @@ class StoredKernel:
         axes: The parts, and what the last dimensions of each follow: the kernel's inputs, which
             they may count in blocks, or its outputs. They are sharded as the kernel's are.
         dequantises: Whether a product needs the kernel as floats.
+        rounds: Whether it stands for other numbers than it was made of.
         dtype: Dtype of the parameters that are not quantised; a merged kernel has it.
     """
 
     name: ClassVar[str]
     axes: ClassVar[Mapping[str, tuple[Axis, ...]]]
     dequantises: ClassVar[bool] = True
+    rounds: ClassVar[bool] = True
     dtype: Any
 
     @property

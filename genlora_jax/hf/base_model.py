@@ -103,7 +103,7 @@ class ModelConfig:
         """
         if self.scan is not None:
             return self.scan
-        return platform != "gpu" or self.base_dtype in ("int8", "nf4", "int4")
+        return platform != "gpu" or self.quantisation.dequantises
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from genlora_jax.base.fp8 import Fp8Backward
 from genlora_jax.base.stored import StoredKernel
 from genlora_jax.hf.names import Tensor, tensors
 from genlora_jax.hf.peft_settings import EMBEDDING, HEAD, PeftSettings
@@ -172,14 +171,14 @@ def _changed(leaf: Any, tensor: Tensor, changes: BaseChanges) -> Any:
         raise ValueError(
             f"{changes.file} changes {tensor.name}: give the base's parameters, not their shapes"
         )
-    if isinstance(leaf, Fp8Backward):
-        kernel = _changed(leaf.kernel, tensor, changes)
-        return None if kernel is None else leaf.store(kernel)
     if isinstance(leaf, StoredKernel):
-        raise ValueError(
-            f"{changes.file} changes {tensor.name}, which is quantised here: name its module in "
-            "model.unquantised"
-        )
+        if leaf.rounds:
+            raise ValueError(
+                f"{changes.file} changes {tensor.name}, which is quantised here: name its module "
+                "in model.unquantised"
+            )
+        kernel = _changed(leaf.astype(leaf.dtype), tensor, changes)
+        return None if kernel is None else leaf.store(kernel)
     old = leaf if tensor.index is None else leaf[tensor.index]
     value = (old.T if tensor.transposed else old).astype(jnp.float32)
     for change in changes.made[tensor.name]:

@@ -104,8 +104,8 @@ def before_training(
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), floats)
         exact = gradient_of(model.clone(dtype=jnp.float32, attention="xla"), wide, some)
     found = {}
-    for form in (*BASES, ROUNDED, *ALONE):
-        params = quantise(floats, (BASES | ALONE | {ROUNDED: BASES["fp8"]})[form])
+    for form, quantisation in (BASES | {ROUNDED: BASES["fp8"]} | ALONE).items():
+        params = quantise(floats, quantisation)
         if form == ROUNDED:
             params = jax.tree.map(lambda x, y: read_kernel(y, x.dtype), floats, params)
         gradient = gradient_of(model, params, some)
